@@ -1,0 +1,1 @@
+"""Lockstep beside its peers: one fio, one machine, one run. See docs/benchmarks.md."""

@@ -1,0 +1,232 @@
+"""The servers under test: one class each, with its recipe.
+
+A peer is entered (its server starts), becomes ready (its mirror is in sync), is measured, proves that what it was
+measured at really happened, and is left (nothing of it remains). Every peer gets a directory of its own with the
+same random target in it.
+"""
+
+import filecmp
+import json
+import os
+import pwd
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
+
+from benchmarks.processes import BenchmarkError, Server, run, wait_for
+from benchmarks.qmp import Qmp
+
+LUKS_HEADER_BYTES = 16 << 20
+
+
+class Peer(ABC):
+    """A server, the disks in `home` behind it, and the URI at which fio finds it."""
+
+    programs: ClassVar[Mapping[str, str]]  # program -> Debian package
+    mirrors: ClassVar[bool] = True
+    server: Server
+    uri: str
+
+    def __init__(self, name: str, home: Path, size_bytes: int) -> None:
+        self.name = name
+        self.home = home
+        self.size_bytes = size_bytes
+        self.target = home / "target"
+        self.mirror = home / "mirror"
+        self.key_file = home / "key"
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """End the server if there is one."""
+        if hasattr(self, "server"):
+            self.server.kill()
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start the server; set `server` and `uri`."""
+
+    @abstractmethod
+    def await_in_sync(self) -> None:
+        """Wait until the mirror holds everything, so that nobody is measured during a copy. No mirror: no wait."""
+
+    @abstractmethod
+    def prove(self) -> str:
+        """Stop the server and show that decrypt(mirror) == target; returns what was shown. Different: an error."""
+
+    def _make_key(self) -> None:
+        self.key_file.touch(mode=0o600)
+        self.key_file.write_text(os.urandom(16).hex())
+
+
+class Lockstep(Peer):
+    """The product, with a mirror whose encryption sector is given."""
+
+    programs: ClassVar[Mapping[str, str]] = {"cryptsetup": "cryptsetup-bin"}
+
+    def __init__(self, home: Path, size_bytes: int, sector_bytes: int) -> None:
+        super().__init__(f"lockstep-{sector_bytes}", home, size_bytes)
+        self.sector_bytes = sector_bytes
+
+    def start(self) -> None:
+        """Create the volume, permit ourselves, serve."""
+        self._make_key()
+        with self.mirror.open("wb") as mirror:
+            os.posix_fallocate(mirror.fileno(), 0, self.size_bytes + LUKS_HEADER_BYTES)
+        disks = ["--target", str(self.target), "--mirror", str(self.mirror)]
+        luks = ["--key-file", str(self.key_file), "--sector-size", str(self.sector_bytes), "--iter-time", "100"]
+        self._lockstep("create", self.name, *disks, *luks)
+        self._lockstep("grant", self.name, pwd.getpwuid(os.geteuid()).pw_name)
+        socket = ["--socket", str(self.home / "socket")]
+        self.server = Server(
+            self._command("serve", self.name, "--key-file", str(self.key_file), *socket),
+            self.home / f"{self.name}.log",
+        )
+        self.uri = self.server.await_ready(self._ready_uri)
+
+    def await_in_sync(self) -> None:
+        """Ask `lockstep status` until its one mirror is in sync."""
+        wait_for(lambda: self._mirror_state() == "in-sync", 600, f"the mirror of {self.name} to be in sync")
+
+    def prove(self) -> str:
+        """Restore from the mirror alone, and compare with the target."""
+        self.server.terminate()
+        self.server.await_end()
+        restored = self.home / "restored"
+        self._lockstep("restore", str(self.mirror), str(restored), "--key-file", str(self.key_file))
+        if not filecmp.cmp(self.target, restored, shallow=False):
+            raise BenchmarkError(f"{self.name}: what `lockstep restore` gives back differs from the target")
+        restored.unlink()
+        return "`lockstep restore` from the mirror alone gives back the target, byte for byte"
+
+    def _command(self, *arguments: str) -> list[str]:
+        state = f"LOCKSTEP_STATE_DIR={self.home / 'state'}"
+        return ["env", state, sys.executable, "-m", "lockstep", *arguments]
+
+    def _lockstep(self, *arguments: str) -> str:
+        return run(self._command(*arguments))
+
+    def _ready_uri(self) -> str | None:
+        lines = self.server.log.read_text().splitlines()
+        return next((line.removeprefix("ready ").strip() for line in lines if line.startswith("ready ")), None)
+
+    def _mirror_state(self) -> str:
+        (volume,) = json.loads(self._lockstep("status", self.name, "--json"))["volumes"]
+        (mirror,) = volume["mirrors"]
+        return str(mirror["state"])
+
+
+class Nbdkit(Peer):
+    """nbdkit's file plugin: the target alone. What an NBD server costs before anything is mirrored or encrypted."""
+
+    programs: ClassVar[Mapping[str, str]] = {"nbdkit": "nbdkit"}
+    mirrors: ClassVar[bool] = False
+
+    def __init__(self, home: Path, size_bytes: int) -> None:
+        super().__init__("nbdkit", home, size_bytes)
+
+    def start(self) -> None:
+        """Serve the file; nbdkit writes its pid file when clients may connect."""
+        socket, pid_file = self.home / "socket", self.home / "pid"
+        options = ["--foreground", "--unix", str(socket), "--pidfile", str(pid_file)]
+        self.server = Server(["nbdkit", *options, "file", str(self.target)], self.home / "nbdkit.log")
+        self.server.await_ready(pid_file.exists)
+        self.uri = f"nbd+unix:///?socket={socket}"
+
+    def await_in_sync(self) -> None:
+        """It has no mirror."""
+
+    def prove(self) -> str:
+        """It has no mirror."""
+        return "no mirror, no encryption: nothing to prove"
+
+
+class Qemu(Peer):
+    """qemu-storage-daemon: a raw target mirrored to LUKS1, each write acknowledged when both have it.
+
+    The export comes before the job: the job puts its filter between the target and the users it finds there, and a
+    user that comes later writes past the filter.
+    """
+
+    programs: ClassVar[Mapping[str, str]] = {"qemu-storage-daemon": "qemu-system-common", "qemu-img": "qemu-utils"}
+
+    def __init__(self, home: Path, size_bytes: int) -> None:
+        super().__init__("qemu", home, size_bytes)
+        self.secret = f"secret,id=key,file={self.key_file}"
+
+    def start(self) -> None:
+        """Format the mirror, export the target, then start the mirror job."""
+        self._make_key()
+        wait_for(self._format_mirror, 60, "qemu-img to format the mirror")
+        socket, monitor = self.home / "socket", self.home / "qmp"
+        options = {
+            "--object": [self.secret],
+            "--blockdev": [
+                f"file,node-name=target-file,filename={self.target}",
+                "raw,node-name=target,file=target-file",
+                f"file,node-name=mirror-file,filename={self.mirror}",
+                "raw,node-name=mirror-raw,file=mirror-file",
+                "luks,node-name=mirror,file=mirror-raw,key-secret=key",
+            ],
+            "--nbd-server": [f"addr.type=unix,addr.path={socket}"],
+            "--export": ["nbd,id=export,node-name=target,name=,writable=on"],
+            "--chardev": [f"socket,id=monitor,path={monitor},server=on,wait=off"],
+            "--monitor": ["chardev=monitor"],
+        }
+        words = [word for name, values in options.items() for value in values for word in (name, value)]
+        self.server = Server(["qemu-storage-daemon", *words], self.home / "qemu.log")
+        self.server.await_ready(monitor.exists)
+        self.qmp = Qmp(monitor)
+        job = {"job-id": "mirror", "device": "target", "target": "mirror", "sync": "full"}
+        self.qmp.command("blockdev-mirror", {**job, "copy-mode": "write-blocking"})
+        self.uri = f"nbd+unix:///?socket={socket}"
+
+    def await_in_sync(self) -> None:
+        """Wait for the job to be READY; a job that met an error is gone."""
+
+        def ready() -> bool:
+            jobs = self.qmp.command("query-block-jobs")
+            if not jobs:
+                raise BenchmarkError(f"qemu: the mirror job ended by itself:\n{self.server.log.read_text()}")
+            return bool(jobs[0]["ready"])
+
+        wait_for(ready, 600, "QEMU's mirror job to be READY")
+
+    def prove(self) -> str:
+        """Break the job off without a last copy, and compare the decrypted mirror with the target."""
+        self.qmp.command("block-job-cancel", {"device": "mirror", "force": True})
+        self.qmp.await_event("BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED")
+        self.qmp.command("quit")
+        self.server.await_end()
+        disks = [f"driver=raw,file.filename={self.target}", f"driver=luks,key-secret=key,file.filename={self.mirror}"]
+        run(["qemu-img", "compare", "--object", self.secret, "--image-opts", *disks])
+        return "`qemu-img compare`: the decrypted LUKS1 mirror equals the target"
+
+    def _format_mirror(self) -> bool:
+        luks = "key-secret=key,cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64,iter-time=10,preallocation=full"
+        options = ["-q", "-f", "luks", "--object", self.secret, "-o", luks]
+        try:
+            run(["qemu-img", "create", *options, str(self.mirror), str(self.size_bytes)])
+        except BenchmarkError as error:
+            if "accurate CPU usage" not in str(error):
+                raise
+            return False  # it times its key derivation with a coarse clock, which fails now and then: again
+        return True
+
+    def kill(self) -> None:
+        """End the server and the connection to its monitor."""
+        super().kill()
+        if hasattr(self, "qmp"):
+            self.qmp.close()

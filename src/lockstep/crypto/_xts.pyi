@@ -1,0 +1,27 @@
+from typing import final
+
+from typing_extensions import Buffer
+
+@final
+class Xts:
+    """AES-XTS with one key and one sector size. Safe to share between threads.
+
+    `key` has 32 (AES-128) or 64 bytes (AES-256) with different halves; `sector_bytes` is 512, 1024,
+    2048 or 4096. Anything else is a ValueError.
+    """
+
+    def __new__(cls, key: Buffer, sector_bytes: int) -> Xts: ...
+    def encrypt_into(self, first_iv: int, src: Buffer, dst: Buffer, /) -> None:
+        """Encrypt the sectors in `src` into `dst`, which may be the same memory or overlap it.
+
+        `first_iv` is the first sector's position in 512-byte units from the start of the data segment
+        (dm-crypt's plain64), also when sectors are longer. Both buffers are C-contiguous and have the
+        same length, a multiple of the sector size.
+
+        ValueError for lengths and positions out of range, BufferError or TypeError for memory that
+        cannot be read or written: nothing is written then. RuntimeError when libcrypto fails: the
+        content of `dst` is undefined then.
+        """
+
+    def decrypt_into(self, first_iv: int, src: Buffer, dst: Buffer, /) -> None:
+        """The inverse of `encrypt_into`, with the same rules."""

@@ -1,0 +1,148 @@
+"""Making a LUKS2 volume fit to be a mirror, and opening one again.
+
+Making one destroys what its disk held, so everything that can be refused is refused before the first byte is
+written: a disk that is in use, that is the target (under whatever name), that carries anything (unless
+`force`), or that is too small. Opening one only reads: header, token, and with the passphrase the volume key.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from lockstep.crypto import luks
+from lockstep.crypto.cipher import XtsCipher
+from lockstep.disk.encrypted import EncryptedDisk
+from lockstep.disk.lock import lock_exclusive, lock_shared
+from lockstep.disk.probe import Disk, holds_data, inspect, open_disk, overlap, signatures, users_of
+from lockstep.errors import DiskBusy, HeaderExists, MirrorHoldsData, MirrorIsTarget, MirrorTooSmall, MirrorTruncated
+
+INLINE_DATA_OFFSET_BYTES: Final = 16 << 20
+SECTOR_SIZES: Final = (512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class OpenMirror:
+    """An open mirror: its decrypted data, and the header that it was opened with."""
+
+    disk: EncryptedDisk
+    header: luks.Header
+
+
+def whole_sectors(size_bytes: int, sector_bytes: int) -> int:
+    """Return the size of a mirror's data for a target of this size: rounded up to the encryption sector."""
+    return -(-size_bytes // sector_bytes) * sector_bytes
+
+
+def make_mirror(
+    target: Disk,
+    path: str,
+    *,
+    header: str | None,
+    passphrase: bytes,
+    sector_bytes: int,
+    label: str,
+    iter_time_ms: int | None = None,
+    force: bool = False,
+) -> luks.Header:
+    """Format `path` as the empty mirror of `target`; a file that does not exist is made, exactly large enough.
+
+    Raises MirrorIsTarget, MirrorTooSmall, MirrorHoldsData, HeaderExists, DiskBusy, DiskLocked and what cryptsetup
+    meets. Nothing that existed is changed when a check fails; what was made here is removed when a later step fails.
+    """
+    data_bytes = whole_sectors(target.size_bytes, sector_bytes)
+    needed_bytes = data_bytes if header else data_bytes + INLINE_DATA_OFFSET_BYTES
+    if header and os.path.lexists(header) and not force:
+        raise HeaderExists(path=header)
+    with contextlib.ExitStack() as undo:
+        if not os.path.lexists(path):
+            undo.callback(os.unlink, path)
+            _make_file(path, needed_bytes)
+        disk = inspect(path)
+        _refuse_unfit(target, disk, needed_bytes, detached=header is not None, force=force)
+        if header and not os.path.lexists(header):
+            undo.callback(_unlink_if_there, header)
+        fd = open_disk(disk, writable=True)
+        try:
+            lock_exclusive(fd, disk)
+        finally:
+            os.close(fd)  # cryptsetup needs the device for itself; a server that came between is refused by its lock
+        luks.format_mirror(
+            path, header=header, passphrase=passphrase, sector_bytes=sector_bytes, iter_time_ms=iter_time_ms, label=label
+        )
+        undo.pop_all()
+    return luks.read_header(header or path)
+
+
+def open_mirror(
+    path: str, header_path: str | None, passphrase: bytes, size_bytes: int | None = None, *, writable: bool
+) -> OpenMirror:
+    """Unlock a mirror and lock it against other writers; `size_bytes` of data, or what its token says.
+
+    Raises what reading the header, the passphrase and the lock can raise, and MirrorTruncated.
+    """
+    header = luks.read_header(header_path or path)
+    disk = inspect(path)
+    if size_bytes is None:
+        size_bytes = header.token.target_size_bytes if header.token else disk.size_bytes - header.segment.offset_bytes
+    data_bytes = whole_sectors(size_bytes, header.segment.sector_bytes)
+    needed_bytes = header.segment.offset_bytes + data_bytes
+    if disk.size_bytes < needed_bytes:
+        raise MirrorTruncated(path=path, size_bytes=disk.size_bytes, needed_bytes=needed_bytes)
+    key = luks.volume_key(header_path or path, passphrase)
+    try:
+        cipher = XtsCipher(key, header.segment.sector_bytes)
+    finally:
+        key[:] = bytes(len(key))
+    _refuse_busy(disk)
+    fd = open_disk(disk, writable=writable)
+    try:
+        (lock_exclusive if writable else lock_shared)(fd, disk)
+    except BaseException:
+        os.close(fd)
+        raise
+    return OpenMirror(EncryptedDisk(fd, header.segment, cipher, data_bytes), header)
+
+
+def _refuse_unfit(target: Disk, disk: Disk, needed_bytes: int, *, detached: bool, force: bool) -> None:
+    how = overlap(target, disk)
+    if how:
+        raise MirrorIsTarget(path=disk.path, target=target.path, how=how)
+    _refuse_busy(disk)
+    if disk.size_bytes < needed_bytes:
+        advice = "Give a larger disk."
+        if not detached and disk.size_bytes >= needed_bytes - INLINE_DATA_OFFSET_BYTES:
+            advice = "Give a larger disk, or keep the LUKS2 header in a file of its own with --header FILE."
+        raise MirrorTooSmall(
+            path=disk.path,
+            size_bytes=disk.size_bytes,
+            needed_bytes=needed_bytes,
+            short_bytes=needed_bytes - disk.size_bytes,
+            advice=advice,
+        )
+    if force:
+        return
+    found = signatures(disk)
+    if not found and holds_data(disk):
+        found = ("data of an unknown kind",)
+    if found:
+        raise MirrorHoldsData(path=disk.path, found=" and ".join(found))
+
+
+def _refuse_busy(disk: Disk) -> None:
+    users = users_of(disk)
+    if users:
+        raise DiskBusy(path=disk.path, users=" and ".join(users))
+
+
+def _make_file(path: str, size_bytes: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(fd, size_bytes)
+    finally:
+        os.close(fd)
+
+
+def _unlink_if_there(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)

@@ -1,0 +1,442 @@
+"""What a path is, as a disk: its identity, what it carries, who uses it, what it shares with another disk.
+
+Theory
+------
+Everything that may destroy data asks here first, so the rule is: *a doubt is reported, never resolved
+in favour of writing*.
+
+Identity is what the kernel says, never a name. A file is (device, inode), which sees through symbolic
+links, hard links and bind mounts; a block device is its device number. A path is kept for sentences.
+
+Storage lies on storage. One step down leads from
+
+    a partition                 to  its disk                    /sys/dev/block/M:m/partition
+    a loop device               to  its file or block device    LOOP_GET_STATUS64: device and inode
+    a device-mapper or md disk  to  its members                 /sys/dev/block/M:m/slaves
+    a file                      to  the device of its file system
+
+and two disks overlap exactly when one of them is reached from the other. Two partitions of one disk, or
+two files in one file system, share what is below them and yet are different storage. What this cannot see:
+one disk behind two paths of a multipath, a file on a file system without one device of its own (btrfs,
+network file systems), and two network names for one remote disk.
+
+Use is reported as phrases that complete "/dev/sdb is ...". The kernel's O_EXCL is the referee: `open_disk`
+asks for it, so what the phrases overlook is still refused.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import stat
+import struct
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lockstep.errors import (
+    DiskBusy,
+    DiskChanged,
+    DiskError,
+    DiskForbidden,
+    DiskMissing,
+    DiskReadOnly,
+    DiskToolMissing,
+    DiskUnreadable,
+    NotADisk,
+)
+
+FILE_SECTOR_BYTES = 512
+MIB = 1 << 20
+
+# linux/fs.h and linux/loop.h
+_BLKSSZGET = 0x1268
+_LOOP_GET_STATUS64 = 0x4C05
+_LOOP_INFO64_BYTES = 232
+_LOOP_IDENTITY = struct.Struct("=QQQ")  # lo_device, lo_inode, lo_rdevice: how struct loop_info64 begins
+
+_KINDS = (
+    (stat.S_ISDIR, "directory"),
+    (stat.S_ISCHR, "character device"),
+    (stat.S_ISFIFO, "pipe"),
+    (stat.S_ISSOCK, "socket"),
+)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk as it was when it was looked at."""
+
+    path: str
+    """As given, made absolute."""
+    real_path: str
+    is_block: bool
+    size_bytes: int
+    logical_sector_bytes: int
+    device: int
+    """Of a block device its own number (st_rdev), of a file the number of its file system's device (st_dev)."""
+    inode: int
+    """0 for a block device."""
+
+
+# --- looking at and opening a disk ------------------------------------------------------------------------
+
+
+def inspect(path: str) -> Disk:
+    """Look at a path. Raises DiskMissing, NotADisk, DiskForbidden or DiskUnreadable."""
+    path = os.path.abspath(path)
+    try:
+        _require_disk(path, os.stat(path).st_mode)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise _catalogued(path, error, "reading") from error
+    try:
+        found = os.fstat(fd)
+        _require_disk(path, found.st_mode)  # the path may have changed hands since
+        return _measured(path, fd, found)
+    except OSError as error:
+        raise _catalogued(path, error, "reading") from error
+    finally:
+        os.close(fd)
+
+
+def open_disk(disk: Disk, *, writable: bool) -> int:
+    """Open the disk that was inspected, close-on-exec; the caller closes it.
+
+    A block device opened for writing is claimed (O_EXCL): the kernel refuses one that is mounted, held, or
+    claimed by somebody else, and then refuses them until it is closed. Raises DiskBusy, DiskReadOnly,
+    DiskForbidden, DiskMissing, DiskChanged or DiskUnreadable.
+    """
+    flags = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
+    if writable and disk.is_block:
+        flags |= os.O_EXCL
+        if _sysfs_text(disk.device, "ro") == "1":  # some kernels open it all the same, and fail the first write
+            raise DiskReadOnly(path=disk.path)
+    try:
+        fd = os.open(disk.path, flags)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise DiskBusy(path=disk.path, users=_sentence(users_of(disk))) from error
+        raise _catalogued(disk.path, error, "writing" if writable else "reading") from error
+    if _identity(os.fstat(fd)) != _node(disk):
+        os.close(fd)
+        raise DiskChanged(path=disk.path)
+    return fd
+
+
+def _require_disk(path: str, mode: int) -> None:
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise NotADisk(path=path, kind=next((kind for is_kind, kind in _KINDS if is_kind(mode)), "special file"))
+
+
+def _measured(path: str, fd: int, found: os.stat_result) -> Disk:
+    is_block = stat.S_ISBLK(found.st_mode)
+    sector_bytes = FILE_SECTOR_BYTES
+    if is_block:
+        (sector_bytes,) = struct.unpack("=i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))
+    return Disk(
+        path=path,
+        real_path=os.path.realpath(path),
+        is_block=is_block,
+        size_bytes=os.lseek(fd, 0, os.SEEK_END),
+        logical_sector_bytes=sector_bytes,
+        device=found.st_rdev if is_block else found.st_dev,
+        inode=0 if is_block else found.st_ino,
+    )
+
+
+def _catalogued(path: str, error: OSError, access: str) -> DiskError:
+    reason = error.strerror or str(error)
+    if error.errno in {errno.ENOENT, errno.ENOTDIR}:
+        return DiskMissing(path=path)
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return DiskForbidden(path=path, access=access, reason=reason)
+    if error.errno == errno.EROFS:
+        return DiskReadOnly(path=path)
+    return DiskUnreadable(path=path, reason=reason)
+
+
+# --- what it carries --------------------------------------------------------------------------------------
+
+
+def signatures(disk: Disk) -> tuple[str, ...]:
+    """Every signature on the disk, in the order of position, such as "ext4 file system", "gpt partition table".
+
+    From `wipefs`, which lists them all; `blkid` names one, and none at all where two contradict each other.
+    Raises DiskToolMissing or DiskUnreadable.
+    """
+    command = ["wipefs", "--no-act", "--json", "--output", "TYPE,USAGE,OFFSET", "--", disk.path]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    except FileNotFoundError as error:
+        raise DiskToolMissing(tool="wipefs", package="util-linux") from error
+    if done.returncode != 0:
+        raise DiskUnreadable(path=disk.path, reason=done.stderr.strip() or f"wipefs ended with {done.returncode}")
+    rows = json.loads(done.stdout or "{}").get("signatures", [])
+    rows.sort(key=lambda row: int(row["offset"], 0))
+    return tuple(dict.fromkeys(_described(row["type"], row["usage"]) for row in rows))
+
+
+def _described(kind: str, usage: str | None) -> str:
+    if usage == "filesystem":
+        return f"{kind} file system"
+    if usage == "partition-table":
+        return f"{kind} partition table"
+    if kind in {"swap", "swsuspend"}:
+        return "swap space"
+    return kind
+
+
+def holds_data(disk: Disk, limit: int = MIB) -> bool:
+    """Whether any of the first or last `limit` bytes is not zero. Raises what `open_disk` raises."""
+    fd = open_disk(disk, writable=False)
+    try:
+        return any(
+            chunk.count(0) != len(chunk)
+            for start in {0, max(0, disk.size_bytes - limit)}
+            for chunk in _chunks(fd, start, min(limit, disk.size_bytes))
+        )
+    except OSError as error:
+        raise _catalogued(disk.path, error, "reading") from error
+    finally:
+        os.close(fd)
+
+
+def _chunks(fd: int, start: int, length: int) -> Iterator[bytes]:
+    end = start + length
+    while start < end and (chunk := os.pread(fd, min(MIB, end - start), start)):
+        yield chunk
+        start += len(chunk)
+
+
+# --- who uses it ------------------------------------------------------------------------------------------
+
+
+def users_of(disk: Disk) -> tuple[str, ...]:
+    """Who uses the disk now, as phrases that complete "the disk is ...". Its partitions and its whole disk count."""
+    phrases = list(_direct_uses(_node(disk)))
+    if disk.is_block:
+        for name, partition in _partitions(disk.device):
+            phrases += [f"its partition {name} is {use}" for use in _direct_uses((partition, 0))]
+        if whole := _whole_disk(disk.device):
+            name = os.path.basename(_block_path(whole))
+            phrases += [f"its disk {name} is {use}" for use in _direct_uses((whole, 0))]
+    return tuple(dict.fromkeys(phrases))
+
+
+def opened_by(disk: Disk) -> tuple[str, ...]:
+    """Processes that have this block device open, as "open in NAME (process N)"; only root sees them all."""
+    phrases = []
+    for link in _process_files():
+        try:
+            # Only names below /dev are looked at: a stat of a file on a dead network file system would hang.
+            if os.readlink(link).startswith("/dev/") and _identity(os.stat(link)) == _node(disk):
+                phrases.append(f"open in {process_name(_process_of(link))}")
+        except OSError:  # the process or the descriptor is gone by now, or is not ours to look at
+            continue
+    return tuple(dict.fromkeys(phrases))
+
+
+def mounted_paths() -> set[str]:
+    """Every mount point that this process sees; unlike a stat, this neither fails nor hangs on a dead one."""
+    return {_unescaped(line.split()[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+
+
+def process_name(pid: int) -> str:
+    """Such as "qemu-io (process 312)". Never the argument list: it may carry what must not be shown."""
+    try:
+        return f"{Path(f'/proc/{pid}/comm').read_text().strip()} (process {pid})"
+    except OSError:
+        return f"process {pid}"
+
+
+def _process_files() -> Iterator[str]:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if int(pid) == os.getpid():
+            continue
+        try:
+            numbers = os.listdir(f"/proc/{pid}/fd")
+        except OSError:
+            continue
+        yield from (f"/proc/{pid}/fd/{number}" for number in numbers)
+
+
+def _process_of(link: str) -> int:
+    return int(link.split("/")[2])
+
+
+def _direct_uses(node: "Node") -> Iterator[str]:
+    device, inode = node
+    if inode == 0:
+        yield from (f"mounted at {where}" for where in _mount_points(device))
+        yield from (f"held by {name}" for name in sorted(_sysfs_names(device, "holders")))
+    if any(_identity_of(path) == node for path in _swap_paths()):
+        yield "swap space"
+    for loop, below in _loops():
+        if below == node:
+            yield f"backing file of {_block_path(loop)}"
+
+
+def _mount_points(device: int) -> Iterator[str]:
+    """Where the device is mounted in this process's view (proc_pid_mountinfo(5))."""
+    number = _numbered(device)
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        front, _, back = line.partition(" - ")
+        fields, source = front.split(), _unescaped(back.split()[1])
+        # btrfs shows a number of its own and names the device only as the source.
+        if fields[2] == number or (
+            fields[2].startswith("0:") and source.startswith("/dev/") and _identity_of(source) == (device, 0)
+        ):
+            yield _unescaped(fields[4])
+
+
+def _swap_paths() -> Iterator[str]:
+    for line in Path("/proc/swaps").read_text().splitlines()[1:]:
+        yield _unescaped(line.split()[0]).removesuffix(" (deleted)")
+
+
+def _unescaped(text: str) -> str:
+    """Undo the kernel's octal escapes: a blank is a backslash and 040."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+
+
+# --- what it shares with another disk ---------------------------------------------------------------------
+
+# (device, 0) is a block device, (device, inode) a file. Inode 0 is never in use.
+Node = tuple[int, int]
+
+
+def overlap(a: Disk, b: Disk) -> str | None:
+    """How the two are the same storage, as a phrase; None when they are surely not, as far as this can see."""
+    if _node(a) == _node(b):
+        return "the same block device" if a.is_block else "the same file"
+    for upper, lower in ((a, b), (b, a)):
+        steps = _way_down(_node(upper), _node(lower))
+        if steps is not None:
+            relation = steps[0] if len(set(steps)) == 1 else "stored on"
+            return f"{upper.path} is {relation} {lower.path}"
+    return None
+
+
+def _way_down(start: Node, goal: Node) -> tuple[str, ...] | None:
+    """The relations on the way from one disk down to another, or None where there is no way."""
+    ways: list[tuple[Node, tuple[str, ...]]] = [(start, ())]
+    seen = {start}
+    for node, steps in ways:  # grows while it is walked: breadth first
+        if node == goal:
+            return steps
+        for relation, below in _beneath(node):
+            if below not in seen:
+                seen.add(below)
+                ways.append((below, (*steps, relation)))
+    return None
+
+
+def _beneath(node: Node) -> Iterator[tuple[str, Node]]:
+    device, inode = node
+    if inode:
+        yield "stored in the file system on", (device, 0)
+        return
+    if whole := _whole_disk(device):
+        yield "a partition of", (whole, 0)
+    if below := _loop_backing(device):
+        yield "a loop device over", below
+    for name in _sysfs_names(device, "slaves"):
+        if member := _sysfs_device(f"/sys/class/block/{name}"):
+            yield "built on", (member, 0)
+
+
+# --- the kernel's tables ----------------------------------------------------------------------------------
+
+
+def _node(disk: Disk) -> Node:
+    return disk.device, disk.inode
+
+
+def _identity(found: os.stat_result) -> Node:
+    return (found.st_rdev, 0) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
+
+
+def _identity_of(path: str) -> Node | None:
+    try:
+        return _identity(os.stat(path))
+    except OSError:
+        return None
+
+
+def _numbered(device: int) -> str:
+    return f"{os.major(device)}:{os.minor(device)}"
+
+
+def _sysfs(device: int) -> str:
+    return os.path.realpath(f"/sys/dev/block/{_numbered(device)}")
+
+
+def _sysfs_text(device: int, name: str) -> str | None:
+    try:
+        return Path(_sysfs(device), name).read_text().rstrip("\n")
+    except OSError:
+        return None
+
+
+def _sysfs_names(device: int, name: str) -> list[str]:
+    try:
+        return os.listdir(os.path.join(_sysfs(device), name))
+    except OSError:
+        return []
+
+
+def _sysfs_device(directory: str) -> int | None:
+    try:
+        major, minor = Path(directory, "dev").read_text().split(":")
+    except OSError:
+        return None
+    return os.makedev(int(major), int(minor))
+
+
+def _block_path(device: int) -> str:
+    return "/dev/" + os.path.basename(_sysfs(device)).replace("!", "/")
+
+
+def _partitions(device: int) -> Iterator[tuple[str, int]]:
+    for name in sorted(_sysfs_names(device, ".")):
+        directory = os.path.join(_sysfs(device), name)
+        if os.path.exists(f"{directory}/partition") and (partition := _sysfs_device(directory)):
+            yield name, partition
+
+
+def _whole_disk(device: int) -> int | None:
+    return _sysfs_device(os.path.dirname(_sysfs(device))) if _sysfs_text(device, "partition") else None
+
+
+def _loops() -> Iterator[tuple[int, Node]]:
+    for name in sorted(os.listdir("/sys/class/block")):
+        if name.startswith("loop") and (device := _sysfs_device(f"/sys/class/block/{name}")):
+            below = _loop_backing(device)
+            if below:
+                yield device, below
+
+
+def _loop_backing(device: int) -> Node | None:
+    """What a loop device lies on, None where it is no loop device or is free."""
+    path = _sysfs_text(device, "loop/backing_file")
+    if path is None:
+        return None
+    try:
+        fd = os.open(_block_path(device), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:  # not root: the name is the next best thing
+        return _identity_of(path.removesuffix(" (deleted)"))
+    try:
+        info = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO64_BYTES))
+    except OSError:  # it was let go just now
+        return None
+    finally:
+        os.close(fd)
+    holder, inode, block = _LOOP_IDENTITY.unpack_from(info)
+    return (block, 0) if block else (holder, inode)
+
+
+def _sentence(phrases: tuple[str, ...]) -> str:
+    return ", ".join(phrases) or "another program has claimed it"

@@ -1,0 +1,672 @@
+"""Every failure that a user can meet: class -> exit code -> what happened, likely cause, next step.
+
+    LockstepError                 1  failed
+    ├── UsageError                2  the command line asks for something that cannot be
+    ├── DifferencesFound          3  two disks that should be equal are not
+    ├── NotPermitted              4  the caller may not do this
+    ├── RegistryError             1  names, states, the registry itself
+    ├── DiskError                 1  targets, mirrors, outputs as disks
+    ├── LuksError                 1  the mirror as an encrypted volume
+    └── ServiceError              1  serving, attaching, the control socket
+
+An error class is a row of the catalogue: three format strings over the data that the raiser
+passes by keyword. The data stays on the error (`error.data`) for JSON output and for tests.
+No secret may ever be passed as data.
+"""
+
+from typing import ClassVar
+
+
+class LockstepError(Exception):
+    """The root. Subclasses fill the three sentences; `data` fills their placeholders."""
+
+    exit_code: ClassVar[int] = 1
+    happened: ClassVar[str] = ""
+    cause: ClassVar[str] = ""
+    next_step: ClassVar[str] = ""
+
+    def __init__(self, **data: object) -> None:
+        self.data = data
+        super().__init__(self.happened.format(**data))
+
+    @property
+    def likely_cause(self) -> str:
+        """The cause, with this error's data filled in."""
+        return self.cause.format(**self.data)
+
+    @property
+    def advice(self) -> str:
+        """The next step, with this error's data filled in."""
+        return self.next_step.format(**self.data)
+
+
+class UsageError(LockstepError):
+    """Exit code 2."""
+
+    exit_code = 2
+
+
+class AddressInvalid(UsageError):
+    """Data: address, reason."""
+
+    happened = "The address {address} cannot be served: {reason}."
+    cause = "Without TLS, NBD carries the plaintext of the disk, so it is served on loopback addresses only."
+    next_step = "Give --tcp 127.0.0.1:10809 or --tcp [::1]:10809; from elsewhere, tunnel to it or use the unix socket."
+
+
+class SectorSizeInvalid(UsageError):
+    """Data: sector_bytes, allowed."""
+
+    happened = "{sector_bytes} is not an encryption sector size."
+    cause = "LUKS2 knows {allowed} bytes."
+    next_step = "Leave --sector-size out: Lockstep then takes the target's own sector size."
+
+
+class PassphraseMissing(UsageError):
+    """Data: what."""
+
+    happened = "A passphrase is needed for {what}, and there is no way to ask for one."
+    cause = "No --key-file was given, and this is not run on a terminal."
+    next_step = "Give --key-file FILE, or --key-file - to read it from standard input."
+
+
+class KeyFileUnreadable(UsageError):
+    """Data: path, reason."""
+
+    happened = "The key file {path} cannot be read: {reason}."
+    cause = "The path is misspelt, or the file belongs to another user."
+    next_step = "Check the path and its permissions."
+
+
+class MirrorMissing(UsageError):
+    """Data: option."""
+
+    happened = "{option} says how to make a mirror, and there is no --mirror."
+    cause = "Without --mirror the volume serves its target alone."
+    next_step = "Add --mirror PATH, or leave {option} out."
+
+
+class DifferencesFound(LockstepError):
+    """Exit code 3."""
+
+    exit_code = 3
+
+
+class NotPermitted(LockstepError):
+    """Exit code 4."""
+
+    exit_code = 4
+
+
+class RegistryError(LockstepError):
+    """Names, states, the registry itself."""
+
+
+class VolumeNameInvalid(UsageError, RegistryError):
+    """Data: volume."""
+
+    happened = "{volume!r} cannot be the name of a volume."
+    cause = "A name has 1 to 64 letters, digits, dots, hyphens and underscores, and begins with a letter or a digit."
+    next_step = "Choose another name."
+
+
+class RegistryPathInvalid(UsageError, RegistryError):
+    """Data: path, reason."""
+
+    happened = "The path {path!r} cannot be registered: {reason}."
+    cause = "The registry keeps absolute paths of printable text, each for one purpose."
+    next_step = "Give another path to the disk, a symbolic link to it for example."
+
+
+class RegistryUrlInvalid(UsageError, RegistryError):
+    """Data: reason. Not the URL, which may hold a password."""
+
+    happened = "The registry's URL is not understood: {reason}."
+    cause = "A registry is a SQLite file or a PostgreSQL database."
+    next_step = "Write sqlite:///PATH or postgresql://USER@HOST/DATABASE."
+
+
+class VolumeUnknown(RegistryError):
+    """Data: volume, near (similar names), hint (these as a sentence, or nothing)."""
+
+    happened = "There is no volume {volume}.{hint}"
+    cause = "It was never created, was removed, or is in another state directory's registry."
+    next_step = "See `lockstep list`."
+
+
+class VolumeExists(RegistryError):
+    """Data: volume."""
+
+    happened = "There already is a volume {volume}."
+    cause = "It was created before, perhaps for another target."
+    next_step = "See `lockstep list`; choose another name, or `lockstep remove {volume}` first."
+
+
+class TargetTaken(RegistryError):
+    """Data: path, volume."""
+
+    happened = "{path} already is the target of the volume {volume}."
+    cause = "One disk has one role: two volumes on one target, or a target that is a mirror, would destroy it."
+    next_step = "Use the volume {volume}, give another disk, or `lockstep remove {volume}` first."
+
+
+class MirrorTaken(RegistryError):
+    """Data: path, volume."""
+
+    happened = "{path} already is a mirror of the volume {volume}."
+    cause = "One disk has one role: a mirror holds the ciphertext of one volume, and nothing else may write to it."
+    next_step = "Give another disk, or `lockstep mirror remove {volume} {path}` first."
+
+
+class HeaderTaken(RegistryError):
+    """Data: path, volume."""
+
+    happened = "{path} already is the header of a mirror of the volume {volume}."
+    cause = "A detached header belongs to one mirror; overwritten, that mirror cannot be opened any more."
+    next_step = "Give another path, or see `lockstep mirror list {volume}` and remove that mirror first."
+
+
+class LuksUuidTaken(RegistryError):
+    """Data: path, luks_uuid, registered."""
+
+    happened = "{path} has the LUKS UUID {luks_uuid}, which {registered} is registered with."
+    cause = "It is the same disk under another name, or a copy of it."
+    next_step = "Use {registered}; a copy needs its own UUID (`cryptsetup luksUUID --uuid`) or a new format."
+
+
+class MirrorUnknown(RegistryError):
+    """Data: mirror (path or id), where (of which volume, or nothing)."""
+
+    happened = "No mirror {mirror} is registered{where}."
+    cause = "It was removed, belongs to another volume, or was registered under another path."
+    next_step = "See `lockstep list` and `lockstep mirror list NAME`."
+
+
+class RegistryUnreadable(RegistryError):
+    """Data: registry, reason."""
+
+    happened = "The registry {registry} cannot be used: {reason}."
+    cause = "Its directory does not exist, this user may not write there, or the disk below is full or failing."
+    next_step = "Create the directory, run as the user who owns it, or name another with --state-dir."
+
+
+class RegistryUnreachable(RegistryError):
+    """Data: registry, reason."""
+
+    happened = "The registry {registry} does not serve us: {reason}."
+    cause = "The server is down or out of reach, or it does not know this user, password or database."
+    next_step = "Try the same URL with psql. Volumes that are being served go on meanwhile."
+
+
+class RegistryBusy(RegistryError):
+    """Data: registry, reason."""
+
+    happened = "The registry {registry} is locked by another process: {reason}."
+    cause = "Another Lockstep command hangs in the middle of a change, or a tool holds the database open for writing."
+    next_step = "Try again; if it lasts, find the holder (`fuser -v` on the file, pg_locks on a server) and end it."
+
+
+class RegistryDamaged(RegistryError):
+    """Data: registry, reason."""
+
+    happened = "The registry {registry} is not a sound registry: {reason}."
+    cause = "The file was damaged, changed by hand, or is not Lockstep's."
+    next_step = (
+        "Put it back from a backup, or name another with --state-dir. "
+        "The mirrors need no registry: `lockstep restore` takes a mirror and its passphrase."
+    )
+
+
+class RegistryTooNew(RegistryError):
+    """Data: registry, found, known."""
+
+    happened = "The registry {registry} has the schema {found}; this Lockstep knows those up to {known}."
+    cause = "A newer Lockstep has used this registry."
+    next_step = "Upgrade Lockstep on this machine."
+
+
+class RegistryDriverMissing(RegistryError):
+    """Data: reason."""
+
+    happened = "A PostgreSQL registry needs the driver psycopg, which cannot be loaded: {reason}."
+    cause = "Lockstep was installed without its PostgreSQL extra."
+    next_step = "Install it: pip install 'lockstep[postgresql]'."
+
+
+class DiskError(LockstepError):
+    """Targets, mirrors and outputs, as disks."""
+
+
+class DiskMissing(DiskError):
+    """The path names nothing."""
+
+    happened = "There is no disk at {path}."
+    cause = "The path is misspelt, or the device is not connected."
+    next_step = "Look for the disk with `lsblk`, or make an image file with `truncate -s 10G {path}`, then retry."
+
+
+class NotADisk(DiskError):
+    """The path names something that has no sectors."""
+
+    happened = "{path} is a {kind}; a disk is a block device or a regular file."
+    cause = "The path leads to the place where the disk is kept, or to another kind of device."
+    next_step = "Give the block device (`lsblk` lists them) or the image file itself."
+
+
+class DiskForbidden(DiskError):
+    """The operating system does not let this user open the disk."""
+
+    happened = "{path} may not be opened for {access}: {reason}."
+    cause = "The disk belongs to another user, or it is protected by an attribute or a security policy."
+    next_step = "Run this as root, or give the disk to the user that Lockstep runs as."
+
+
+class DiskReadOnly(DiskError):
+    """The disk, or the file system that it lies on, takes no writes."""
+
+    happened = "{path} is read-only."
+    cause = "The device is switched to read-only, or its file system is mounted read-only."
+    next_step = "Make the device (`blockdev --setrw`) or file system (`mount -o remount,rw`) writable, then retry."
+
+
+class DiskBusy(DiskError):
+    """The kernel does not give the block device to a second owner."""
+
+    happened = "{path} is in use: {users}."
+    cause = "It is mounted, held by another block device, or opened exclusively by another program."
+    next_step = "End that use (umount, swapoff, or stop the program), then run this again."
+
+
+class DiskLocked(DiskError):
+    """Another program holds the lock of the disk."""
+
+    happened = "{path} is locked by {holder}."
+    cause = "Another Lockstep server serves this disk, or a QEMU uses it."
+    next_step = "Stop that server or virtual machine, then run this again."
+
+
+class DiskChanged(DiskError):
+    """Between looking at the disk and opening it, the path came to mean another disk."""
+
+    happened = "{path} is not the disk that it was a moment ago."
+    cause = "The file was replaced, or the device was disconnected and its name given to another one."
+    next_step = "Make sure that {path} is the disk that you mean, then run this again."
+
+
+class DiskUnreadable(DiskError):
+    """The disk is there and permitted, but does not answer."""
+
+    happened = "{path} cannot be read: {reason}."
+    cause = "The disk is failing, has no medium, or was disconnected."
+    next_step = "Look into the kernel's messages (`dmesg`) for this disk, and check its cables and its health."
+
+
+class DiskToolMissing(DiskError):
+    """A program that looks at disks is not installed."""
+
+    happened = "The program {tool} is not installed."
+    cause = "It belongs to the package {package}."
+    next_step = "Install {package} with the system's package manager, then run this again."
+
+
+class MirrorIsTarget(DiskError):
+    """Data: path, target, how."""
+
+    happened = "{path} cannot be the mirror of {target}: they are the same storage ({how})."
+    cause = "Two names lead to one disk: a link, a partition, or a loop device."
+    next_step = "Give a different disk; a mirror on the disk that it protects protects nothing."
+
+
+class MirrorTooSmall(DiskError):
+    """Data: path, size_bytes, needed_bytes, short_bytes, advice."""
+
+    happened = (
+        "{path} is too small for a mirror: it holds {size_bytes} bytes and {needed_bytes} are needed, "
+        "{short_bytes} more."
+    )
+    cause = "A mirror holds as much as its target, rounded up to whole sectors, and 16 MiB for an inline LUKS2 header."
+    next_step = "{advice}"
+
+
+class MirrorTruncated(DiskError):
+    """Data: path, size_bytes, needed_bytes."""
+
+    happened = "The mirror {path} is truncated: it has {size_bytes} bytes, and its data needs {needed_bytes}."
+    cause = "It was cut short, or copied incompletely to this place."
+    next_step = "Put the whole mirror back if there is a copy; otherwise remove this mirror and create it anew."
+
+
+class MirrorHoldsData(DiskError):
+    """Data: path, found."""
+
+    happened = "{path} is not empty: it holds {found}."
+    cause = "The disk is, or was, used for something else."
+    next_step = "If what it holds may be destroyed, repeat the command with --force; otherwise give another disk."
+
+
+class HeaderExists(DiskError):
+    """Data: path."""
+
+    happened = "{path} exists already."
+    cause = "It may be the header of another mirror, which nothing can open without it."
+    next_step = "Give a file that does not exist; or, if its content may be destroyed, repeat with --force."
+
+
+class MirrorOfAnotherVolume(DiskError):
+    """Data: path, volume, owner."""
+
+    happened = "{path} is not the mirror of {volume}: its LUKS2 header says that it belongs to {owner}."
+    cause = "Two mirrors were swapped, or another disk has taken this one's name."
+    next_step = "Connect the right disk under this path (`cryptsetup luksDump` shows what a mirror belongs to)."
+
+
+class TargetEmpty(DiskError):
+    """Data: path."""
+
+    happened = "The target {path} has no bytes."
+    cause = "The file was just created, or the device has no medium."
+    next_step = "Give it a size (`truncate -s 10G {path}`), or insert the medium."
+
+
+class TargetResized(DiskError):
+    """Data: path, volume, size_bytes, expected_bytes."""
+
+    happened = "The target {path} has {size_bytes} bytes; the volume {volume} was created with {expected_bytes}."
+    cause = "The file was truncated or extended, or another disk has taken its name."
+    next_step = "Put the right disk back; for a disk of a new size, `lockstep remove {volume}` and create it anew."
+
+
+class OutputExists(DiskError):
+    """Data: path, found."""
+
+    happened = "{path} is not empty: {found}."
+    cause = "Restoring overwrites the whole output."
+    next_step = "Give another output, or repeat the command with --force if this one may be overwritten."
+
+
+class OutputTooSmall(DiskError):
+    """Data: path, size_bytes, needed_bytes."""
+
+    happened = "{path} is too small for what is to be restored: it has {size_bytes} bytes of {needed_bytes}."
+    cause = "The target was larger than this disk."
+    next_step = "Give a disk of at least {needed_bytes} bytes, or the name of a file that does not exist yet."
+
+
+class OutputIsMirror(DiskError):
+    """Data: path, mirror, how."""
+
+    happened = "{path} cannot be the output: it is the storage of {mirror} ({how})."
+    cause = "Two names lead to one disk: a link, a partition, or a loop device."
+    next_step = "Give a different output; nothing was changed."
+
+
+class MirrorIncomplete(DiskError):
+    """Data: path, state."""
+
+    happened = "The mirror {path} was last closed in the state {state}: parts of it do not hold the target's data."
+    cause = "Its first copy, or a later one, was never finished, or the mirror failed meanwhile."
+    next_step = "Use another mirror if there is one; to rescue what this one holds, repeat with --incomplete."
+
+
+class NoToken(DiskError):
+    """Data: path."""
+
+    happened = "{path} is a LUKS2 volume, but not a mirror of Lockstep: its header has no lockstep token."
+    cause = "It was made by another program, or its header was restored from before Lockstep used it."
+    next_step = "Check the path. As a LUKS2 volume it opens with `cryptsetup open {path} NAME`."
+
+
+class DiskFailed(DiskError):
+    """Data: path, doing, reason."""
+
+    happened = "{doing} {path} failed: {reason}."
+    cause = "The disk is failing or full, or it was disconnected."
+    next_step = "Look into the kernel's messages (`dmesg`) and at the free space, then run this again."
+
+
+class LuksError(LockstepError):
+    """The mirror, as an encrypted volume."""
+
+
+class CipherSelfTestFailed(LuksError):
+    """The cipher gives wrong answers on this machine."""
+
+    happened = "The encryption self-test failed: {kernel} gave a wrong answer for {case}."
+    cause = "The OpenSSL library or the processor does not compute AES-XTS correctly, or the memory is faulty."
+    next_step = "Do not write mirrors on this machine. Update OpenSSL, test the memory, then run this again."
+
+
+class CryptsetupMissing(LuksError):
+    """The program that keeps LUKS2 headers is not installed."""
+
+    happened = "The program cryptsetup is not installed."
+    cause = "Lockstep leaves headers, key slots and passphrases to cryptsetup, which is a package of its own."
+    next_step = "Debian, Ubuntu: `apt install cryptsetup-bin`. Fedora: `dnf install cryptsetup`. Then run this again."
+
+
+class CryptsetupFailed(LuksError):
+    """Cryptsetup failed in a way that has no class of its own."""
+
+    happened = "cryptsetup could not {action} {path} (its exit code was {exit_code}): {reason}."
+    cause = "The disk or file cannot be opened or written, is in use, or cryptsetup does not support what was asked."
+    next_step = "Correct what cryptsetup reports, then run this again."
+
+
+class CryptsetupHung(LuksError):
+    """Cryptsetup did not end in its time, and was killed."""
+
+    happened = "cryptsetup did not {action} {path} within {timeout_s} seconds."
+    cause = "The disk does not answer, another program keeps its header locked, or the machine is very slow."
+    next_step = "Check the disk (`dmesg`) and whether another cryptsetup is running, then run this again."
+
+
+class HeaderUnreadable(LuksError):
+    """The header could not even be read."""
+
+    happened = "The LUKS2 header in {path} cannot be read: {reason}."
+    cause = "The path is wrong, the disk is gone or fails, or this account may not read it."
+    next_step = "Check the path and its permissions, then run this again."
+
+
+class HeaderNotCreated(LuksError):
+    """The file for a detached header could not be made."""
+
+    happened = "The header file {path} cannot be created: {reason}."
+    cause = "The directory does not exist or is full, or this account may not write to it."
+    next_step = "Choose another place for the header. It must not lie on the mirror itself."
+
+
+class NotLuks2(LuksError):
+    """There is no LUKS2 header where one was expected."""
+
+    happened = "{path} has no LUKS2 header."
+    cause = "It is not a mirror, its header was overwritten, or the header is in a file of its own."
+    next_step = "Check the path. For a mirror with a detached header, give the header file with `--header`."
+
+
+class HeaderDamaged(LuksError):
+    """Both copies of the header are damaged, or its content makes no sense."""
+
+    happened = "The LUKS2 header in {path} is damaged: {reason}."
+    cause = "Something else was written over the start of the disk, or the disk returns wrong data."
+    next_step = "Put a backup of the header back (`cryptsetup luksHeaderRestore`); else make the mirror anew."
+
+
+class SegmentUnsupported(LuksError):
+    """A sound LUKS2 header, but its data is not stored in the way that mirrors are."""
+
+    happened = "The LUKS2 volume {path} cannot serve as a mirror: {reason}."
+    cause = "It was not made by Lockstep, or another program has changed it since, for example to re-encrypt it."
+    next_step = "Finish a re-encryption (`cryptsetup reencrypt`). Otherwise `cryptsetup open` it, or make a new mirror."
+
+
+class WrongPassphrase(LuksError):
+    """No key slot opens with this passphrase."""
+
+    happened = "No key slot of {path} opens with this passphrase."
+    cause = "The passphrase is wrong (a key file counts whole, with a newline at its end), or a key slot is damaged."
+    next_step = "Try again, or use another passphrase of this mirror or a backup of its header."
+
+
+class EmptyPassphrase(LuksError):
+    """An empty passphrase protects nothing."""
+
+    happened = "The passphrase is empty."
+    cause = "The key file is empty, or nothing arrived on standard input."
+    next_step = "Give a passphrase of at least one byte."
+
+
+class NoKeySlots(LuksError):
+    """The header has no key slot left."""
+
+    happened = "The LUKS2 header in {path} has no key slot left."
+    cause = "Its keys were erased (`cryptsetup erase`), which makes the data unreadable on purpose."
+    next_step = "Put a backup of the header back (`cryptsetup luksHeaderRestore`); else make the mirror anew."
+
+
+class TokenMalformed(LuksError):
+    """The record that makes a mirror self-describing makes no sense."""
+
+    happened = "The Lockstep token in the header of {path} is malformed: {reason}."
+    cause = "Another program changed it, or it was imported by hand."
+    next_step = "Look at it with `cryptsetup luksDump`. The data can still be read with `cryptsetup open`."
+
+
+class TokenTooNew(LuksError):
+    """The mirror was last written by a newer Lockstep."""
+
+    happened = "The Lockstep token in the header of {path} has version {version}; this Lockstep knows up to {known}."
+    cause = "A newer Lockstep has used this mirror."
+    next_step = "Use that version or a later one. The data can still be read with `cryptsetup open`."
+
+
+class ServiceError(LockstepError):
+    """Serving, attaching, the control socket."""
+
+
+class AttachNeedsRoot(ServiceError):
+    """Only root makes block devices."""
+
+    happened = "Attaching and detaching a volume needs root."
+    cause = "Only root may set up a block device of the operating system."
+    next_step = "Run this with `sudo`, or give the volume's NBD address to a program that speaks NBD, such as QEMU."
+
+
+class AttachToolMissing(ServiceError):
+    """A program that attaches is not installed."""
+
+    happened = "The program {tool} is not installed."
+    cause = "It belongs to the package {package}."
+    next_step = "Install {package} with the system's package manager, then run this again."
+
+
+class FuseMissing(ServiceError):
+    """Neither of the two ways to a block device exists here."""
+
+    happened = "This system has neither the nbd driver nor /dev/fuse."
+    cause = "The kernel modules are not installed, or this is a container without these devices."
+    next_step = "Load one of them (`modprobe nbd` or `modprobe fuse`), or pass /dev/fuse to the container."
+
+
+class AttachFailed(ServiceError):
+    """A step of attaching failed; the steps before were undone."""
+
+    happened = "{export} was not attached: {step} failed: {reason}."
+    cause = "Most often the volume is not being served, or the server refused the connection."
+    next_step = "Check with `lockstep status {export}` that it is served, then run this again."
+
+
+class NotAttached(ServiceError):
+    """There is no device to take away."""
+
+    happened = "{export} is not attached."
+    cause = "It was never attached, or was detached already."
+    next_step = "Nothing needs to be done; `lockstep attach {export}` attaches it."
+
+
+class DetachRefused(ServiceError):
+    """Somebody still uses the device."""
+
+    happened = "{device} of {export} is in use: {users}."
+    cause = "Taking a device away under a file system or a program loses what it has not written yet."
+    next_step = "End that use first (umount, swapoff, or stop the program), then run this again."
+
+
+class DetachStuck(ServiceError):
+    """A step of detaching did not end in its time."""
+
+    happened = "{export} could not be detached: {step}: {reason}."
+    cause = "The server does not answer, or a program keeps the device or the directory open."
+    next_step = "See with `lockstep status {export}` whether it answers, end what keeps it open, then detach again."
+
+
+class DetachUnflushed(ServiceError):
+    """The device is gone, and its last writes may be as well."""
+
+    happened = "{device} of {export} is detached, but the server did not confirm its last writes: {reason}."
+    cause = "The server ended, or failed to write, while the device was still attached."
+    next_step = "Serve and attach {export} again, and check the file system on it (`fsck`) before using it."
+
+
+class AlreadyServed(ServiceError):
+    """Data: volume."""
+
+    happened = "The volume {volume} is being served already."
+    cause = "Another `lockstep serve {volume}` runs on this state directory."
+    next_step = "Use that one (`lockstep status {volume}` shows its address), or stop it first."
+
+
+class StillServed(ServiceError):
+    """Data: volume, action."""
+
+    happened = "The volume {volume} is being served and cannot be {action}."
+    cause = "A `lockstep serve {volume}` is running."
+    next_step = "Stop it first (SIGTERM, or Ctrl-C where it runs)."
+
+
+class NotServed(ServiceError):
+    """Data: volume."""
+
+    happened = "The volume {volume} is not being served."
+    cause = "It was not started, or its server has ended."
+    next_step = "Start it with `lockstep serve {volume}`."
+
+
+class ServerSilent(ServiceError):
+    """Data: volume, reason."""
+
+    happened = "The server of {volume} runs but does not answer: {reason}."
+    cause = "It is starting or stopping, or one of its disks hangs."
+    next_step = "Try again in a moment; the kernel's messages (`dmesg`) tell of a hanging disk."
+
+
+class SocketUnusable(ServiceError):
+    """Data: path, reason."""
+
+    happened = "The socket {path} cannot be used: {reason}."
+    cause = "Its directory is missing or not writable, something else has that name, or the path is over 107 bytes."
+    next_step = "Give another one with --socket, or a shorter --state-dir."
+
+
+class AddressUnusable(ServiceError):
+    """Data: address, reason."""
+
+    happened = "The server cannot listen on {address}: {reason}."
+    cause = "Another program listens there, or the address is not this machine's."
+    next_step = "Give another address with --tcp, or stop the other program."
+
+
+class StateDirUnusable(ServiceError):
+    """Data: path, reason."""
+
+    happened = "The state directory {path} cannot be used: {reason}."
+    cause = "It belongs to another user, or its disk is full or read-only."
+    next_step = "Run this as its owner, or name another with --state-dir."
+
+
+class StillAttached(ServiceError):
+    """Data: volume, device."""
+
+    happened = "The volume {volume} is still attached, as {device}."
+    cause = "The operating system may be using the device."
+    next_step = "Run `lockstep detach {volume}` first."

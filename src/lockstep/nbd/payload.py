@@ -1,0 +1,65 @@
+"""Memory for requests too large, or too slow, to stay in a connection's own receive buffer.
+
+One pool serves all connections, so that the sum is bounded however many clients send 32 MiB writes at once. A
+request takes its whole payload before its first byte is received: no set of half-received requests can then
+wait for each other. Freed blocks are kept for reuse, since the page faults of fresh memory cost as much as
+encrypting it.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from lockstep.nbd.wire import MAX_PAYLOAD_BYTES
+
+DEFAULT_LIMIT_BYTES: Final = 8 * MAX_PAYLOAD_BYTES
+KEEP_BYTES: Final = 32 << 20
+SMALLEST_BYTES: Final = 64 << 10
+
+
+class PayloadPool:
+    """At most `limit_bytes` of blocks at a time; the loop's thread alone may call it."""
+
+    def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+        self._limit_bytes = max(limit_bytes, MAX_PAYLOAD_BYTES)
+        self._used_bytes = 0
+        self._kept_bytes = 0
+        self._kept: dict[int, list[bytearray]] = {}
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    @property
+    def contended(self) -> bool:
+        """Whether somebody waits for memory that others hold."""
+        return bool(self._waiting)
+
+    def take(self, length: int) -> bytearray | None:
+        """Return a block of at least `length` bytes, at most MAX_PAYLOAD_BYTES; None when there is no room now."""
+        size = max(SMALLEST_BYTES, 1 << (length - 1).bit_length())
+        if self._used_bytes + size > self._limit_bytes:
+            return None
+        self._used_bytes += size
+        kept = self._kept.get(size)
+        if kept:
+            self._kept_bytes -= size
+            return kept.pop()
+        return bytearray(size)
+
+    def give(self, block: bytearray) -> None:
+        """Hand back a block that `take` returned; those who wait are told, in the order in which they came."""
+        size = len(block)
+        self._used_bytes -= size
+        if self._kept_bytes + size <= KEEP_BYTES:
+            self._kept.setdefault(size, []).append(block)
+            self._kept_bytes += size
+        waiting, self._waiting = self._waiting, deque()
+        for retry in waiting:
+            retry()
+
+    def wait(self, retry: Callable[[], None]) -> None:
+        """Have `retry` called once, when there may be room again."""
+        self._waiting.append(retry)
+
+    def forget(self, retry: Callable[[], None]) -> None:
+        """Cancel a `wait`."""
+        if retry in self._waiting:
+            self._waiting.remove(retry)

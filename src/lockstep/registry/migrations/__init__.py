@@ -1,0 +1,1 @@
+"""The registry's schema, revision by revision. `lockstep.registry.schema` runs them."""

@@ -1,0 +1,414 @@
+"""Question 1 of the method: does this target have a mirror? `Registry` is all that others use.
+
+What holds here
+- Every method is one transaction; an error means that nothing was changed.
+- One writer at a time: each writing transaction first takes the registry's lock (SQLite: BEGIN IMMEDIATE;
+  PostgreSQL: an advisory lock), so what it checks is still true when it inserts. The unique constraints stand
+  behind that for writers who do not take the lock. Migrating is such a transaction as well: of many who open
+  a fresh registry at once, one migrates and the others find it done.
+- One disk has one role: no path is the target, the mirror or the header of two things. Paths are compared as text;
+  two names of one disk are told apart by the LUKS UUID (mirrors) and by the locks on the open disks.
+- Who waits longer than LOCK_TIMEOUT_S for another gets RegistryBusy.
+
+How the SQLite file is kept
+- Rollback journal, not WAL: the file is a few pages, written a few times a day, and between writes it is one
+  file that can be copied, sits on any file system, and is read without a writable -shm beside it.
+- synchronous=EXTRA: what was committed stays committed after a power cut, the journal's removal included.
+- A connection lives for one transaction. So a file that was put back from a backup is seen at once, and a file
+  that is gone is an error: connections never create it. Creating it is `mknod`, which opens nothing: to close
+  a second descriptor of the file would drop the locks that SQLite holds on it in this process.
+"""
+
+import os
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from difflib import get_close_matches
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, cast
+from urllib.parse import quote
+
+from sqlalchemy import CursorResult, Delete, Engine, Update, create_engine, delete, make_url, select, text, update
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.pool import NullPool
+
+from lockstep.errors import (
+    HeaderTaken,
+    LuksUuidTaken,
+    MirrorTaken,
+    MirrorUnknown,
+    RegistryBusy,
+    RegistryDamaged,
+    RegistryDriverMissing,
+    RegistryError,
+    RegistryPathInvalid,
+    RegistryUnreachable,
+    RegistryUnreadable,
+    RegistryUrlInvalid,
+    TargetTaken,
+    VolumeExists,
+    VolumeNameInvalid,
+    VolumeUnknown,
+)
+from lockstep.registry import schema
+from lockstep.registry.models import Mirror, Volume
+
+LOCK_TIMEOUT_S = 10.0
+"""How long an operation waits for another process's."""
+
+OnDenied = Literal["hold", "refuse"]
+
+Row = TypeVar("Row", Volume, Mirror)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+_WRITERS_LOCK = 0x6C6F636B73746570
+"""PostgreSQL's advisory locks are numbers: this one is "lockstep" in ASCII."""
+
+_SQLITE_SCHEME = "sqlite:///"
+_POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
+
+_CONNECT_OPTIONS = {"connect_timeout": "10", "tcp_user_timeout": "10000"}
+"""libpq's, in s and ms, where the URL does not say otherwise: a dead server is an error, not a hang."""
+
+# (dialect, does it write) -> the statements that open a transaction.
+_OPENING: dict[tuple[str, bool], tuple[str, ...]] = {
+    ("sqlite", False): ("BEGIN",),
+    ("sqlite", True): ("BEGIN IMMEDIATE",),
+    ("postgresql", False): ("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY",),
+    ("postgresql", True): (
+        f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_S * 1000:.0f}",
+        f"SELECT pg_advisory_xact_lock({_WRITERS_LOCK})",
+    ),
+}
+
+# What the database calls a failure -> what it is to the user; anything else is the default beside it.
+_SQLITE_FAILURES: dict[int, type[RegistryError]] = {
+    sqlite3.SQLITE_BUSY: RegistryBusy,
+    sqlite3.SQLITE_LOCKED: RegistryBusy,
+    sqlite3.SQLITE_ERROR: RegistryDamaged,  # a table or column is missing
+    sqlite3.SQLITE_CORRUPT: RegistryDamaged,
+    sqlite3.SQLITE_NOTADB: RegistryDamaged,
+    sqlite3.SQLITE_CONSTRAINT: RegistryDamaged,  # that no check of ours explains
+}
+_POSTGRESQL_FAILURES: dict[str, type[RegistryError]] = {
+    "55P03": RegistryBusy,  # lock_not_available
+    "42P01": RegistryDamaged,  # undefined_table
+    "42703": RegistryDamaged,  # undefined_column
+    "42P07": RegistryDamaged,  # duplicate_table
+    "23505": RegistryDamaged,  # unique_violation that no check of ours explains
+    "23514": RegistryDamaged,  # check_violation
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorRecord:
+    """A registered mirror. `generation` is the last that was seen on it; `header_path` is None for an inline header."""
+
+    id: str
+    volume_id: str
+    path: str
+    header_path: str | None
+    luks_uuid: str
+    generation: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeRecord:
+    """A registered volume with its mirrors, oldest first. `sector_bytes` is the target's logical block size."""
+
+    id: str
+    name: str
+    target_path: str
+    size_bytes: int
+    sector_bytes: int
+    on_denied: OnDenied
+    created_at: datetime
+    mirrors: tuple[MirrorRecord, ...]
+
+
+class Registry:
+    """The volumes and their mirrors. Threads may share one; every method may raise the errors of `open`."""
+
+    def __init__(self, engine: Engine, label: str) -> None:
+        self._engine = engine
+        self._label = label
+
+    @classmethod
+    def open(cls, url: str) -> Self:
+        """Open the registry and bring its schema up to date.
+
+        `url` is `sqlite:///PATH`, PATH being literal (nothing in it is escaped; the file is created with mode 0600,
+        its directory is not), or `postgresql://[USER[:PASSWORD]@]HOST[:PORT]/DATABASE[?libpq options]`.
+
+        Raises RegistryUrlInvalid, RegistryDriverMissing, RegistryUnreadable (file), RegistryUnreachable (server),
+        RegistryBusy, RegistryDamaged, RegistryTooNew.
+        """
+        registry = cls(*(_sqlite(url) if url.startswith("sqlite:") else _postgresql(url)))
+        try:
+            with registry._transaction() as session:
+                found = schema.found_revision(session.connection())
+            if found != schema.REVISION:
+                with registry._transaction(write=True) as session:
+                    schema.bring_up_to_date(session.connection(), registry._label)
+        except BaseException:
+            registry.close()
+            raise
+        return registry
+
+    def close(self) -> None:
+        """Give back every connection. Closing twice is allowed."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def volumes(self) -> tuple[VolumeRecord, ...]:
+        """All volumes, by name."""
+        with self._transaction() as session:
+            records = map(_volume_record, session.scalars(select(Volume)))
+            return tuple(sorted(records, key=lambda volume: volume.name))  # here: each database collates in its own way
+
+    def volume(self, name: str) -> VolumeRecord:
+        """Return one volume. Raises VolumeUnknown, which knows similar names."""
+        with self._transaction() as session:
+            return _volume_record(_find(session, name))
+
+    def mirrors_of(self, volume_id: str) -> tuple[MirrorRecord, ...]:
+        """Step 502: the target's mirrors, oldest first. None of them (step 505): the target is written alone."""
+        with self._transaction() as session:
+            rows = session.scalars(
+                select(Mirror).filter_by(volume_id=volume_id).order_by(Mirror.created_at, Mirror.path)
+            )
+            return tuple(map(_mirror_record, rows))
+
+    def add_volume(
+        self, name: str, *, target_path: str, size_bytes: int, sector_bytes: int, on_denied: OnDenied = "hold"
+    ) -> VolumeRecord:
+        """Register a target, without mirrors yet.
+
+        Raises VolumeNameInvalid, RegistryPathInvalid, VolumeExists, TargetTaken, MirrorTaken, HeaderTaken.
+        """
+        check_name(name)
+        _check_path(target_path)
+
+        def row(session: Session) -> Volume:
+            if session.scalar(select(Volume.id).filter_by(name=name)):
+                raise VolumeExists(volume=name)
+            _refuse_taken(session, target_path)
+            return Volume(
+                name=name,
+                target_path=target_path,
+                size_bytes=size_bytes,
+                sector_bytes=sector_bytes,
+                on_denied=on_denied,
+                mirrors=[],
+            )
+
+        return _volume_record(self._insert(row))
+
+    def remove_volume(self, name: str) -> None:
+        """Forget a volume and its mirrors; the disks are not touched. Raises VolumeUnknown."""
+        with self._transaction(write=True) as session:
+            session.execute(delete(Volume).filter_by(id=_find(session, name).id))
+
+    def add_mirror(
+        self, name: str, *, path: str, luks_uuid: str, header_path: str | None = None, generation: int = 0
+    ) -> MirrorRecord:
+        """Register a mirror of the volume `name`.
+
+        Raises VolumeUnknown, RegistryPathInvalid, TargetTaken, MirrorTaken, HeaderTaken, LuksUuidTaken.
+        """
+        paths = [path] if header_path is None else [path, header_path]
+        for each in paths:
+            _check_path(each)
+        if path == header_path:
+            raise RegistryPathInvalid(path=path, reason="it is given as the mirror and as its header")
+
+        def row(session: Session) -> Mirror:
+            volume = _find(session, name)
+            _refuse_taken(session, *paths)
+            if twin := session.scalar(select(Mirror).filter_by(luks_uuid=luks_uuid)):
+                raise LuksUuidTaken(path=path, luks_uuid=luks_uuid, registered=twin.path)
+            return Mirror(
+                volume_id=volume.id, path=path, header_path=header_path, luks_uuid=luks_uuid, generation=generation
+            )
+
+        return _mirror_record(self._insert(row))
+
+    def remove_mirror(self, name: str, path: str) -> None:
+        """Forget one mirror; the disk is not touched. Raises VolumeUnknown, MirrorUnknown."""
+        with self._transaction(write=True) as session:
+            volume = _find(session, name)
+            if not _hit(session, delete(Mirror).filter_by(volume_id=volume.id, path=path)):
+                raise MirrorUnknown(mirror=path, where=f" with the volume {name}")
+
+    def set_generation(self, mirror_id: str, generation: int) -> None:
+        """Keep the generation that was last seen on a mirror, durably. Raises MirrorUnknown."""
+        with self._transaction(write=True) as session:
+            if not _hit(session, update(Mirror).filter_by(id=mirror_id).values(generation=generation)):
+                raise MirrorUnknown(mirror=mirror_id, where="")
+
+    @contextmanager
+    def _transaction(self, *, write: bool = False) -> Iterator[Session]:
+        """One transaction: committed at the end, rolled back on an error; the database's errors in our words."""
+        try:
+            with Session(self._engine, expire_on_commit=False) as session, session.begin():
+                for statement in _OPENING[self._engine.dialect.name, write]:
+                    session.execute(text(statement))
+                yield session
+        except DBAPIError as error:
+            raise _in_our_words(error, self._label) from error
+
+    def _insert(self, row: Callable[[Session], Row]) -> Row:
+        """Insert what `row` makes once its checks have passed.
+
+        A constraint that rejects what the checks let through means that somebody without our lock was quicker, or
+        damage. So the checks are made once more: they see the other's row and name it, or the error comes again.
+        """
+
+        def insert() -> Row:
+            with self._transaction(write=True) as session:
+                session.add(new := row(session))
+            return new
+
+        try:
+            return insert()
+        except RegistryDamaged:
+            return insert()
+
+
+def check_name(name: str) -> str:
+    """Return `name` if a volume may be called so. Raises VolumeNameInvalid."""
+    if not _NAME.fullmatch(name):
+        raise VolumeNameInvalid(volume=name)
+    return name
+
+
+def _check_path(path: str) -> None:
+    """Refuse what no disk's path can be, or what no database's text can hold."""
+    if not os.path.isabs(path):
+        raise RegistryPathInvalid(path=path, reason="it is not absolute")
+    if not path.isprintable():
+        raise RegistryPathInvalid(path=path, reason="it holds bytes that are not printable text")
+
+
+def _find(session: Session, name: str) -> Volume:
+    if volume := session.scalar(select(Volume).filter_by(name=name)):
+        return volume
+    near = get_close_matches(name, session.scalars(select(Volume.name)))
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise VolumeUnknown(volume=name, near=tuple(near), hint=hint)
+
+
+_ROLES: tuple[tuple[InstrumentedAttribute[Any], type[RegistryError]], ...] = (
+    (Volume.target_path, TargetTaken),
+    (Mirror.path, MirrorTaken),
+    (Mirror.header_path, HeaderTaken),
+)
+
+
+def _refuse_taken(session: Session, *paths: str) -> None:
+    """Refuse a disk that already has a role, in this volume or another."""
+    for role, error in _ROLES:
+        held = select(role, Volume.name).select_from(Volume).outerjoin(Volume.mirrors).where(role.in_(paths))
+        if taken := session.execute(held).first():
+            raise error(path=taken[0], volume=taken[1])
+
+
+def _hit(session: Session, statement: Delete | Update) -> bool:
+    """Execute, and say whether there was a row to change."""
+    return cast("CursorResult[Any]", session.execute(statement)).rowcount > 0
+
+
+def _mirror_record(row: Mirror) -> MirrorRecord:
+    return MirrorRecord(
+        id=row.id,
+        volume_id=row.volume_id,
+        path=row.path,
+        header_path=row.header_path,
+        luks_uuid=row.luks_uuid,
+        generation=row.generation,
+        created_at=row.created_at,
+    )
+
+
+def _volume_record(row: Volume) -> VolumeRecord:
+    return VolumeRecord(
+        id=row.id,
+        name=row.name,
+        target_path=row.target_path,
+        size_bytes=row.size_bytes,
+        sector_bytes=row.sector_bytes,
+        on_denied=cast("OnDenied", row.on_denied),
+        created_at=row.created_at,
+        mirrors=tuple(map(_mirror_record, row.mirrors)),
+    )
+
+
+def _sqlite(url: str) -> tuple[Engine, str]:
+    """Return the engine for a file, which exists from here on, and the file's path for messages."""
+    given = url.removeprefix(_SQLITE_SCHEME)
+    if given in ("", url) or "\0" in given:
+        raise RegistryUrlInvalid(reason=f"after {_SQLITE_SCHEME} it names no file")
+    path = os.path.abspath(given)
+    try:
+        os.mknod(path, 0o600)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise RegistryUnreadable(registry=path, reason=error.strerror) from error
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"file:{quote(os.fsencode(path))}?mode=rw",
+            uri=True,
+            timeout=LOCK_TIMEOUT_S,
+            isolation_level=None,  # the transactions are ours, see _OPENING
+            check_same_thread=False,
+        )
+        try:
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA synchronous = EXTRA")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    return create_engine(_SQLITE_SCHEME, creator=connect, poolclass=NullPool), path
+
+
+def _postgresql(url: str) -> tuple[Engine, str]:
+    """Return the engine for a server's database, and its URL without secrets for messages."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise RegistryUrlInvalid(reason="it is not a URL") from None  # the cause would quote it, password and all
+    if parsed.drivername not in _POSTGRESQL_SCHEMES:
+        raise RegistryUrlInvalid(reason=f"{parsed.drivername} is neither sqlite nor postgresql")
+    options = {name: value for name, value in _CONNECT_OPTIONS.items() if name not in parsed.query}
+    try:
+        engine = create_engine(parsed.set(drivername="postgresql+psycopg"), connect_args=options, pool_pre_ping=True)
+    except ImportError as error:
+        raise RegistryDriverMissing(reason=str(error)) from error
+    return engine, parsed.set(query={}).render_as_string()
+
+
+def _in_our_words(error: DBAPIError, label: str) -> RegistryError:
+    """The database's error as a row of the catalogue."""
+    reason = " ".join(str(error.orig).split())
+    if isinstance(error.orig, sqlite3.Error):
+        code = getattr(error.orig, "sqlite_errorcode", sqlite3.SQLITE_CANTOPEN) & 0xFF  # the primary result code
+        return _SQLITE_FAILURES.get(code, RegistryUnreadable)(registry=label, reason=reason)
+    state = getattr(error.orig, "sqlstate", None)
+    return _POSTGRESQL_FAILURES.get(state or "", RegistryUnreachable)(registry=label, reason=reason)

@@ -1,0 +1,1 @@
+"""One served volume: what joins the wire, the write path, the registry and the operating system."""

@@ -1,0 +1,298 @@
+"""The life of one served volume: open everything, serve until told to stop, close in order.
+
+    open      volume lock, target, mirrors: whatever can be refused is refused here, and nothing has changed
+    claim     the mirrors' tokens and records say that the disks may differ from now on
+    serve     NBD and control sockets; mirrors that are behind are brought in sync meanwhile
+    stop      no new requests; those under way are answered; resyncs end after the piece they are at
+    retire    flush both disks, then record what differs
+
+Whatever ends the process before `retire` leaves mirrors that are copied anew at the next start.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import errno
+import functools
+import ipaddress
+import logging
+import os
+import resource
+import signal
+import socket
+import stat
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import uvloop
+
+from lockstep.crypto.cipher import self_test
+from lockstep.disk.lock import lock_exclusive
+from lockstep.disk.plain import PlainDisk
+from lockstep.disk.probe import inspect, open_disk, users_of
+from lockstep.errors import (
+    AddressInvalid,
+    AddressUnusable,
+    AlreadyServed,
+    DiskBusy,
+    DiskFailed,
+    LockstepError,
+    SocketUnusable,
+    TargetResized,
+)
+from lockstep.nbd.server import NbdServer
+from lockstep.registry import access
+from lockstep.registry.store import VolumeRecord
+from lockstep.service import status
+from lockstep.service.control import control_interface
+from lockstep.service.export import VolumeExport
+from lockstep.service.mirror_session import MirrorSession
+from lockstep.service.state import State
+from lockstep.volume.resync import Resync
+from lockstep.volume.write_path import WritePath
+
+log = logging.getLogger(__name__)
+
+WORKERS: Final = 16
+TOKEN_INTERVAL_S: Final = 1.0
+_PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where clients connect: a unix socket, and if wanted a loopback TCP address."""
+
+    socket: str
+    tcp: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class _OpenVolume:
+    record: VolumeRecord
+    target: PlainDisk
+    mirrors: tuple[MirrorSession, ...]
+
+
+def serve(
+    state: State,
+    name: str,
+    passphrase: Callable[[], bytes],
+    listen: Listen,
+    on_ready: Callable[[list[str]], None],
+) -> None:
+    """Serve a volume until SIGTERM or SIGINT.
+
+    `passphrase` is asked once, if there is a mirror; `on_ready` is given the URIs when clients may connect.
+    Raises whatever keeps it from starting, or from stopping in order.
+    """
+    _protect_memory()
+    self_test()
+    with state.registry() as registry:
+        volume = registry.volume(name)
+    with state.volume_lock(name) as mine:
+        if not mine:
+            raise AlreadyServed(volume=name)
+        with _opened(state, volume, passphrase) as opened:
+            uvloop.run(_serve(state, opened, listen, on_ready))
+
+
+def parse_tcp(address: str) -> tuple[str, int]:
+    """Split HOST:PORT. Raises AddressInvalid unless the host is a loopback address."""
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not port.isdecimal() or int(port) > 65535:
+        raise AddressInvalid(address=address, reason="it is not HOST:PORT")
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise AddressInvalid(address=address, reason="it is not a loopback address")
+    return host, int(port)
+
+
+# --- open ---
+
+
+@contextlib.contextmanager
+def _opened(state: State, volume: VolumeRecord, passphrase: Callable[[], bytes]) -> Iterator[_OpenVolume]:
+    with contextlib.ExitStack() as stack:
+        target = _open_target(volume)
+        stack.callback(target.close)
+        mirrors = []
+        for mirror in volume.mirrors:
+            session = MirrorSession(state, volume, mirror, passphrase())
+            stack.callback(session.close)
+            mirrors.append(session)
+        yield _OpenVolume(volume, target, tuple(mirrors))
+
+
+def _open_target(volume: VolumeRecord) -> PlainDisk:
+    disk = inspect(volume.target_path)
+    if disk.size_bytes != volume.size_bytes:
+        raise TargetResized(
+            path=disk.path, volume=volume.name, size_bytes=disk.size_bytes, expected_bytes=volume.size_bytes
+        )
+    users = users_of(disk)
+    if users:
+        raise DiskBusy(path=disk.path, users=" and ".join(users))
+    fd = open_disk(disk, writable=True)
+    try:
+        lock_exclusive(fd, disk)
+        return PlainDisk(disk, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _protect_memory() -> None:
+    """Keep the volume key out of core dumps and out of other processes' reach."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+# --- serve ---
+
+
+async def _serve(
+    state: State, opened: _OpenVolume, listen: Listen, on_ready: Callable[[list[str]], None]
+) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    volume = opened.record
+    sectors = [session.disk.sector_bytes for session in opened.mirrors]
+    with ThreadPoolExecutor(WORKERS, "lockstep-worker") as workers:
+        path = WritePath(
+            opened.target,
+            tuple(session.link for session in opened.mirrors),
+            functools.partial(_gate, volume.name),
+            max(sectors, default=1),
+            workers,
+        )
+        server = NbdServer(VolumeExport(volume.name, path, workers))
+        async with _listening(server, listen, volume.name) as uris:
+            describe = functools.partial(_describe, opened, server, uris[0])
+            async with control_interface(state.control(volume.name), describe):
+                await _in_worker(workers, _claim, state, opened)
+                background = _start_background(opened, path, workers)
+                on_ready(uris)
+                await stop.wait()
+                log.info("stopping")
+                await server.drain()
+                await _end(background)
+        await _in_worker(workers, _retire, state, opened)
+
+
+def _gate(volume_name: str, user: str) -> bool:
+    """Step 602, as the write path asks it."""
+    return access.decide(user, volume_name, time.time()).allowed
+
+
+def _describe(opened: _OpenVolume, server: NbdServer, uri: str) -> dict[str, Any]:
+    now_s = time.time()
+    clients = [
+        {"user": user, "verdict": "allowed" if access.decide(user, opened.record.name, now_s).allowed else "denied"}
+        for user in server.clients()
+    ]
+    mirrors = [status.of_link(session.link) for session in opened.mirrors]
+    return status.of_volume(opened.record, mirrors, uri=uri, clients=clients)
+
+
+@contextlib.asynccontextmanager
+async def _listening(server: NbdServer, listen: Listen, name: str) -> AsyncIterator[list[str]]:
+    """Open the sockets; clients may connect to them only after `on_ready`, but none is turned away before."""
+    _clear_stale_socket(listen.socket)
+    uris = [f"nbd+unix:///{name}?socket={listen.socket}"]
+    try:
+        await server.listen_unix(listen.socket)
+    except OSError as error:
+        raise SocketUnusable(path=listen.socket, reason=error.strerror or str(error)) from error
+    try:
+        if listen.tcp is not None:
+            host, port = listen.tcp
+            try:
+                port = await server.listen_tcp(host, port)
+            except OSError as error:
+                raise AddressUnusable(address=f"{host}:{port}", reason=error.strerror or str(error)) from error
+            uris.append(f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{name}")
+        yield uris
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(listen.socket)
+
+
+def _clear_stale_socket(path: str) -> None:
+    """Remove the socket of a server that died. Raises SocketUnusable when it is alive, or not a socket."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise SocketUnusable(path=path, reason="something that is not a socket has that name")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # noqa: FBT003 (its name in the standard library)
+        code = probe.connect_ex(path)
+    if code != errno.ECONNREFUSED:
+        raise SocketUnusable(path=path, reason="another program is listening on it")
+    os.unlink(path)
+
+
+def _start_background(opened: _OpenVolume, path: WritePath, workers: Executor) -> list[asyncio.Task[None]]:
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(_keep_tokens_true(opened.mirrors, workers))]
+    tasks += [loop.create_task(Resync(path, s.link, s.disk, workers).run()) for s in opened.mirrors]
+    return tasks
+
+
+async def _keep_tokens_true(mirrors: tuple[MirrorSession, ...], workers: Executor) -> None:
+    while mirrors:
+        for session in mirrors:
+            await _in_worker(workers, session.keep_token_true)
+        await asyncio.sleep(TOKEN_INTERVAL_S)
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            log.error("a background task failed", exc_info=outcome)
+
+
+# --- claim and retire ---
+
+
+def _claim(state: State, opened: _OpenVolume) -> None:
+    for session in opened.mirrors:
+        session.claim()
+    _note_generations(state, opened)
+
+
+def _retire(state: State, opened: _OpenVolume) -> None:
+    try:
+        opened.target.flush()
+    except OSError as error:
+        raise DiskFailed(path=opened.record.target_path, doing="Flushing", reason=error.strerror) from error
+    for session in opened.mirrors:
+        try:
+            session.retire()
+        except LockstepError as error:
+            log.error("mirror %s could not be closed in order, it will be copied anew: %s", session.mirror.path, error)
+    _note_generations(state, opened)
+
+
+def _note_generations(state: State, opened: _OpenVolume) -> None:
+    """Remember what was written last; a registry out of reach is no reason not to serve, or not to stop."""
+    try:
+        with state.registry() as registry:
+            for session in opened.mirrors:
+                registry.set_generation(session.mirror.id, session.generation)
+    except LockstepError as error:
+        log.warning("the registry could not be updated: %s", error)
+
+
+async def _in_worker(workers: Executor, work: Callable[..., None], *args: object) -> None:
+    await asyncio.get_running_loop().run_in_executor(workers, work, *args)

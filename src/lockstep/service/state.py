@@ -1,0 +1,93 @@
+"""The state directory: where everything that is not on the disks themselves is kept.
+
+    registry.db                      volumes and their mirrors
+    regions/MIRROR-UUID.regions      what a clean stop leaves behind for each mirror
+    run/NAME.lock                    held by the server of the volume NAME for as long as it runs
+    run/NAME.sock                    the NBD server
+    run/NAME.control                 the control interface
+    run/NAME.attached, NAME.fuse/    the block device of an attached volume
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import platformdirs
+
+from lockstep.errors import StateDirUnusable
+from lockstep.registry.store import Registry
+
+ENVIRONMENT: Final = "LOCKSTEP_STATE_DIR"
+SYSTEM_DIRECTORY: Final = "/var/lib/lockstep"
+
+
+@dataclass(frozen=True)
+class State:
+    """A state directory, given as an absolute path."""
+
+    path: str
+
+    @classmethod
+    def locate(cls, given: str | None) -> "State":
+        """Return the directory to use: `given`, else $LOCKSTEP_STATE_DIR, else the system's or the user's own."""
+        chosen = given or os.environ.get(ENVIRONMENT)
+        if not chosen:
+            chosen = SYSTEM_DIRECTORY if os.geteuid() == 0 else platformdirs.user_state_dir("lockstep")
+        return cls(os.path.abspath(chosen))
+
+    def registry(self) -> Registry:
+        """Open the registry, making the directory if need be. Raises StateDirUnusable and registry errors."""
+        self.prepare()
+        return Registry.open(f"sqlite:///{self.path}/registry.db")
+
+    def prepare(self) -> None:
+        """Make what is missing of the directory, for its owner alone. Raises StateDirUnusable."""
+        try:
+            for directory in (self.path, self.run_dir, self._regions_dir):
+                os.makedirs(directory, mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise StateDirUnusable(path=self.path, reason=error.strerror) from error
+
+    @property
+    def run_dir(self) -> str:
+        """Where sockets and locks are."""
+        return f"{self.path}/run"
+
+    @property
+    def _regions_dir(self) -> str:
+        return f"{self.path}/regions"
+
+    def socket(self, name: str) -> str:
+        """The default NBD socket of a volume."""
+        return f"{self.run_dir}/{name}.sock"
+
+    def control(self, name: str) -> str:
+        """The control socket of a volume."""
+        return f"{self.run_dir}/{name}.control"
+
+    def regions(self, luks_uuid: str) -> str:
+        """The region record of a mirror."""
+        return f"{self._regions_dir}/{luks_uuid}.regions"
+
+    @contextlib.contextmanager
+    def volume_lock(self, name: str) -> Iterator[bool]:
+        """Try to be the only one who serves or removes a volume; yields whether that is so.
+
+        The kernel gives the lock up when its holder dies, so there is no stale lock to recognise.
+        """
+        try:
+            fd = os.open(f"{self.run_dir}/{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StateDirUnusable(path=self.path, reason=error.strerror) from error
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(fd)

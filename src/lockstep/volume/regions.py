@@ -1,0 +1,79 @@
+"""Where a mirror may differ from its target, at the grain of regions.
+
+A region is clean only when the two disks are known to be equal there. While it is being copied it counts as
+dirty; a mark that arrives meanwhile is not lost when the copy ends, because finishing clears only regions that
+nobody has marked since.
+
+In memory a region is one byte, so that finding, counting and marking are single operations of the
+interpreter, safe from any thread; on disk it is one bit.
+"""
+
+from typing import Final
+
+SMALLEST_REGION_BYTES: Final = 64 << 10
+LARGEST_REGION_BYTES: Final = 16 << 20
+REGIONS_WANTED: Final = 1 << 20
+
+_CLEAN, _DIRTY, _COPYING = 0, 1, 2
+
+
+def region_bytes_for(size_bytes: int) -> int:
+    """Return the power of two that keeps a disk of this size at about a million regions or fewer."""
+    needed = -(-size_bytes // REGIONS_WANTED)
+    return max(SMALLEST_REGION_BYTES, min(LARGEST_REGION_BYTES, 1 << max(0, needed - 1).bit_length()))
+
+
+class RegionMap:
+    """Clean or dirty, for each region of a disk of `size_bytes`."""
+
+    def __init__(self, size_bytes: int, region_bytes: int | None = None, *, dirty: bool) -> None:
+        self.size_bytes = size_bytes
+        self.region_bytes = region_bytes or region_bytes_for(size_bytes)
+        self._states = bytearray((bytes([_DIRTY]) if dirty else bytes(1)) * -(-size_bytes // self.region_bytes))
+
+    @property
+    def dirty_bytes(self) -> int:
+        """How much of the disk is not known to be equal."""
+        dirty = len(self._states) - self._states.count(_CLEAN)
+        if self._states and self._states[-1] != _CLEAN:
+            return dirty * self.region_bytes - (len(self._states) * self.region_bytes - self.size_bytes)
+        return dirty * self.region_bytes
+
+    def mark(self, offset: int, length: int) -> None:
+        """The content of this range is unknown."""
+        first, end = offset // self.region_bytes, -(-(offset + length) // self.region_bytes)
+        self._states[first:end] = bytes([_DIRTY]) * (end - first)
+
+    def mark_all(self) -> None:
+        """The content of the whole disk is unknown."""
+        self._states[:] = bytes([_DIRTY]) * len(self._states)
+
+    def begin_copy(self, start: int = 0) -> tuple[int, int] | None:
+        """Pick the first dirty region at or after offset `start`, else from the beginning: (offset, length)."""
+        region = self._states.find(_DIRTY, start // self.region_bytes)
+        if region < 0:
+            region = self._states.find(_DIRTY)
+        if region < 0:
+            return None
+        self._states[region] = _COPYING
+        offset = region * self.region_bytes
+        return offset, min(self.region_bytes, self.size_bytes - offset)
+
+    def finish_copy(self, offset: int, *, equal: bool) -> None:
+        """End what `begin_copy` began: the region is clean when `equal` and nobody marked it meanwhile."""
+        region = offset // self.region_bytes
+        if self._states[region] == _COPYING:
+            self._states[region] = _CLEAN if equal else _DIRTY
+
+    def to_bits(self) -> bytes:
+        """One bit per region, 1 for dirty, the lowest bit of the first byte first."""
+        bits = bytearray(-(-len(self._states) // 8))
+        for region, state in enumerate(self._states):
+            if state != _CLEAN:
+                bits[region >> 3] |= 1 << (region & 7)
+        return bytes(bits)
+
+    def load_bits(self, bits: bytes) -> None:
+        """Take over what `to_bits` gave."""
+        for region in range(len(self._states)):
+            self._states[region] = bits[region >> 3] >> (region & 7) & 1

@@ -1,0 +1,223 @@
+"""The write path: every update of a target, from its interception to both disks.
+
+The steps, in the order in which they stand in `_update`, by the numbers of the method:
+
+    101/501/601  intercept       a write request arrives that a client meant for the target
+    502          look up         does this target have a mirror? If not: 505 alone
+    602          gate            may this user update the mirror, and now? If not, end
+    102/503      encrypt         the data that the request carries
+    103/504      mirror          the ciphertext, at the position given by offset and length
+    103/505      target          the plaintext, at the same position
+
+Rules:
+
+1. A request is answered after the target and every mirror that is followed took it. A mirror that fails is
+   dropped, and the request goes on; a target that fails fails the request.
+2. `decrypt(mirror) == target` for every clean region, whatever the alignment: an update smaller than the
+   encryption sector is first merged with the *target's* plaintext around it.
+3. Overlapping updates reach both disks in one order. Small aligned ones are carried out at once on the loop,
+   alone by construction, unless their sectors are held; all others hold their sectors (`Ranges`), and so does
+   each piece of a resync.
+4. A hole on the target is zeroes on a clean mirror, so clearing what is a hole already costs the mirror nothing.
+5. FLUSH covers what was answered before it began, on the target and on every followed mirror.
+
+Not here: recording where the disks differ across a crash. A volume that was not stopped in order is copied
+anew at its next start.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import Final
+
+from lockstep.disk.plain import PlainDisk
+from lockstep.volume.link import MirrorLink
+from lockstep.volume.ranges import Ranges
+
+log = logging.getLogger(__name__)
+
+INLINE_BYTES: Final = 128 << 10  # an update up to this size delays the other clients less than a thread would
+CLEAR_PIECE_BYTES: Final = 8 << 20
+
+Gate = Callable[[str], bool]
+
+
+class WritePath:
+    """The updates of one target. Offsets and lengths are bytes within the target; failures are OSErrors."""
+
+    def __init__(
+        self, target: PlainDisk, mirrors: tuple[MirrorLink, ...], gate: Gate, sector_bytes: int, workers: Executor
+    ) -> None:
+        """Serve `target`; `mirrors` is what the registry says of it; `sector_bytes` suits all of them."""
+        self.target = target
+        self.mirrors = mirrors
+        self.ranges = Ranges()
+        self.updates = 0  # counts them, for a resync that gives way
+        self._gate = gate
+        self._sector_mask = sector_bytes - 1
+        self._workers = workers
+        self._flush_running: asyncio.Task[None] | None = None
+        self._flush_next: asyncio.Task[None] | None = None
+
+    # --- 101/501/601: what arrives ---
+
+    def write_now(self, user: str, offset: int, data: memoryview) -> bool:
+        """Carry out a small aligned write at once; False, and nothing happened, when it has to wait."""
+        length = len(data)
+        if (
+            length > INLINE_BYTES
+            or (offset | length) & self._sector_mask
+            or not self.ranges.free(offset, offset + length)
+        ):
+            return False
+        self._update(user, offset, data)
+        return True
+
+    async def write(self, user: str, offset: int, data: memoryview, *, durable: bool) -> None:
+        """Carry out any write; `durable` has it on the medium of every disk before it is answered."""
+        async with self.ranges.hold(*self._sectors(offset, len(data))):
+            await self._in_worker(self._update, user, offset, data, durable)
+
+    async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool, fast: bool) -> None:
+        """Write zeroes; `allocate` keeps the space; `fast` fails with ENOTSUP when a mirror makes it slow."""
+        if fast and self.mirrors:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        end = offset + length
+        while offset < end:
+            stop = min(end, (offset // CLEAR_PIECE_BYTES + 1) * CLEAR_PIECE_BYTES)
+            async with self.ranges.hold(*self._sectors(offset, stop - offset)):
+                await self._in_worker(self._clear, user, offset, stop - offset, allocate)
+            offset = stop
+        if durable:
+            await self.flush()
+
+    async def trim(self, user: str, offset: int, length: int, *, durable: bool) -> None:
+        """Give up content: a hole on a file; on a mirrored block device the hint is not followed.
+
+        A device does not tell what is a hole already, so the mirror would have to be overwritten with encrypted
+        zeroes all over each time that somebody makes a file system.
+        """
+        if self.mirrors and self.target.disk.is_block:
+            return
+        await self.zero(user, offset, length, durable=durable, allocate=False, fast=False)
+
+    async def flush(self) -> None:
+        """Make durable what was answered so far; requests that come meanwhile share the next round."""
+        if self._flush_next is None:
+            self._flush_next = asyncio.get_running_loop().create_task(self._flush_after(self._flush_running))
+        await asyncio.shield(self._flush_next)
+
+    # --- the method ---
+
+    def _update(self, user: str, offset: int, data: memoryview, durable: bool = False) -> None:
+        self.updates += 1
+        mirrors = self.mirrors  # 502
+        if mirrors:
+            self._permit(user)  # 602
+            start, sectors = self._whole_sectors(offset, data)
+            for mirror in mirrors:
+                mirror.update(start, sectors, durable=durable)  # 102/503 encrypt, 103/504 write
+        try:
+            self.target.write(offset, data, durable=durable)  # 103/505
+        except OSError as failure:
+            self._target_failed(offset, len(data), failure)
+            raise
+
+    def _clear(self, user: str, offset: int, length: int, allocate: bool) -> None:
+        """Like `_update`, for zeroes, which have no payload to encrypt."""
+        self.updates += 1
+        mirrors = self.mirrors  # 502
+        if mirrors:
+            self._permit(user)  # 602
+            for start, count in self._data_within(offset, length):
+                self._clear_mirrors(mirrors, start, count)  # 102/503, 103/504
+        try:
+            self.target.zero(offset, length, allocate=allocate)  # 103/505
+        except OSError as failure:
+            self._target_failed(offset, length, failure)
+            raise
+
+    def _permit(self, user: str) -> None:
+        if not self._gate(user):
+            raise PermissionError(errno.EPERM, f"{user} may not update the mirror")
+
+    # --- whole sectors ---
+
+    def _sectors(self, offset: int, length: int) -> tuple[int, int]:
+        """The sectors that a range touches: [start, end)."""
+        mask = self._sector_mask
+        return offset & ~mask, (offset + length + mask) & ~mask
+
+    def _whole_sectors(self, offset: int, data: memoryview) -> tuple[int, memoryview]:
+        """Return `data` with the target's plaintext round it, so that it begins and ends on a sector."""
+        length = len(data)
+        if not (offset | length) & self._sector_mask:
+            return offset, data
+        start, end = self._sectors(offset, length)
+        whole = memoryview(bytearray(end - start))
+        sector = self._sector_mask + 1
+        if start < offset:
+            self.target.read(start, whole[:sector])
+        if offset + length < end and (end - start > sector or start == offset):
+            self.target.read(end - sector, whole[-sector:])
+        whole[offset - start : offset - start + length] = data
+        return start, whole
+
+    def _data_within(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """The parts of a range whose sectors are not all holes of the target, in order: (offset, length).
+
+        Rounded to sectors and joined, so that no sector is merged twice: the target still holds its old content.
+        """
+        parts: list[tuple[int, int]] = []  # [start, end)
+        for at, count, data in self.target.extents(offset, length):
+            if data:
+                start, end = self._sectors(at, count)
+                if parts and start <= parts[-1][1]:
+                    start = parts.pop()[0]
+                parts.append((start, end))
+        clipped = ((max(start, offset), min(end, offset + length)) for start, end in parts)
+        return [(start, end - start) for start, end in clipped]
+
+    def _clear_mirrors(self, mirrors: Sequence[MirrorLink], offset: int, length: int) -> None:
+        mask = self._sector_mask
+        first, last = (offset + mask) & ~mask, (offset + length) & ~mask
+        if first >= last:  # within one sector, or two halves
+            self._merge_zeroes(mirrors, offset, length)
+            return
+        if offset < first:
+            self._merge_zeroes(mirrors, offset, first - offset)
+        for mirror in mirrors:
+            mirror.clear(first, last - first)
+        if last < offset + length:
+            self._merge_zeroes(mirrors, last, offset + length - last)
+
+    def _merge_zeroes(self, mirrors: Sequence[MirrorLink], offset: int, length: int) -> None:
+        start, sectors = self._whole_sectors(offset, memoryview(bytes(length)))
+        for mirror in mirrors:
+            mirror.update(start, sectors, durable=False)
+
+    # --- durability and failure ---
+
+    async def _flush_after(self, running: asyncio.Task[None] | None) -> None:
+        if running is not None:
+            await asyncio.wait([running])
+        self._flush_running, self._flush_next = self._flush_next, None
+        disks = [mirror.flush for mirror in self.mirrors]
+        await asyncio.gather(self._in_worker(self._flush_target), *map(self._in_worker, disks))
+
+    def _flush_target(self) -> None:
+        try:
+            self.target.flush()
+        except OSError as failure:
+            self._target_failed(0, self.target.size_bytes, failure)
+            raise
+
+    def _target_failed(self, offset: int, length: int, failure: OSError) -> None:
+        for mirror in self.mirrors:
+            mirror.target_failed(offset, length, failure)
+
+    async def _in_worker(self, work: Callable[..., None], *args: object) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._workers, work, *args)

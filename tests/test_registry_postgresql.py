@@ -1,0 +1,119 @@
+"""The same registry on PostgreSQL. LOCKSTEP_TEST_POSTGRESQL_URL names a database that these tests may empty."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from threading import Barrier
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.pool import NullPool
+
+from lockstep import errors
+from lockstep.registry import store
+from lockstep.registry.models import Base
+from lockstep.registry.store import Registry
+
+URL = os.environ.get("LOCKSTEP_TEST_POSTGRESQL_URL", "")
+
+pytestmark = pytest.mark.skipif(not URL, reason="LOCKSTEP_TEST_POSTGRESQL_URL names no PostgreSQL database to test on")
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    engine = create_engine(make_url(URL).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE IF EXISTS alembic_version, mirrors, volumes"))
+    yield
+    with engine.connect() as connection:
+        migrated = MigrationContext.configure(connection)
+        assert compare_metadata(migrated, Base.metadata) == []
+
+
+@pytest.fixture
+def registry(fresh: None) -> Iterator[Registry]:
+    with Registry.open(URL) as opened:
+        yield opened
+
+
+def _at_once(count: int, call: Callable[[int], object]) -> list[object]:
+    barrier = Barrier(count)
+
+    def run(number: int) -> object:
+        barrier.wait()
+        try:
+            return call(number)
+        except errors.LockstepError as error:
+            return type(error)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def test_it_keeps_volumes_and_mirrors(registry: Registry) -> None:
+    added = registry.add_volume("b", target_path="/t1", size_bytes=1 << 44, sector_bytes=512)
+    registry.add_volume("B", target_path="/t2", size_bytes=1, sector_bytes=4096, on_denied="refuse")
+    mirror = registry.add_mirror("b", path="/m", header_path="/h", luks_uuid="u")
+    registry.set_generation(mirror.id, 1 << 40)
+    assert [volume.name for volume in registry.volumes()] == ["B", "b"]
+    assert registry.volume("b").created_at == added.created_at
+    assert added.created_at.utcoffset() == timedelta(0)
+    assert abs(registry.volume("b").created_at - datetime.now(UTC)) < timedelta(minutes=5)
+    assert [kept.generation for kept in registry.mirrors_of(added.id)] == [1 << 40]
+    with pytest.raises(errors.MirrorTaken):
+        registry.add_volume("c", target_path="/m", size_bytes=1, sector_bytes=512)
+    registry.remove_volume("b")
+    assert registry.mirrors_of(added.id) == ()
+
+
+def test_constraints_are_the_referee(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.add_volume("a", target_path="/t", size_bytes=1, sector_bytes=512)
+    monkeypatch.setattr(store, "_refuse_taken", lambda *_: None)
+    with pytest.raises(errors.RegistryDamaged, match="uq_volumes_target_path"):
+        registry.add_volume("b", target_path="/t", size_bytes=1, sector_bytes=512)
+
+
+def test_a_fresh_registry_opened_by_many_at_once(fresh: None) -> None:
+    def reopen(_: int) -> object:
+        with Registry.open(URL) as opened:
+            return opened.volumes()
+
+    assert _at_once(8, reopen) == [()] * 8
+
+
+def test_target_here_and_mirror_there_at_once_have_one_winner(registry: Registry) -> None:
+    registry.add_volume("a", target_path="/t", size_bytes=1, sector_bytes=512)
+
+    def add(number: int) -> object:
+        if number % 2:
+            return bool(registry.add_mirror("a", path="/x", luks_uuid=f"u{number}"))
+        return bool(registry.add_volume(f"v{number}", target_path="/x", size_bytes=1, sector_bytes=512))
+
+    outcomes = _at_once(6, add)
+    assert outcomes.count(True) == 1
+    assert set(outcomes) - {True} <= {errors.TargetTaken, errors.MirrorTaken}
+
+
+def test_a_server_that_does_not_answer_or_refuses_is_unreachable_and_no_password_shows() -> None:
+    for url in (
+        make_url(URL).set(host="127.0.0.1", port=1, password="secret", query={}),
+        make_url(URL).set(database="no-such-database"),
+    ):
+        with pytest.raises(errors.RegistryUnreachable) as caught:
+            Registry.open(url.render_as_string(hide_password=False))
+        assert "secret" not in f"{caught.value} {caught.value.data}"
+
+
+def test_a_locked_registry_says_so(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    opening = store._OPENING["postgresql", True]
+    monkeypatch.setitem(store._OPENING, ("postgresql", True), ("SET LOCAL lock_timeout = 50", *opening[1:]))
+    engine = create_engine(make_url(URL).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    with engine.begin() as holder:
+        holder.execute(text(opening[1]))
+        with pytest.raises(errors.RegistryBusy):
+            registry.remove_volume("x")
+    with pytest.raises(errors.VolumeUnknown):
+        registry.remove_volume("x")
