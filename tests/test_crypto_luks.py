@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -67,15 +68,40 @@ def make_mirror(directory: Path, *, sector_bytes: int = 512, detached: bool = Fa
     return Mirror(str(device), str(header or device), sector_bytes)
 
 
-@pytest.fixture(params=[(512, False), (512, True), (4096, False), (4096, True)], ids=lambda p: f"{p[0]}-{p[1]}")
-def mirror(request: pytest.FixtureRequest, tmp_path: Path) -> Mirror:
-    sector_bytes, detached = request.param
-    return make_mirror(tmp_path, sector_bytes=sector_bytes, detached=detached)
+class Originals:
+    """One formatted mirror of each kind; tests get copies, because formatting takes seconds."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._made: dict[tuple[int, bool], Mirror] = {}
+
+    def copy_to(self, directory: Path, sector_bytes: int, detached: bool) -> Mirror:
+        kind = (sector_bytes, detached)
+        if kind not in self._made:
+            own = self._directory / f"{sector_bytes}-{detached}"
+            own.mkdir()
+            self._made[kind] = make_mirror(own, sector_bytes=sector_bytes, detached=detached)
+        original = self._made[kind]
+        copies = [str(shutil.copy2(path, directory)) for path in (original.device, original.path)]
+        return Mirror(copies[0], copies[1], sector_bytes)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Originals:
+    return Originals(tmp_path_factory.mktemp("originals"))
+
+
+@pytest.fixture(
+    params=[(512, False), (512, True), (4096, False), (4096, True)],
+    ids=lambda kind: f"{kind[0]}-{'detached' if kind[1] else 'inline'}",
+)
+def mirror(request: pytest.FixtureRequest, originals: Originals, tmp_path: Path) -> Mirror:
+    return originals.copy_to(tmp_path, *request.param)
 
 
 @pytest.fixture
-def inline(tmp_path: Path) -> Mirror:
-    return make_mirror(tmp_path)
+def inline(originals: Originals, tmp_path: Path) -> Mirror:
+    return originals.copy_to(tmp_path, 512, detached=False)
 
 
 def cryptsetup(*arguments: str, stdin: bytes = PASSPHRASE) -> subprocess.CompletedProcess[bytes]:

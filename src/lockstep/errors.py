@@ -670,3 +670,11 @@ class StillAttached(ServiceError):
     happened = "The volume {volume} is still attached, as {device}."
     cause = "The operating system may be using the device."
     next_step = "Run `lockstep detach {volume}` first."
+
+
+class DemoFailed(ServiceError):
+    """Data: step, reason."""
+
+    happened = "The demo failed at: {step}. {reason}"
+    cause = "A program that it uses failed, or this machine lacks something that it needs (root, loop devices, FUSE)."
+    next_step = "Run that step by hand; if it is Lockstep's own, please report it with this message."

@@ -1,0 +1,81 @@
+"""How things look: errors, sizes, JSON, progress. One state, printed for people or for programs."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from lockstep.errors import LockstepError
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def report_error(error: LockstepError) -> None:
+    """Print what happened, the likely cause and the next step, on standard error."""
+    typer.echo(f"lockstep: {error}", err=True)
+    if error.cause:
+        typer.echo(f"  Likely cause: {error.likely_cause}", err=True)
+    if error.next_step:
+        typer.echo(f"  Next step:    {error.advice}", err=True)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on one line."""
+    typer.echo(json.dumps(value))
+
+
+def human_bytes(count: float) -> str:
+    """Return a size for people: 256.0 MiB."""
+    for unit in _UNITS[:-1]:
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} {_UNITS[-1]}"
+
+
+def human_seconds(count: float) -> str:
+    """Return a duration for people: 45 s, 3 min 20 s, 2 h 5 min."""
+    minutes, seconds = divmod(round(count), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, *, as_json: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that is told (bytes done, bytes in all): a bar on a terminal, JSON lines if asked for."""
+    if as_json:
+        yield _json_progress()
+    elif sys.stderr.isatty():
+        columns = (
+            TextColumn(what),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(what, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+    else:
+        yield lambda _done, _total: None
+
+
+def _json_progress() -> Callable[[int, int], None]:
+    """Report whole percents, so that a pipe is not flooded."""
+    last = -1
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        percent = 100 * done // total if total else 100
+        if percent != last:
+            last = percent
+            print_json({"done_bytes": done, "total_bytes": total})
+
+    return report

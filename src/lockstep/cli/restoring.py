@@ -1,0 +1,44 @@
+"""restore: getting data back."""
+
+import time
+from typing import Annotated
+
+import typer
+
+from lockstep.cli.options import Header, Json, KeyFile, passphrase_from
+from lockstep.cli.output import human_bytes, print_json, progress_bar
+from lockstep.service.recovery import restore as restore_mirror
+
+
+def restore(
+    mirror: Annotated[str, typer.Argument(metavar="MIRROR", help="The mirror: a block device or an image file.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Where the data goes: a device, or a new file.")],
+    header: Header = None,
+    key_file: KeyFile = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what the output holds.")] = False,
+    incomplete: Annotated[
+        bool, typer.Option("--incomplete", help="Restore even if the mirror was never, or is no more, complete.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Restore a target from its mirror alone; the passphrase is all that is needed besides."""
+    began_s = time.monotonic()
+    with progress_bar("Restoring", as_json=as_json) as on_progress:
+        done = restore_mirror(
+            mirror,
+            output,
+            passphrase_from(key_file, f"the mirror {mirror}"),
+            header_path=header,
+            force=force,
+            incomplete=incomplete,
+            on_progress=on_progress,
+        )
+    elapsed_s = time.monotonic() - began_s
+    if as_json:
+        print_json({"restored_bytes": done.size_bytes, "volume": done.volume_name, "output": done.output})
+        return
+    rate = human_bytes(done.size_bytes / elapsed_s)
+    typer.echo(f"Restored {human_bytes(done.size_bytes)} of {done.volume_name} to {done.output} ({rate}/s).")
+
+
+COMMANDS = (restore,)

@@ -1,0 +1,108 @@
+"""status: what the volumes are doing."""
+
+import sys
+import time
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from lockstep.cli.options import Json, StateDir, state_of
+from lockstep.cli.output import human_bytes, human_seconds, print_json
+from lockstep.errors import NotServed
+from lockstep.service.control import ask_status
+from lockstep.service.state import State
+from lockstep.service.status import at_rest
+
+WATCH_INTERVAL_S: Final = 1.0
+_STYLES: Final = {"in-sync": "green", "syncing": "cyan", "behind": "yellow", "degraded": "red"}
+
+
+def status(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One volume; otherwise all of them.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it, once a second, until Ctrl-C.")] = False,
+    as_json: Json = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Show volumes, their clients, and how far their mirrors are."""
+    state = state_of(context, state_dir)
+    if as_json:
+        print_json(_gather(state, name))
+        while watch:
+            sys.stdout.flush()
+            time.sleep(WATCH_INTERVAL_S)
+            print_json(_gather(state, name))
+        return
+    console = Console(soft_wrap=True)
+    if not watch:
+        console.print(_render(_gather(state, name)))
+        return
+    with Live(_render(_gather(state, name)), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(WATCH_INTERVAL_S)
+            live.update(_render(_gather(state, name)), refresh=True)
+
+
+def _gather(state: State, name: str | None) -> dict[str, Any]:
+    with state.registry() as registry:
+        volumes = (registry.volume(name),) if name else registry.volumes()
+    described = []
+    for volume in volumes:
+        try:
+            described.append(ask_status(state.control(volume.name), volume.name))
+        except NotServed:
+            described.append(at_rest(state, volume))
+    return {"volumes": described}
+
+
+def _render(gathered: dict[str, Any]) -> RenderableType:
+    volumes = gathered["volumes"]
+    if not volumes:
+        return "There are no volumes. Make one: lockstep create NAME --target PATH --mirror PATH"
+    return Group(*(_render_volume(volume) for volume in volumes))
+
+
+def _render_volume(volume: dict[str, Any]) -> RenderableType:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row(Text(volume["name"], "bold"), human_bytes(volume["size_bytes"]))
+    table.add_row("  target", volume["target"]["path"])
+    table.add_row("  serving", volume["uri"] or "no")
+    for client in volume["clients"]:
+        table.add_row("  client", f"{client['user']} ({client['verdict']})")
+    if not volume["mirrors"]:
+        table.add_row("  mirror", "none: writes go to the target alone")
+    for mirror in volume["mirrors"]:
+        table.add_row("  mirror", mirror["path"])
+        table.add_row("", _render_state(mirror, serving=volume["serving"]))
+        if mirror["sync"]:
+            table.add_row("", _render_progress(mirror["sync"]))
+        if mirror["error"]:
+            table.add_row("", Text(mirror["error"], "red"))
+    return table
+
+
+def _render_state(mirror: dict[str, Any], *, serving: bool) -> Text:
+    text = Text(mirror["state"], _STYLES[mirror["state"]])
+    if mirror["dirty_bytes"]:
+        text.append(f", {human_bytes(mirror['dirty_bytes'])} differ or may differ", "default")
+    elif not serving:
+        text.append(", closed in order", "default")
+    return text
+
+
+def _render_progress(sync: dict[str, Any]) -> RenderableType:
+    total, done = sync["total_bytes"], sync["done_bytes"]
+    figures = f"{100 * done // total if total else 100} %, {human_bytes(sync['rate_bytes_s'])}/s"
+    if sync["eta_s"] is not None:
+        figures += f", {human_seconds(sync['eta_s'])} left"
+    row = Table.grid(padding=(0, 1))
+    row.add_row(ProgressBar(total=total, completed=done, width=30), figures)
+    return row
+
+
+COMMANDS = (status,)

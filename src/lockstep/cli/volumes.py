@@ -1,0 +1,110 @@
+"""create, list, remove: what is registered."""
+
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lockstep.cli.options import Header, Json, KeyFile, Name, StateDir, passphrase_from, size_bytes, state_of
+from lockstep.cli.output import human_bytes, print_json
+from lockstep.errors import MirrorMissing
+from lockstep.registry.store import VolumeRecord
+from lockstep.service.volumes import MirrorPlan, create_volume, remove_volume
+
+
+class OnDenied(str, Enum):
+    """What becomes of a write whose mirror update is denied."""
+
+    hold = "hold"
+    refuse = "refuse"
+
+
+def create(
+    context: typer.Context,
+    name: Name,
+    target: Annotated[str, typer.Option(metavar="PATH", help="The disk to protect: a block device or an image file.")],
+    mirror: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where its encrypted copy goes; a missing file is made.")
+    ] = None,
+    header: Header = None,
+    sector_size: Annotated[
+        int | None,
+        typer.Option(metavar="N", parser=size_bytes, help="Encryption sector in bytes. Default: the target's sector."),
+    ] = None,
+    key_file: KeyFile = None,
+    iter_time: Annotated[
+        int | None,
+        typer.Option(metavar="MS", min=1, help="How long one guess of the passphrase takes. Default: cryptsetup's."),
+    ] = None,
+    on_denied: Annotated[
+        OnDenied, typer.Option(help="What becomes of a write whose user may not update the mirror.")
+    ] = OnDenied.hold,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what the mirror or the header file holds.")] = False,
+    as_json: Json = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Register a volume, and format its mirror as a LUKS2 volume."""
+    state = state_of(context, state_dir)
+    plan = None
+    if mirror is not None:
+        passphrase = passphrase_from(key_file, f"the mirror {mirror}", confirm=True)
+        plan = MirrorPlan(mirror, passphrase, header, sector_size, iter_time, force)
+    else:
+        for option, value in (("--header", header), ("--sector-size", sector_size), ("--key-file", key_file)):
+            if value is not None:
+                raise MirrorMissing(option=option)
+    volume = create_volume(state, name, target, plan, on_denied.value)
+    if as_json:
+        print_json(_as_json(volume))
+        return
+    typer.echo(f"Created the volume {volume.name}: target {volume.target_path}, {human_bytes(volume.size_bytes)}.")
+    for each in volume.mirrors:
+        typer.echo(f"Mirror {each.path} is a LUKS2 volume, UUID {each.luks_uuid}.")
+        if each.header_path:
+            typer.echo(f"Its header is in {each.header_path}. Keep a copy of that file elsewhere:")
+            typer.echo("without it nobody can ever open the mirror, whatever passphrase they know.")
+    typer.echo(f"Next: lockstep serve {volume.name}")
+
+
+def list_(context: typer.Context, as_json: Json = False, state_dir: StateDir = None) -> None:
+    """List the registered volumes."""
+    with state_of(context, state_dir).registry() as registry:
+        volumes = registry.volumes()
+    if as_json:
+        print_json({"volumes": [_as_json(volume) for volume in volumes]})
+        return
+    if not volumes:
+        typer.echo("There are no volumes. Make one: lockstep create NAME --target PATH --mirror PATH")
+        return
+    table = Table("Volume", "Size", "Target", "Mirrors", box=None, pad_edge=False)
+    for volume in volumes:
+        mirrors = "\n".join(mirror.path for mirror in volume.mirrors) or "none"
+        table.add_row(volume.name, human_bytes(volume.size_bytes), volume.target_path, mirrors)
+    Console(soft_wrap=True).print(table)
+
+
+def remove(context: typer.Context, name: Name, state_dir: StateDir = None) -> None:
+    """Forget a volume. Its target and its mirrors are not touched."""
+    volume = remove_volume(state_of(context, state_dir), name)
+    typer.echo(f"Removed the volume {name}. {volume.target_path} is as it was.")
+    for mirror in volume.mirrors:
+        typer.echo(f"The mirror {mirror.path} still holds its copy: `lockstep restore` gets it back.")
+
+
+def _as_json(volume: VolumeRecord) -> dict[str, Any]:
+    return {
+        "name": volume.name,
+        "id": volume.id,
+        "size_bytes": volume.size_bytes,
+        "target": {"path": volume.target_path},
+        "on_denied": volume.on_denied,
+        "mirrors": [
+            {"path": mirror.path, "header": mirror.header_path, "uuid": mirror.luks_uuid} for mirror in volume.mirrors
+        ],
+    }
+
+
+list_.__name__ = "list"
+COMMANDS = (create, list_, remove)

@@ -1,0 +1,133 @@
+"""Restoring from a mirror alone: no registry, no target, only the mirror, its header and a passphrase."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lockstep.crypto.cipher import self_test
+from lockstep.disk.lock import lock_exclusive
+from lockstep.disk.mirror import OpenMirror, open_mirror
+from lockstep.disk.plain import PlainDisk
+from lockstep.disk.probe import Disk, holds_data, inspect, open_disk, overlap, signatures, users_of
+from lockstep.errors import (
+    DiskBusy,
+    DiskFailed,
+    MirrorIncomplete,
+    NoToken,
+    OutputExists,
+    OutputIsMirror,
+    OutputTooSmall,
+)
+from lockstep.volume.link import IN_SYNC
+from lockstep.volume.restore import copy_out
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a restore has done."""
+
+    volume_name: str
+    output: str
+    size_bytes: int
+    state: str
+
+
+def restore(
+    mirror_path: str,
+    output_path: str,
+    passphrase: Callable[[], bytes],
+    *,
+    header_path: str | None = None,
+    force: bool = False,
+    incomplete: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Restored:
+    """Restore the target that a mirror holds, exactly its size, onto a disk or a file.
+
+    `on_progress` is given bytes done and bytes in all. Raises MirrorIncomplete unless `incomplete`; OutputExists
+    unless `force`; OutputIsMirror, OutputTooSmall, DiskBusy, DiskFailed, and whatever opening the mirror raises.
+    An output that this made is removed when the restore fails.
+    """
+    self_test()
+    with contextlib.ExitStack() as stack:
+        _refuse_same_storage(mirror_path, header_path, output_path)
+        mirror = open_mirror(mirror_path, header_path, passphrase(), writable=False)
+        stack.callback(mirror.disk.close)
+        token = mirror.header.token
+        if token is None:
+            raise NoToken(path=mirror_path)
+        if token.state != IN_SYNC and not incomplete:
+            raise MirrorIncomplete(path=mirror_path, state=token.state)
+        size_bytes = token.target_size_bytes
+        made = not os.path.lexists(output_path)
+        with contextlib.ExitStack() as undo:
+            if made:
+                _make_output(output_path)
+                undo.callback(os.unlink, output_path)
+            output = _open_output(inspect(output_path), size_bytes, made=made, force=force)
+            stack.callback(output.close)
+            _copy(mirror, mirror_path, output, size_bytes, made, on_progress)
+            undo.pop_all()
+    return Restored(token.volume_name, output_path, size_bytes, token.state)
+
+
+def _copy(
+    mirror: OpenMirror,
+    mirror_path: str,
+    output: PlainDisk,
+    size_bytes: int,
+    made: bool,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    try:
+        if not output.disk.is_block:
+            os.truncate(output.disk.path, size_bytes)
+        copy_out(mirror.disk, output, size_bytes, blank=made, on_progress=lambda done: on_progress(done, size_bytes))
+    except OSError as error:
+        raise DiskFailed(
+            path=f"{mirror_path} to {output.disk.path}", doing="Copying", reason=error.strerror or str(error)
+        ) from error
+
+
+def _refuse_same_storage(mirror_path: str, header_path: str | None, output_path: str) -> None:
+    if not os.path.exists(output_path):
+        return
+    output = inspect(output_path)
+    for path in filter(None, (mirror_path, header_path)):
+        how = overlap(inspect(path), output)
+        if how:
+            raise OutputIsMirror(path=output_path, mirror=path, how=how)
+
+
+def _make_output(path: str) -> None:
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise DiskFailed(path=path, doing="Making", reason=error.strerror) from error
+
+
+def _open_output(disk: Disk, size_bytes: int, *, made: bool, force: bool) -> PlainDisk:
+    users = users_of(disk)
+    if users:
+        raise DiskBusy(path=disk.path, users=" and ".join(users))
+    if disk.is_block and disk.size_bytes < size_bytes:
+        raise OutputTooSmall(path=disk.path, size_bytes=disk.size_bytes, needed_bytes=size_bytes)
+    if not made and not force:
+        _refuse_content(disk)
+    fd = open_disk(disk, writable=True)
+    try:
+        lock_exclusive(fd, disk)
+        return PlainDisk(disk, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _refuse_content(disk: Disk) -> None:
+    """Without force, a file that exists is never overwritten, and a device only when it is blank."""
+    if not disk.is_block:
+        raise OutputExists(path=disk.path, found="the file exists already")
+    found = signatures(disk) or (("it holds data of an unknown kind",) if holds_data(disk) else ())
+    if found:
+        raise OutputExists(path=disk.path, found=" and ".join(found))

@@ -1,0 +1,94 @@
+"""Making and forgetting volumes: the registry and the disks, in the order that loses nothing.
+
+A volume is registered before its mirror is formatted, so that the name and the disks are claimed and the mirror's
+token can say whose it is; if formatting fails, the registration is taken back.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lockstep.crypto import luks
+from lockstep.disk.mirror import SECTOR_SIZES, make_mirror
+from lockstep.disk.probe import Disk, inspect
+from lockstep.errors import SectorSizeInvalid, StillAttached, StillServed, TargetEmpty
+from lockstep.registry.store import OnDenied, Registry, VolumeRecord
+from lockstep.service import attach
+from lockstep.service.state import State
+from lockstep.volume.link import SYNCING
+
+
+@dataclass(frozen=True)
+class MirrorPlan:
+    """How to make a mirror; None stands for the natural choice."""
+
+    path: str
+    passphrase: Callable[[], bytes]
+    header: str | None = None
+    sector_bytes: int | None = None
+    iter_time_ms: int | None = None
+    force: bool = False
+
+
+def create_volume(
+    state: State, name: str, target_path: str, mirror: MirrorPlan | None, on_denied: OnDenied = "hold"
+) -> VolumeRecord:
+    """Register a volume, and format its mirror. Raises registry, disk and LUKS errors; then nothing was registered."""
+    target = inspect(target_path)
+    if not target.size_bytes:
+        raise TargetEmpty(path=target.path)
+    if mirror is not None and mirror.sector_bytes not in (None, *SECTOR_SIZES):
+        raise SectorSizeInvalid(sector_bytes=mirror.sector_bytes, allowed=", ".join(map(str, SECTOR_SIZES)))
+    with state.registry() as registry:
+        volume = registry.add_volume(
+            name,
+            target_path=target.path,
+            size_bytes=target.size_bytes,
+            sector_bytes=target.logical_sector_bytes,
+            on_denied=on_denied,
+        )
+        if mirror is not None:
+            try:
+                _add_mirror(registry, volume, target, mirror)
+            except BaseException:
+                registry.remove_volume(name)
+                raise
+        return registry.volume(name)
+
+
+def _add_mirror(registry: Registry, volume: VolumeRecord, target: Disk, plan: MirrorPlan) -> None:
+    path = os.path.abspath(plan.path)
+    header_path = os.path.abspath(plan.header) if plan.header else None
+    header = make_mirror(
+        target,
+        path,
+        header=header_path,
+        passphrase=plan.passphrase(),
+        sector_bytes=plan.sector_bytes or target.logical_sector_bytes,
+        label=f"lockstep-{volume.name}"[:47],
+        iter_time_ms=plan.iter_time_ms,
+        force=plan.force,
+    )
+    token = luks.Token(volume.id, volume.name, volume.size_bytes, generation=1, state=SYNCING)
+    luks.write_token(header_path or path, token, token_id=header.token_id)
+    registry.add_mirror(
+        volume.name, path=path, luks_uuid=header.uuid, header_path=header_path, generation=token.generation
+    )
+
+
+def remove_volume(state: State, name: str) -> VolumeRecord:
+    """Forget a volume. The disks keep what is on them. Raises StillServed, StillAttached, VolumeUnknown."""
+    with state.registry() as registry:
+        volume = registry.volume(name)
+        with state.volume_lock(name) as mine:
+            if not mine:
+                raise StillServed(volume=name, action="removed")
+            attachment = attach.current(state.run_dir, name)
+            if attachment is not None:
+                raise StillAttached(volume=name, device=attachment.device)
+            registry.remove_volume(name)
+            for mirror in volume.mirrors:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(state.regions(mirror.luks_uuid))
+    return volume
