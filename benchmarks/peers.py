@@ -8,7 +8,6 @@ same random target in it.
 import filecmp
 import json
 import os
-import pwd
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -81,14 +80,13 @@ class Lockstep(Peer):
         self.sector_bytes = sector_bytes
 
     def start(self) -> None:
-        """Create the volume, permit ourselves, serve."""
+        """Create the volume and serve it."""
         self._make_key()
         with self.mirror.open("wb") as mirror:
             os.posix_fallocate(mirror.fileno(), 0, self.size_bytes + LUKS_HEADER_BYTES)
         disks = ["--target", str(self.target), "--mirror", str(self.mirror)]
         luks = ["--key-file", str(self.key_file), "--sector-size", str(self.sector_bytes), "--iter-time", "100"]
         self._lockstep("create", self.name, *disks, *luks)
-        self._lockstep("grant", self.name, pwd.getpwuid(os.geteuid()).pw_name)
         socket = ["--socket", str(self.home / "socket")]
         self.server = Server(
             self._command("serve", self.name, "--key-file", str(self.key_file), *socket),

@@ -71,7 +71,9 @@ def demo() -> None:
     elapsed_s = time.monotonic() - began_s
     typer.secho("\nWhat was shown", bold=True)
     copied = f"{len(written.digests)} files, {human_bytes(written.size_bytes)}"
-    typer.echo(f"  written    {copied}, at {human_bytes(written.size_bytes / written.elapsed_s)}/s, each write to both disks")
+    typer.echo(
+        f"  written    {copied}, at {human_bytes(written.size_bytes / written.elapsed_s)}/s, each write to both disks"
+    )
     typer.echo("  encrypted  the mirror is a LUKS2 volume; nothing of the files can be found in it")
     typer.echo("  distinct   the system sees one ext4 and one crypto_LUKS, never two disks with the same signature")
     typer.echo(f"  restored   {human_bytes(TARGET_BYTES)} from the mirror alone, at {rate}; fsck clean")
@@ -182,7 +184,10 @@ class _Story:
 
     def _examine_mirror(self, written: _Written) -> None:
         _say("Looking at the two disks from outside")
-        signatures = {path: _run("blkid", "-p", "-s", "TYPE", "-o", "value", str(path)).strip() for path in (self.target, self.mirror)}
+        signatures = {
+            path: _run("blkid", "-p", "-s", "TYPE", "-o", "value", str(path)).strip()
+            for path in (self.target, self.mirror)
+        }
         for path, signature in signatures.items():
             typer.echo(f"    {path.name:<12} {signature}")
         if (signatures[self.target], signatures[self.mirror]) != ("ext4", "crypto_LUKS"):
@@ -190,7 +195,9 @@ class _Story:
         _run("cryptsetup", "open", "--test-passphrase", "--key-file", str(self._key), str(self.mirror))
         needles = _needles(written)
         in_target, in_mirror = _count_found(self.target, needles), _count_found(self.mirror, needles)
-        typer.echo(f"    of {len(needles)} pieces of the files, {in_target} are found in the target, {in_mirror} in the mirror")
+        typer.echo(
+            f"    of {len(needles)} pieces of the files, {in_target} are found in the target, {in_mirror} in the mirror"
+        )
         if in_target < len(needles) or in_mirror:
             raise DemoFailed(step="searching the disks", reason="the target must hold every piece, the mirror none")
 

@@ -13,9 +13,7 @@ from lockstep.errors import KeyFileUnreadable, PassphraseMissing
 from lockstep.service.state import State
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The volume's name.")]
-StateDir = Annotated[
-    str | None, typer.Option("--state-dir", help="State directory.", show_default=False)
-]
+StateDir = Annotated[str | None, typer.Option("--state-dir", help="State directory.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KeyFile = Annotated[
     str | None,

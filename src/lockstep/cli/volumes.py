@@ -1,6 +1,6 @@
 """create, list, remove: what is registered."""
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +14,7 @@ from lockstep.registry.store import VolumeRecord
 from lockstep.service.volumes import MirrorPlan, create_volume, remove_volume
 
 
-class OnDenied(str, Enum):
+class OnDenied(StrEnum):
     """What becomes of a write whose mirror update is denied."""
 
     hold = "hold"

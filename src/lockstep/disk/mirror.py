@@ -68,7 +68,12 @@ def make_mirror(
         finally:
             os.close(fd)  # cryptsetup needs the device for itself; a server that came between is refused by its lock
         luks.format_mirror(
-            path, header=header, passphrase=passphrase, sector_bytes=sector_bytes, iter_time_ms=iter_time_ms, label=label
+            path,
+            header=header,
+            passphrase=passphrase,
+            sector_bytes=sector_bytes,
+            iter_time_ms=iter_time_ms,
+            label=label,
         )
         undo.pop_all()
     return luks.read_header(header or path)

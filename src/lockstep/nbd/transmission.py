@@ -72,17 +72,14 @@ def error_reply(command: int, cookie: int, error: int, *, structured: bool) -> b
 
 def status_reply(cookie: int, extents: Sequence[tuple[int, int]]) -> bytes:
     """Block status: `extents` are (length in bytes, STATE_ flags), in order from the request's offset."""
-    return (
-        wire.STATUS_CHUNK.pack(
-            wire.STRUCTURED_REPLY_MAGIC,
-            wire.CHUNK_DONE,
-            wire.CHUNK_BLOCK_STATUS,
-            cookie,
-            4 + wire.STATUS_EXTENT.size * len(extents),
-            wire.BASE_ALLOCATION_ID,
-        )
-        + b"".join(_pack_extents(extents))
-    )
+    return wire.STATUS_CHUNK.pack(
+        wire.STRUCTURED_REPLY_MAGIC,
+        wire.CHUNK_DONE,
+        wire.CHUNK_BLOCK_STATUS,
+        cookie,
+        4 + wire.STATUS_EXTENT.size * len(extents),
+        wire.BASE_ALLOCATION_ID,
+    ) + b"".join(_pack_extents(extents))
 
 
 def _pack_extents(extents: Iterable[tuple[int, int]]) -> Iterable[bytes]:

@@ -158,8 +158,6 @@ COMMANDS: Final[dict[int, Command]] = {
     CMD_FLUSH: Command("flush", FLAG_FUA, reserved_range=True),
     CMD_TRIM: Command("trim", FLAG_FUA, writes=True),
     CMD_CACHE: Command("cache", FLAG_FUA),
-    CMD_WRITE_ZEROES: Command(
-        "write-zeroes", FLAG_FUA | FLAG_NO_HOLE | FLAG_FAST_ZERO, writes=True, beyond_end=ENOSPC
-    ),
+    CMD_WRITE_ZEROES: Command("write-zeroes", FLAG_FUA | FLAG_NO_HOLE | FLAG_FAST_ZERO, writes=True, beyond_end=ENOSPC),
     CMD_BLOCK_STATUS: Command("block-status", FLAG_FUA | FLAG_REQ_ONE),
 }

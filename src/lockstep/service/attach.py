@@ -96,7 +96,7 @@ class Attachment:
     export: str
 
 
-class _StepFailed(Exception):  # noqa: N818 -- never leaves this file
+class _StepFailed(Exception):
     def __init__(self, step: str, reason: str) -> None:
         super().__init__(step, reason)
         self.step, self.reason = step, reason

@@ -87,9 +87,7 @@ class MirrorSession:
         self.link.close()
 
     def _identity(self) -> record.Identity:
-        return record.Identity(
-            self._volume.id, self.mirror.luks_uuid, self._token.generation, self._volume.size_bytes
-        )
+        return record.Identity(self._volume.id, self.mirror.luks_uuid, self._token.generation, self._volume.size_bytes)
 
     def _write_token(self, generation: int) -> None:
         token = replace(self._token, generation=generation, state=self.link.state)

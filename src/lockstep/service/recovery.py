@@ -41,7 +41,7 @@ def restore(
     header_path: str | None = None,
     force: bool = False,
     incomplete: bool = False,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None],
 ) -> Restored:
     """Restore the target that a mirror holds, exactly its size, onto a disk or a file.
 

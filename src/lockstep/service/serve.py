@@ -157,9 +157,7 @@ def _protect_memory() -> None:
 # --- serve ---
 
 
-async def _serve(
-    state: State, opened: _OpenVolume, listen: Listen, on_ready: Callable[[list[str]], None]
-) -> None:
+async def _serve(state: State, opened: _OpenVolume, listen: Listen, on_ready: Callable[[list[str]], None]) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -233,7 +231,7 @@ def _clear_stale_socket(path: str) -> None:
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # noqa: FBT003 (its name in the standard library)
+        probe.setblocking(False)
         code = probe.connect_ex(path)
     if code != errno.ECONNREFUSED:
         raise SocketUnusable(path=path, reason="another program is listening on it")

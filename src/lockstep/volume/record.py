@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
-from lockstep.volume.regions import RegionMap, region_bytes_for
+from lockstep.volume.regions import RegionMap
 
 _MAGIC: Final = b"LOCKSTEP-REGIONS"
 _VERSION: Final = 1

@@ -32,7 +32,9 @@ def copy_out(
             if writing is not None:
                 writing.result()
                 on_progress(offset)
-            writing = None if blank and piece == _ZEROES[:sectors] else writer.submit(output.write, offset, piece[:count])
+            writing = (
+                None if blank and piece == _ZEROES[:sectors] else writer.submit(output.write, offset, piece[:count])
+            )
         if writing is not None:
             writing.result()
     output.flush()
