@@ -277,4 +277,4 @@ def _echo_command(*arguments: str) -> None:
     typer.secho(f"  $ lockstep {' '.join(arguments)}", dim=True)
 
 
-COMMANDS = (demo,)
+COMMANDS = {"demo": demo}

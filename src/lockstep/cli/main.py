@@ -1,27 +1,57 @@
 """`lockstep`: the commands of all groups, and what becomes of an error."""
 
+import importlib
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 import lockstep
-from lockstep.cli import demo, restoring, serving, status, volumes
 from lockstep.cli.output import report_error
 from lockstep.crypto.cipher import KERNEL
 from lockstep.errors import LockstepError
 
+# Command -> the file that has it. A file is imported when its command is used: the registry, the web server and the
+# rest cost half a second together, and a rescue needs none of them.
+_COMMANDS = {
+    "create": "volumes",
+    "list": "volumes",
+    "remove": "volumes",
+    "serve": "serving",
+    "attach": "serving",
+    "detach": "serving",
+    "status": "status",
+    "restore": "restoring",
+    "demo": "demo",
+}
+
+
+class _Commands(TyperGroup):
+    """The commands, each imported when it is asked for."""
+
+    def list_commands(self, ctx: object) -> list[str]:  # noqa: ARG002 (of the overridden method)
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: object, cmd_name: str) -> Any:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"lockstep.cli.{_COMMANDS[cmd_name]}")
+        single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        single.command(cmd_name)(module.COMMANDS[cmd_name])
+        return get_command(single)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Continuously encrypted mirrors for disks.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for group in (volumes, serving, status, restoring, demo):
-    for command in group.COMMANDS:
-        app.command()(command)
 
 
 def _print_version(wanted: bool) -> None:

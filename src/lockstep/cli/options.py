@@ -10,10 +10,8 @@ from typing import Annotated
 import typer
 
 from lockstep.errors import KeyFileUnreadable, PassphraseMissing
-from lockstep.service.state import State
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The volume's name.")]
-StateDir = Annotated[str | None, typer.Option("--state-dir", help="State directory.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KeyFile = Annotated[
     str | None,
@@ -28,11 +26,6 @@ Header = Annotated[
 ]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def state_of(context: typer.Context, state_dir: str | None) -> State:
-    """Return the state directory that the command, or the program before it, was given."""
-    return State.locate(state_dir or context.find_root().obj)
 
 
 def size_bytes(text: str) -> int:

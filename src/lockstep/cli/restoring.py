@@ -41,4 +41,4 @@ def restore(
     typer.echo(f"Restored {human_bytes(done.size_bytes)} of {done.volume_name} to {done.output} ({rate}/s).")
 
 
-COMMANDS = (restore,)
+COMMANDS = {"restore": restore}

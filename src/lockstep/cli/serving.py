@@ -4,10 +4,11 @@ from typing import Annotated
 
 import typer
 
-from lockstep.cli.options import KeyFile, Name, StateDir, passphrase_from, state_of
+from lockstep.cli.options import KeyFile, Name, passphrase_from
+from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import NotAttached
 from lockstep.service import attach as attaching
-from lockstep.service.control import ask_status
+from lockstep.service.control_client import ask_status
 from lockstep.service.serve import Listen, parse_tcp
 from lockstep.service.serve import serve as serve_volume
 
@@ -59,4 +60,4 @@ def detach(context: typer.Context, name: Name, state_dir: StateDir = None) -> No
         typer.echo(f"Detached {device}.")
 
 
-COMMANDS = (serve, attach, detach)
+COMMANDS = {"serve": serve, "attach": attach, "detach": detach}

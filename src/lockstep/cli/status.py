@@ -11,10 +11,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lockstep.cli.options import Json, StateDir, state_of
+from lockstep.cli.options import Json
 from lockstep.cli.output import human_bytes, human_seconds, print_json
+from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import NotServed
-from lockstep.service.control import ask_status
+from lockstep.service.control_client import ask_status
 from lockstep.service.state import State
 from lockstep.service.status import at_rest
 
@@ -105,4 +106,4 @@ def _render_progress(sync: dict[str, Any]) -> RenderableType:
     return row
 
 
-COMMANDS = (status,)
+COMMANDS = {"status": status}

@@ -7,8 +7,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lockstep.cli.options import Header, Json, KeyFile, Name, StateDir, passphrase_from, size_bytes, state_of
+from lockstep.cli.options import Header, Json, KeyFile, Name, passphrase_from, size_bytes
 from lockstep.cli.output import human_bytes, print_json
+from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import MirrorMissing
 from lockstep.registry.store import VolumeRecord
 from lockstep.service.volumes import MirrorPlan, create_volume, remove_volume
@@ -106,5 +107,4 @@ def _as_json(volume: VolumeRecord) -> dict[str, Any]:
     }
 
 
-list_.__name__ = "list"
-COMMANDS = (create, list_, remove)
+COMMANDS = {"create": create, "list": list_, "remove": remove}

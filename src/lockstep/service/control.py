@@ -1,21 +1,16 @@
 """The control interface of a served volume: HTTP on a unix socket that its owner alone may connect to.
 
-GET /v1/status    the volume as `status --json` prints it
+    GET /v1/status    the volume as `status --json` prints it
 """
 
 import contextlib
-import http.client
-import json
 import os
-import socket
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final
+from typing import Any
 
 from aiohttp import web
 
-from lockstep.errors import NotServed, ServerSilent, SocketUnusable
-
-ANSWER_TIMEOUT_S: Final = 10.0
+from lockstep.errors import SocketUnusable
 
 
 @contextlib.asynccontextmanager
@@ -45,33 +40,3 @@ async def control_interface(path: str, describe: Callable[[], dict[str, Any]]) -
         await runner.cleanup()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=ANSWER_TIMEOUT_S)
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect."""
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(ANSWER_TIMEOUT_S)
-        self.sock.connect(self._path)
-
-
-def ask_status(path: str, volume: str) -> dict[str, Any]:
-    """Ask the server behind the control socket at `path`. Raises NotServed, or ServerSilent when it hangs."""
-    with contextlib.closing(_UnixConnection(path)) as connection:
-        try:
-            connection.request("GET", "/v1/status")
-            answer = connection.getresponse()
-            described = json.load(answer)
-        except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise NotServed(volume=volume) from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ServerSilent(volume=volume, reason=str(error) or type(error).__name__) from error
-    if answer.status != http.HTTPStatus.OK or not isinstance(described, dict):
-        raise ServerSilent(volume=volume, reason=f"HTTP status {answer.status}")
-    return described
