@@ -40,15 +40,13 @@ class EncryptedDisk:
     def write(self, offset: int, data: memoryview, *, durable: bool = False) -> None:
         """Encrypt `data` and write the ciphertext at `offset`."""
         length = len(data)
-        scratch = self._scratch()
-        position = 0
-        while position < length:
-            count = min(PIECE_BYTES, length - position)
-            ciphertext = scratch[:count]
-            at = offset + position
-            self._encrypt_into(self._first_iv + (at >> 9), data[position : position + count], ciphertext)
-            write_all(self._fd, ciphertext, self._data_offset + at, durable=durable)
-            position += count
+        if length > PIECE_BYTES:
+            for start in range(0, length, PIECE_BYTES):
+                self.write(offset + start, data[start : start + PIECE_BYTES], durable=durable)
+            return
+        ciphertext = self._scratch()[:length]
+        self._encrypt_into(self._first_iv + (offset >> 9), data, ciphertext)
+        write_all(self._fd, ciphertext, self._data_offset + offset, durable=durable)
 
     def zero(self, offset: int, length: int) -> None:
         """Write the ciphertext of zeroes: a hole would decrypt to noise."""

@@ -48,7 +48,9 @@ from lockstep.nbd.transmission import (
 log = logging.getLogger(__name__)
 
 RECEIVE_BYTES: Final = 256 << 10  # fits the second-level cache; larger payloads get a pool block of their own
-REPLY_BATCH_BYTES: Final = 256 << 10
+# Replies leave after this much data has moved, in either direction: a client with many requests in flight then
+# prepares the next ones while the rest of the batch is being served, instead of the two waiting for each other.
+REPLY_BATCH_BYTES: Final = 32 << 10
 INLINE_READ_BYTES: Final = 128 << 10  # a longer copy would delay other clients
 SOCKET_BUFFER_BYTES: Final = 1 << 20
 MAX_PENDING: Final = 64
@@ -121,7 +123,7 @@ class Connection(asyncio.BufferedProtocol):
         self._block_request = (0, 0, 0, 0)  # flags, cookie, offset, length
         self._block_filled = 0
         self._out: list[bytes | bytearray] = []
-        self._out_bytes = 0
+        self._batch_bytes = 0  # moved since replies were last sent
         self._undrained: list[bytearray] = []  # pool blocks whose data the socket has not taken yet
         self._pending = 0
         self._reading = True
@@ -250,7 +252,7 @@ class Connection(asyncio.BufferedProtocol):
             while self._may_serve():
                 if not self._serve_next():
                     break
-                if self._out_bytes >= REPLY_BATCH_BYTES:
+                if self._batch_bytes >= REPLY_BATCH_BYTES:
                     self._send_replies()
         finally:
             self._send_replies()
@@ -307,6 +309,7 @@ class Connection(asyncio.BufferedProtocol):
             try:
                 if self._export.write_now(self.user, offset, self._view[data:end]):
                     self._start = end
+                    self._batch_bytes += length
                     self._reply(simple_reply(cookie))
                     return True
             except OSError as failure:
@@ -332,6 +335,7 @@ class Connection(asyncio.BufferedProtocol):
                 if self._export.read_now(offset, data):
                     self._reply(data_header(cookie, offset, length, structured=structured))
                     self._reply(data)
+                    self._batch_bytes += length
                     return
             except OSError as failure:
                 self._refuse(wire.CMD_READ, cookie, wire_error(failure.errno))
@@ -449,14 +453,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def _reply(self, data: bytes | bytearray) -> None:
         self._out.append(data)
-        self._out_bytes += len(data)
 
     def _refuse(self, command: int, cookie: int, error: int) -> None:
         self._reply(error_reply(command, cookie, error, structured=self._agreement.structured))
 
     def _send_replies(self, data: memoryview | None = None) -> None:
         """Send what has been gathered, then `data`; one system call."""
-        out, self._out, self._out_bytes = self._out, [], 0
+        out, self._out, self._batch_bytes = self._out, [], 0
         if self._lost:
             return
         if data is not None:

@@ -58,6 +58,7 @@ log = logging.getLogger(__name__)
 
 WORKERS: Final = 16
 TOKEN_INTERVAL_S: Final = 1.0
+VERDICT_AGE_S: Final = 1.0
 _PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
 
 
@@ -167,7 +168,7 @@ async def _serve(state: State, opened: _OpenVolume, listen: Listen, on_ready: Ca
         path = WritePath(
             opened.target,
             tuple(session.link for session in opened.mirrors),
-            functools.partial(_gate, volume.name),
+            _Gate(volume.name),
             max(sectors, default=1),
             workers,
         )
@@ -185,9 +186,20 @@ async def _serve(state: State, opened: _OpenVolume, listen: Listen, on_ready: Ca
         await _in_worker(workers, _retire, state, opened)
 
 
-def _gate(volume_name: str, user: str) -> bool:
-    """Step 602, as the write path asks it."""
-    return access.decide(user, volume_name, time.time()).allowed
+class _Gate:
+    """Step 602, as the write path asks it: a verdict that is never older than VERDICT_AGE_S."""
+
+    def __init__(self, volume_name: str) -> None:
+        self._volume_name = volume_name
+        self._verdicts: dict[str, tuple[float, bool]] = {}
+
+    def __call__(self, user: str) -> bool:
+        """Whether `user` may update the mirrors now."""
+        now_s = time.monotonic()
+        known = self._verdicts.get(user)
+        if known is None or now_s - known[0] > VERDICT_AGE_S:
+            known = self._verdicts[user] = (now_s, access.decide(user, self._volume_name, time.time()).allowed)
+        return known[1]
 
 
 def _describe(opened: _OpenVolume, server: NbdServer, uri: str) -> dict[str, Any]:
