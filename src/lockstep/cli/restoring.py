@@ -22,8 +22,14 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Restore a target from its mirror alone; the passphrase is all that is needed besides."""
-    began_s = time.monotonic()
-    with progress_bar("Restoring", as_json=as_json) as on_progress:
+    began_s: float | None = None
+
+    def note(done_bytes: int, total_bytes: int) -> None:
+        nonlocal began_s
+        began_s = began_s or time.monotonic()  # the copy begins here: what came before was the passphrase
+        show(done_bytes, total_bytes)
+
+    with progress_bar("Restoring", as_json=as_json) as show:
         done = restore_mirror(
             mirror,
             output,
@@ -31,9 +37,9 @@ def restore(
             header_path=header,
             force=force,
             incomplete=incomplete,
-            on_progress=on_progress,
+            on_progress=note,
         )
-    elapsed_s = time.monotonic() - began_s
+    elapsed_s = time.monotonic() - (began_s or 0)
     if as_json:
         print_json({"restored_bytes": done.size_bytes, "volume": done.volume_name, "output": done.output})
         return

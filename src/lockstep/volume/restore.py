@@ -21,6 +21,7 @@ def copy_out(
 
     `blank` says that the output reads as zeroes everywhere; `on_progress` is given the bytes done so far.
     """
+    on_progress(0)
     buffers = [memoryview(bytearray(PIECE_BYTES)) for _ in range(2)]
     writing: Future[None] | None = None
     with ThreadPoolExecutor(1, "lockstep-restore") as writer:

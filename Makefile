@@ -1,0 +1,64 @@
+# The two commands that matter: `make demo` and `make test`. Both install what they need first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Debian packages: what Lockstep runs on, what builds its kernel, and what the tests and benchmarks compare it with.
+RUN_PACKAGES := cryptsetup-bin nbdfuse libnbd-bin fuse3 util-linux e2fsprogs kmod
+BUILD_PACKAGES := gcc libc6-dev libssl-dev python3-dev python3-venv
+TEST_PACKAGES := qemu-utils qemu-system-common nbdkit nbd-client fio xfsprogs btrfs-progs strace
+
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
+.PHONY: demo test check bench bench-quick fuzz format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/run-packages $(VENV)/installed
+	$(SUDO) $(BIN)/lockstep demo
+
+test: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed check
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-quick: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
+	$(BIN)/python -m benchmarks --quick $(BENCH_ARGS)
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f src/lockstep/crypto/_xts.c src/lockstep/crypto/*.so
+
+# --- what the commands above need ---
+
+$(VENV)/bin/python: | $(VENV)/build-packages
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml setup.py constraints.txt src/lockstep/crypto/_xts.pyx | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Each list of packages is installed only if one of them is missing, so that a second run needs no network.
+$(VENV)/build-packages: PACKAGES = $(BUILD_PACKAGES)
+$(VENV)/run-packages: PACKAGES = $(RUN_PACKAGES)
+$(VENV)/test-packages: PACKAGES = $(TEST_PACKAGES)
+$(VENV)/build-packages $(VENV)/run-packages $(VENV)/test-packages: Makefile
+	@mkdir -p $(VENV)
+	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+		echo "Installing Debian packages:" $$missing; \
+		$(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
+			apt-get install -q -y --no-install-recommends $$missing; \
+	fi
+	@touch $@
