@@ -352,6 +352,14 @@ class HeaderExists(DiskError):
     next_step = "Give a file that does not exist; or, if its content may be destroyed, repeat with --force."
 
 
+class HeaderIsDisk(DiskError):
+    """Data: path, disk, how."""
+
+    happened = "The header cannot be kept in {path}: it is the storage of {disk} ({how})."
+    cause = "The header would be overwritten by the data, or the data by the header."
+    next_step = "Give a file of its own, on another disk."
+
+
 class MirrorOfAnotherVolume(DiskError):
     """Data: path, volume, owner."""
 

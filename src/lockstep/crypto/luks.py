@@ -188,12 +188,14 @@ def format_mirror(
     sector_bytes: int,
     iter_time_ms: int | None,
     label: str,
+    uuid: str | None = None,
 ) -> None:
     """Make `device` a new, empty LUKS2 volume. Whatever it held, and whatever `header` held, is lost.
 
     Without `header` the header is inline and the data starts at 16 MiB. With it the data starts at 0; the
     file is made (mode 0600, 16 MiB) when it is missing, and removed again if that was in vain.
-    `iter_time_ms` is what one try of a passphrase shall cost on this machine (None: cryptsetup's choice).
+    `iter_time_ms` is what one try of a passphrase shall cost on this machine (None: cryptsetup's choice);
+    `uuid` is the volume's (None: a random one).
     EmptyPassphrase, HeaderNotCreated, CryptsetupMissing, CryptsetupFailed, CryptsetupHung.
     """
     if sector_bytes not in _SECTOR_BYTES:
@@ -211,6 +213,8 @@ def format_mirror(
     ]
     if label:
         options.append(f"--label={label}")
+    if uuid is not None:
+        options.append(f"--uuid={uuid}")
     if iter_time_ms is not None:
         options.append(f"--iter-time={iter_time_ms}")
     if header is not None:

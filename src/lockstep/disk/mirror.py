@@ -7,7 +7,6 @@ written: a disk that is in use, that is the target (under whatever name), that c
 
 import contextlib
 import os
-from dataclasses import dataclass
 from typing import Final
 
 from lockstep.crypto import luks
@@ -15,18 +14,18 @@ from lockstep.crypto.cipher import XtsCipher
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.lock import lock_exclusive, lock_shared
 from lockstep.disk.probe import Disk, holds_data, inspect, open_disk, overlap, signatures, users_of
-from lockstep.errors import DiskBusy, HeaderExists, MirrorHoldsData, MirrorIsTarget, MirrorTooSmall, MirrorTruncated
+from lockstep.errors import (
+    DiskBusy,
+    HeaderExists,
+    HeaderIsDisk,
+    MirrorHoldsData,
+    MirrorIsTarget,
+    MirrorTooSmall,
+    MirrorTruncated,
+)
 
 INLINE_DATA_OFFSET_BYTES: Final = 16 << 20
 SECTOR_SIZES: Final = (512, 1024, 2048, 4096)
-
-
-@dataclass(frozen=True)
-class OpenMirror:
-    """An open mirror: its decrypted data, and the header that it was opened with."""
-
-    disk: EncryptedDisk
-    header: luks.Header
 
 
 def whole_sectors(size_bytes: int, sector_bytes: int) -> int:
@@ -42,26 +41,28 @@ def make_mirror(
     passphrase: bytes,
     sector_bytes: int,
     label: str,
+    uuid: str,
     iter_time_ms: int | None = None,
     force: bool = False,
 ) -> luks.Header:
     """Format `path` as the empty mirror of `target`; a file that does not exist is made, exactly large enough.
 
-    Raises MirrorIsTarget, MirrorTooSmall, MirrorHoldsData, HeaderExists, DiskBusy, DiskLocked and what cryptsetup
-    meets. Nothing that existed is changed when a check fails; what was made here is removed when a later step fails.
+    Raises MirrorIsTarget, MirrorTooSmall, MirrorHoldsData, HeaderExists, HeaderIsDisk, DiskBusy, DiskLocked and what
+    cryptsetup meets. Nothing that existed is changed when a check fails; what was made here is removed when a later
+    step fails.
     """
     data_bytes = whole_sectors(target.size_bytes, sector_bytes)
     needed_bytes = data_bytes if header else data_bytes + INLINE_DATA_OFFSET_BYTES
-    if header and os.path.lexists(header) and not force:
-        raise HeaderExists(path=header)
     with contextlib.ExitStack() as undo:
         if not os.path.lexists(path):
             undo.callback(os.unlink, path)
             _make_file(path, needed_bytes)
         disk = inspect(path)
         _refuse_unfit(target, disk, needed_bytes, detached=header is not None, force=force)
-        if header and not os.path.lexists(header):
-            undo.callback(_unlink_if_there, header)
+        if header:
+            _refuse_header(header, (target, disk), force=force)
+            if not os.path.lexists(header):
+                undo.callback(_unlink_if_there, header)
         fd = open_disk(disk, writable=True)
         try:
             lock_exclusive(fd, disk)
@@ -74,39 +75,37 @@ def make_mirror(
             sector_bytes=sector_bytes,
             iter_time_ms=iter_time_ms,
             label=label,
+            uuid=uuid,
         )
         undo.pop_all()
     return luks.read_header(header or path)
 
 
 def open_mirror(
-    path: str, header_path: str | None, passphrase: bytes, size_bytes: int | None = None, *, writable: bool
-) -> OpenMirror:
-    """Unlock a mirror and lock it against other writers; `size_bytes` of data, or what its token says.
+    path: str, header_path: str | None, header: luks.Header, passphrase: bytes, size_bytes: int, *, writable: bool
+) -> EncryptedDisk:
+    """Unlock the mirror of a target of `size_bytes`, whose `header` was read before, and lock it against others.
 
-    Raises what reading the header, the passphrase and the lock can raise, and MirrorTruncated.
+    Raises MirrorTruncated, DiskBusy, DiskLocked, and what reading the volume key can raise.
     """
-    header = luks.read_header(header_path or path)
     disk = inspect(path)
-    if size_bytes is None:
-        size_bytes = header.token.target_size_bytes if header.token else disk.size_bytes - header.segment.offset_bytes
     data_bytes = whole_sectors(size_bytes, header.segment.sector_bytes)
     needed_bytes = header.segment.offset_bytes + data_bytes
     if disk.size_bytes < needed_bytes:
         raise MirrorTruncated(path=path, size_bytes=disk.size_bytes, needed_bytes=needed_bytes)
-    key = luks.volume_key(header_path or path, passphrase)
-    try:
-        cipher = XtsCipher(key, header.segment.sector_bytes)
-    finally:
-        key[:] = bytes(len(key))
     _refuse_busy(disk)
     fd = open_disk(disk, writable=writable)
     try:
         (lock_exclusive if writable else lock_shared)(fd, disk)
+        key = luks.volume_key(header_path or path, passphrase)
+        try:
+            cipher = XtsCipher(key, header.segment.sector_bytes)
+        finally:
+            luks.wipe(key)
     except BaseException:
         os.close(fd)
         raise
-    return OpenMirror(EncryptedDisk(fd, header.segment, cipher, data_bytes), header)
+    return EncryptedDisk(fd, header.segment, cipher, data_bytes)
 
 
 def _refuse_unfit(target: Disk, disk: Disk, needed_bytes: int, *, detached: bool, force: bool) -> None:
@@ -132,6 +131,18 @@ def _refuse_unfit(target: Disk, disk: Disk, needed_bytes: int, *, detached: bool
         found = ("data of an unknown kind",)
     if found:
         raise MirrorHoldsData(path=disk.path, found=" and ".join(found))
+
+
+def _refuse_header(path: str, disks: tuple[Disk, ...], *, force: bool) -> None:
+    if not os.path.lexists(path):
+        return
+    header = inspect(path)
+    for disk in disks:
+        how = overlap(header, disk)
+        if how:
+            raise HeaderIsDisk(path=path, disk=disk.path, how=how)
+    if not force:
+        raise HeaderExists(path=path)
 
 
 def _refuse_busy(disk: Disk) -> None:

@@ -55,6 +55,7 @@ INLINE_READ_BYTES: Final = 128 << 10  # a longer copy would delay other clients
 SOCKET_BUFFER_BYTES: Final = 1 << 20
 MAX_PENDING: Final = 64
 MAX_CONNECTIONS: Final = 1024
+BACKLOG: Final = 1024
 MAX_STATUS_EXTENTS: Final = 4096
 HANDSHAKE_S: Final = 30.0
 CONTENDED_STALL_S: Final = 5.0
@@ -113,7 +114,8 @@ class Connection(asyncio.BufferedProtocol):
         self._export = server.export
         self._pool = server.pool
         self._transport: asyncio.Transport
-        self._negotiation: Negotiation | None = Negotiation({server.export.info.name: server.export.info}, "")
+        info = server.export.info
+        self._negotiation: Negotiation | None = Negotiation({info.name: info}, default=info.name)
         self._agreement = Agreement("", structured=False, allocation=False)
         self._buffer = bytearray(RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
@@ -500,20 +502,27 @@ class NbdServer:
         self._patrol = self.loop.create_task(self._watch())
 
     async def listen_unix(self, path: str) -> None:
-        """Accept clients on a unix socket at `path`, which must not exist; only its owner may connect."""
+        """Claim a unix socket at `path`, which must not exist; only its owner may connect, once `accept` is called."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         previous = os.umask(0o177)
         try:
             listener.bind(path)
         finally:
             os.umask(previous)
-        self._listeners.append(await self.loop.create_unix_server(self._new, sock=listener, backlog=1024))
+        self._listeners.append(
+            await self.loop.create_unix_server(self._new, sock=listener, backlog=BACKLOG, start_serving=False)
+        )
 
     async def listen_tcp(self, host: str, port: int) -> int:
-        """Accept clients on TCP; return the port, which the system chooses when `port` is 0."""
-        listener = await self.loop.create_server(self._new, host, port, backlog=1024)
+        """Claim a TCP address; return the port, which the system chooses when `port` is 0."""
+        listener = await self.loop.create_server(self._new, host, port, backlog=BACKLOG, start_serving=False)
         self._listeners.append(listener)
         return int(listener.sockets[0].getsockname()[1])
+
+    async def accept(self) -> None:
+        """Let clients connect."""
+        for listener in self._listeners:
+            await listener.start_serving()
 
     async def drain(self) -> None:
         """Accept no more clients and no more requests, answer those under way, and close every connection.

@@ -7,14 +7,26 @@ forms, which "Structured reply message" allows for requests without payload in t
 Source: doc/proto.md, "Transmission phase", "Request types", "Error values".
 """
 
+import errno
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from lockstep.nbd import wire
 from lockstep.nbd.negotiation import Agreement, ExportInfo
 
+# "Error values" asks for the first two; a disk that may not be written is the nearest to a refused permission.
+_ALIASES: Final = {
+    errno.EDQUOT: wire.ENOSPC,
+    errno.EFBIG: wire.ENOSPC,
+    errno.EACCES: wire.EPERM,
+    errno.EROFS: wire.EPERM,
+}
+
 
 def refusal(command: int, flags: int, offset: int, length: int, export: ExportInfo, agreement: Agreement) -> int:
     """Return the error that a request gets without being carried out, or 0 when it is valid."""
+    if command == wire.CMD_DISC:
+        return 0  # whatever its fields: "There is no reply to an NBD_CMD_DISC" that could carry an error
     rules = wire.COMMANDS.get(command)
     if rules is None or flags & ~rules.flags:
         return wire.EINVAL
@@ -37,7 +49,7 @@ def wire_error(number: int | None) -> int:
     """Map an errno to one that the protocol allows: EIO for whatever it has no name for."""
     if number in wire.WIRE_ERRORS:
         return number
-    return wire.EPERM if number in (13, 30) else wire.EIO  # EACCES, EROFS
+    return _ALIASES.get(number or 0, wire.EIO)
 
 
 def simple_reply(cookie: int, error: int = 0) -> bytes:

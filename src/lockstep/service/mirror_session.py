@@ -17,7 +17,6 @@ import logging
 from dataclasses import replace
 
 from lockstep.crypto import luks
-from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.mirror import open_mirror
 from lockstep.errors import LockstepError, MirrorOfAnotherVolume, NoToken
 from lockstep.registry.store import MirrorRecord, VolumeRecord
@@ -42,12 +41,9 @@ class MirrorSession:
         self._record_path = state.regions(mirror.luks_uuid)
         self._header_path = mirror.header_path or mirror.path
         header = luks.read_header(self._header_path)
-        _check_owner(volume, mirror, header)
-        opened = open_mirror(mirror.path, mirror.header_path, passphrase, volume.size_bytes, writable=True)
-        assert opened.header.token is not None
-        self.disk: EncryptedDisk = opened.disk
-        self._token = opened.header.token
-        self._token_id = opened.header.token_id
+        self._token = _checked_token(volume, mirror, header)
+        self.disk = open_mirror(mirror.path, mirror.header_path, header, passphrase, volume.size_bytes, writable=True)
+        self._token_id = header.token_id
         regions = record.load(self._record_path, self._identity())
         if regions is None:
             log.info("mirror %s was not closed in order by this server; all of it will be copied", mirror.path)
@@ -95,7 +91,8 @@ class MirrorSession:
         self._token = token
 
 
-def _check_owner(volume: VolumeRecord, mirror: MirrorRecord, header: luks.Header) -> None:
+def _checked_token(volume: VolumeRecord, mirror: MirrorRecord, header: luks.Header) -> luks.Token:
+    """Return the token of a mirror that is the one that the registry means."""
     token = header.token
     if token is None:
         raise NoToken(path=mirror.path)
@@ -111,3 +108,4 @@ def _check_owner(volume: VolumeRecord, mirror: MirrorRecord, header: luks.Header
             token.generation,
             mirror.generation,
         )
+    return token

@@ -5,9 +5,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lockstep.crypto import luks
 from lockstep.crypto.cipher import self_test
+from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.lock import lock_exclusive
-from lockstep.disk.mirror import OpenMirror, open_mirror
+from lockstep.disk.mirror import open_mirror
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import Disk, holds_data, inspect, open_disk, overlap, signatures, users_of
 from lockstep.errors import (
@@ -51,15 +53,14 @@ def restore(
     """
     self_test()
     with contextlib.ExitStack() as stack:
-        _refuse_same_storage(mirror_path, header_path, output_path)
-        mirror = open_mirror(mirror_path, header_path, passphrase(), writable=False)
-        stack.callback(mirror.disk.close)
-        token = mirror.header.token
+        header = luks.read_header(header_path or mirror_path)
+        token = header.token
         if token is None:
             raise NoToken(path=mirror_path)
         if token.state != IN_SYNC and not incomplete:
             raise MirrorIncomplete(path=mirror_path, state=token.state)
         size_bytes = token.target_size_bytes
+        _refuse_same_storage(mirror_path, header_path, output_path)
         made = not os.path.lexists(output_path)
         with contextlib.ExitStack() as undo:
             if made:
@@ -67,13 +68,15 @@ def restore(
                 undo.callback(os.unlink, output_path)
             output = _open_output(inspect(output_path), size_bytes, made=made, force=force)
             stack.callback(output.close)
+            mirror = open_mirror(mirror_path, header_path, header, passphrase(), size_bytes, writable=False)
+            stack.callback(mirror.close)
             _copy(mirror, mirror_path, output, size_bytes, made, on_progress)
             undo.pop_all()
     return Restored(token.volume_name, output_path, size_bytes, token.state)
 
 
 def _copy(
-    mirror: OpenMirror,
+    mirror: EncryptedDisk,
     mirror_path: str,
     output: PlainDisk,
     size_bytes: int,
@@ -83,7 +86,7 @@ def _copy(
     try:
         if not output.disk.is_block:
             os.truncate(output.disk.path, size_bytes)
-        copy_out(mirror.disk, output, size_bytes, blank=made, on_progress=lambda done: on_progress(done, size_bytes))
+        copy_out(mirror, output, size_bytes, blank=made, on_progress=lambda done: on_progress(done, size_bytes))
     except OSError as error:
         raise DiskFailed(
             path=f"{mirror_path} to {output.disk.path}", doing="Copying", reason=error.strerror or str(error)

@@ -22,7 +22,7 @@ import signal
 import socket
 import stat
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -89,7 +89,7 @@ def serve(
     `passphrase` is asked once, if there is a mirror; `on_ready` is given the URIs when clients may connect.
     Raises whatever keeps it from starting, or from stopping in order.
     """
-    _protect_memory()
+    _set_limits()
     self_test()
     with state.registry() as registry:
         volume = registry.volume(name)
@@ -149,9 +149,11 @@ def _open_target(volume: VolumeRecord) -> PlainDisk:
         raise
 
 
-def _protect_memory() -> None:
-    """Keep the volume key out of core dumps and out of other processes' reach."""
+def _set_limits() -> None:
+    """Keep the volume key out of core dumps and other processes' reach; have descriptors for every connection."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
@@ -177,12 +179,12 @@ async def _serve(state: State, opened: _OpenVolume, listen: Listen, on_ready: Ca
             describe = functools.partial(_describe, opened, server, uris[0])
             async with control_interface(state.control(volume.name), describe):
                 await _in_worker(workers, _claim, state, opened)
-                background = _start_background(opened, path, workers)
+                await server.accept()
                 on_ready(uris)
-                await stop.wait()
-                log.info("stopping")
-                await server.drain()
-                await _end(background)
+                async with _background(opened, path, workers):
+                    await stop.wait()
+                    log.info("stopping")
+                    await server.drain()
         await _in_worker(workers, _retire, state, opened)
 
 
@@ -214,7 +216,7 @@ def _describe(opened: _OpenVolume, server: NbdServer, uri: str) -> dict[str, Any
 
 @contextlib.asynccontextmanager
 async def _listening(server: NbdServer, listen: Listen, name: str) -> AsyncIterator[list[str]]:
-    """Open the sockets; clients may connect to them only after `on_ready`, but none is turned away before."""
+    """Claim the sockets; nobody is let in before the server accepts."""
     _clear_stale_socket(listen.socket)
     uris = [f"nbd+unix:///{name}?socket={listen.socket}"]
     try:
@@ -250,26 +252,35 @@ def _clear_stale_socket(path: str) -> None:
     os.unlink(path)
 
 
-def _start_background(opened: _OpenVolume, path: WritePath, workers: Executor) -> list[asyncio.Task[None]]:
-    loop = asyncio.get_running_loop()
-    tasks = [loop.create_task(_keep_tokens_true(opened.mirrors, workers))]
-    tasks += [loop.create_task(Resync(path, s.link, s.disk, workers).run()) for s in opened.mirrors]
-    return tasks
+@contextlib.asynccontextmanager
+async def _background(opened: _OpenVolume, path: WritePath, workers: Executor) -> AsyncIterator[None]:
+    """Bring the mirrors in sync and keep their tokens true; at the end each stops after the step that it is at."""
+    stopping = asyncio.Event()
+    resyncs = [Resync(path, session.link, session.disk, workers) for session in opened.mirrors]
+    work = [_keep_tokens_true(opened.mirrors, workers, stopping), *(resync.run() for resync in resyncs)]
+    tasks = [asyncio.create_task(_reported(each)) for each in work]
+    try:
+        yield
+    finally:
+        stopping.set()
+        for resync in resyncs:
+            resync.stop()
+        await asyncio.gather(*tasks)
 
 
-async def _keep_tokens_true(mirrors: tuple[MirrorSession, ...], workers: Executor) -> None:
-    while mirrors:
+async def _reported(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        await work
+    except Exception:
+        log.exception("a background task failed; the mirror stays as far behind as it is")
+
+
+async def _keep_tokens_true(mirrors: tuple[MirrorSession, ...], workers: Executor, stopping: asyncio.Event) -> None:
+    while not stopping.is_set():
         for session in mirrors:
             await _in_worker(workers, session.keep_token_true)
-        await asyncio.sleep(TOKEN_INTERVAL_S)
-
-
-async def _end(tasks: list[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(outcome, Exception):
-            log.error("a background task failed", exc_info=outcome)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), TOKEN_INTERVAL_S)
 
 
 # --- claim and retire ---

@@ -1,11 +1,12 @@
 """Making and forgetting volumes: the registry and the disks, in the order that loses nothing.
 
-A volume is registered before its mirror is formatted, so that the name and the disks are claimed and the mirror's
-token can say whose it is; if formatting fails, the registration is taken back.
+A volume and its mirror are registered before the mirror is formatted: so the name and the disks are claimed, and no
+disk that has a role already is overwritten. If formatting fails, the registration is taken back.
 """
 
 import contextlib
 import os
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,6 +61,8 @@ def create_volume(
 def _add_mirror(registry: Registry, volume: VolumeRecord, target: Disk, plan: MirrorPlan) -> None:
     path = os.path.abspath(plan.path)
     header_path = os.path.abspath(plan.header) if plan.header else None
+    luks_uuid = str(uuid.uuid4())
+    registry.add_mirror(volume.name, path=path, luks_uuid=luks_uuid, header_path=header_path, generation=1)
     header = make_mirror(
         target,
         path,
@@ -67,14 +70,12 @@ def _add_mirror(registry: Registry, volume: VolumeRecord, target: Disk, plan: Mi
         passphrase=plan.passphrase(),
         sector_bytes=plan.sector_bytes or target.logical_sector_bytes,
         label=f"lockstep-{volume.name}"[:47],
+        uuid=luks_uuid,
         iter_time_ms=plan.iter_time_ms,
         force=plan.force,
     )
     token = luks.Token(volume.id, volume.name, volume.size_bytes, generation=1, state=SYNCING)
     luks.write_token(header_path or path, token, token_id=header.token_id)
-    registry.add_mirror(
-        volume.name, path=path, luks_uuid=header.uuid, header_path=header_path, generation=token.generation
-    )
 
 
 def remove_volume(state: State, name: str) -> VolumeRecord:

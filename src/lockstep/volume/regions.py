@@ -5,9 +5,11 @@ dirty; a mark that arrives meanwhile is not lost when the copy ends, because fin
 nobody has marked since.
 
 In memory a region is one byte, so that finding, counting and marking are single operations of the
-interpreter, safe from any thread; on disk it is one bit.
+interpreter; on disk it is one bit. Marks come from any thread: a lock keeps them out while the end of a copy looks
+at a region and then clears it.
 """
 
+import threading
 from typing import Final
 
 SMALLEST_REGION_BYTES: Final = 64 << 10
@@ -29,6 +31,7 @@ class RegionMap:
     def __init__(self, size_bytes: int, region_bytes: int | None = None, *, dirty: bool) -> None:
         self.size_bytes = size_bytes
         self.region_bytes = region_bytes or region_bytes_for(size_bytes)
+        self._lock = threading.Lock()
         self._states = bytearray((bytes([_DIRTY]) if dirty else bytes(1)) * -(-size_bytes // self.region_bytes))
 
     @property
@@ -42,11 +45,13 @@ class RegionMap:
     def mark(self, offset: int, length: int) -> None:
         """The content of this range is unknown."""
         first, end = offset // self.region_bytes, -(-(offset + length) // self.region_bytes)
-        self._states[first:end] = bytes([_DIRTY]) * (end - first)
+        with self._lock:
+            self._states[first:end] = bytes([_DIRTY]) * (end - first)
 
     def mark_all(self) -> None:
         """The content of the whole disk is unknown."""
-        self._states[:] = bytes([_DIRTY]) * len(self._states)
+        with self._lock:
+            self._states[:] = bytes([_DIRTY]) * len(self._states)
 
     def begin_copy(self, start: int = 0) -> tuple[int, int] | None:
         """Pick the first dirty region at or after offset `start`, else from the beginning: (offset, length)."""
@@ -62,8 +67,9 @@ class RegionMap:
     def finish_copy(self, offset: int, *, equal: bool) -> None:
         """End what `begin_copy` began: the region is clean when `equal` and nobody marked it meanwhile."""
         region = offset // self.region_bytes
-        if self._states[region] == _COPYING:
-            self._states[region] = _CLEAN if equal else _DIRTY
+        with self._lock:
+            if self._states[region] == _COPYING:
+                self._states[region] = _CLEAN if equal else _DIRTY
 
     def to_bits(self) -> bytes:
         """One bit per region, 1 for dirty, the lowest bit of the first byte first."""

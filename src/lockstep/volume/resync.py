@@ -7,6 +7,7 @@ they have written meanwhile.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -31,16 +32,21 @@ class Resync:
         self._disk = disk
         self._workers = workers
         self._buffer = memoryview(bytearray(PIECE_BYTES))
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Have `run` return after the piece that it is at."""
+        self._stopping.set()
 
     async def run(self) -> None:
-        """Copy until no region is dirty, or one of the disks fails; `link.sync` tells how far it is."""
+        """Copy until no region is dirty, `stop`, or one of the disks fails; `link.sync` tells how far it is."""
         link = self._link
         if not link.regions.dirty_bytes:
             return
         link.sync = SyncProgress(link.regions.dirty_bytes, time.monotonic())
         log.info("copying %d bytes to mirror %s", link.sync.total_bytes, link.path)
         position = 0
-        while link.error is None and link.target_error is None and (region := link.regions.begin_copy(position)):
+        while self._may_go_on() and (region := link.regions.begin_copy(position)):
             offset, length = region
             equal = False
             try:
@@ -62,11 +68,15 @@ class Resync:
             count = min(PIECE_BYTES, offset + length - start)
             async with self._path.ranges.hold(start, start + count):
                 await self._in_worker(self._copy, start, count)
-            if self._link.error is not None or self._link.target_error is not None:
+            if not self._may_go_on():
                 return False
             if self._path.updates != updates:
-                await asyncio.sleep(time.monotonic() - began_s)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), time.monotonic() - began_s)
         return True
+
+    def _may_go_on(self) -> bool:
+        return not self._stopping.is_set() and self._link.error is None and self._link.target_error is None
 
     def _copy(self, offset: int, length: int) -> None:
         sector = self._disk.sector_bytes
