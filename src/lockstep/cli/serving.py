@@ -1,6 +1,8 @@
 """serve, attach, detach: a volume in use."""
 
+import os
 from typing import Annotated
+from urllib.parse import unquote
 
 import typer
 
@@ -27,7 +29,7 @@ def serve(
 ) -> None:
     """Serve a volume over NBD, in the foreground, until SIGTERM or Ctrl-C."""
     state = state_of(context, state_dir)
-    listen = Listen(socket or state.socket(name), parse_tcp(tcp) if tcp else None)
+    listen = Listen(os.path.abspath(socket) if socket else state.socket(name), parse_tcp(tcp) if tcp else None)
     passphrase = passphrase_from(key_file, f"the mirror of {name}")
     serve_volume(state, name, passphrase, listen, _announce)
 
@@ -43,7 +45,7 @@ def attach(context: typer.Context, name: Name, state_dir: StateDir = None) -> No
     with state.registry() as registry:
         volume = registry.volume(name)
     uri = ask_status(state.control(name), name)["uri"]
-    socket = uri.partition("?socket=")[2]
+    socket = unquote(uri.partition("?socket=")[2])
     typer.echo(attaching.attach(socket, name, state.run_dir, volume.sector_bytes).device)
 
 

@@ -109,7 +109,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, server: "NbdServer") -> None:
         self.user = ""
-        self.last_progress_s = time.monotonic()
+        self.since_s = self.last_progress_s = time.monotonic()
         self._server = server
         self._export = server.export
         self._pool = server.pool
@@ -192,7 +192,10 @@ class Connection(asyncio.BufferedProtocol):
         self._writable = True
         self.last_progress_s = self._server.now_s
         self._release_undrained()
-        self._advance()
+        if self._negotiation is None:
+            self._advance()
+        elif not self._ending:
+            self._negotiate(self._negotiation)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the client; what is under way is carried out all the same."""
@@ -245,6 +248,8 @@ class Connection(asyncio.BufferedProtocol):
             self._negotiation = None
             self._server.entered(self)
             self._advance()
+        else:
+            self._read_while(self._writable)  # who does not take the answers gets to ask no more
 
     # --- requests ---
 
@@ -260,12 +265,13 @@ class Connection(asyncio.BufferedProtocol):
             self._send_replies()
         if self._ending:
             self._finish()
-        elif self._may_serve() != self._reading:
-            self._reading = not self._reading
-            if self._reading:
-                self._transport.resume_reading()
-            else:
-                self._transport.pause_reading()
+        else:
+            self._read_while(self._may_serve())
+
+    def _read_while(self, wanted: bool) -> None:
+        if wanted != self._reading:
+            self._reading = wanted
+            (self._transport.resume_reading if wanted else self._transport.pause_reading)()
 
     def _may_serve(self) -> bool:
         return self._writable and not self._waiting and not self._ending and self._pending < MAX_PENDING
@@ -582,7 +588,7 @@ class NbdServer:
             self.now_s = time.monotonic()
             for connection in list(self._connections):
                 idle_s = self.now_s - connection.last_progress_s
-                if connection.negotiating and idle_s > HANDSHAKE_S:
+                if connection.negotiating and self.now_s - connection.since_s > HANDSHAKE_S:
                     connection.abort("the handshake took too long")
                 elif self.pool.contended and idle_s > CONTENDED_STALL_S and connection.stalled_since_s is not None:
                     connection.abort("it stalled while holding memory for which others wait")

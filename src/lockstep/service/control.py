@@ -24,10 +24,10 @@ async def control_interface(path: str, describe: Callable[[], dict[str, Any]]) -
     application.router.add_get("/v1/status", answer_status)
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)  # of a server that died: whoever holds the lock is the only one
     previous = os.umask(0o177)
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # of a server that died: whoever holds the lock is the only one
         await web.UnixSite(runner, path).start()
     except OSError as error:
         await runner.cleanup()

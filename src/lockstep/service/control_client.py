@@ -3,12 +3,14 @@
 import contextlib
 import http.client
 import json
+import os
 import socket
 from typing import Any, Final
 
 from lockstep.errors import NotServed, ServerSilent
 
 ANSWER_TIMEOUT_S: Final = 10.0
+_LONGEST_PATH: Final = 107  # unix(7): nobody can listen on a longer one
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -27,6 +29,8 @@ class _UnixConnection(http.client.HTTPConnection):
 
 def ask_status(path: str, volume: str) -> dict[str, Any]:
     """Ask the server behind the control socket at `path`. Raises NotServed, or ServerSilent when it hangs."""
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        raise NotServed(volume=volume)
     with contextlib.closing(_UnixConnection(path)) as connection:
         try:
             connection.request("GET", "/v1/status")

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from lockstep.crypto import luks
 from lockstep.disk.mirror import open_mirror
-from lockstep.errors import LockstepError, MirrorOfAnotherVolume, NoToken
+from lockstep.errors import DiskFailed, LockstepError, MirrorOfAnotherVolume, NoToken
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.state import State
 from lockstep.volume import record
@@ -76,7 +76,10 @@ class MirrorSession:
         """Close in order. Both disks have been flushed and nobody writes any more. Raises what the token may."""
         self.link.flush()
         self._write_token(self._token.generation + 1)
-        record.save(self._record_path, self._identity(), self.link.regions)
+        try:
+            record.save(self._record_path, self._identity(), self.link.regions)
+        except OSError as error:
+            raise DiskFailed(path=self._record_path, doing="Writing", reason=error.strerror) from error
 
     def close(self) -> None:
         """Close the disk, which gives up its lock."""

@@ -26,6 +26,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import quote
 
 import uvloop
 
@@ -218,7 +219,7 @@ def _describe(opened: _OpenVolume, server: NbdServer, uri: str) -> dict[str, Any
 async def _listening(server: NbdServer, listen: Listen, name: str) -> AsyncIterator[list[str]]:
     """Claim the sockets; nobody is let in before the server accepts."""
     _clear_stale_socket(listen.socket)
-    uris = [f"nbd+unix:///{name}?socket={listen.socket}"]
+    uris = [f"nbd+unix:///{name}?socket={quote(listen.socket)}"]
     try:
         await server.listen_unix(listen.socket)
     except OSError as error:
@@ -233,6 +234,7 @@ async def _listening(server: NbdServer, listen: Listen, name: str) -> AsyncItera
             uris.append(f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{name}")
         yield uris
     finally:
+        await server.drain()  # also where it never came to serving
         with contextlib.suppress(FileNotFoundError):
             os.unlink(listen.socket)
 
@@ -244,6 +246,8 @@ def _clear_stale_socket(path: str) -> None:
             raise SocketUnusable(path=path, reason="something that is not a socket has that name")
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise SocketUnusable(path=path, reason=error.strerror) from error
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         code = probe.connect_ex(path)

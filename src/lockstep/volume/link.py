@@ -1,7 +1,7 @@
 """One mirror as its volume sees it: the encrypted disk, where it differs, and whether it is still followed.
 
     state      means                                                    left by
-    syncing    regions differ and are being copied                      the last copied region -> in-sync
+    syncing    regions differ and are being copied                      the flush after the last -> in-sync
     in-sync    no region differs; every write goes to both disks        a failed mirror write  -> degraded,
                                                                         a failed target write  -> behind
     behind     regions differ, and nothing is copying them              the next start         -> syncing
@@ -58,7 +58,7 @@ class MirrorLink:
         """One of the four states in the table above."""
         if self.error is not None:
             return DEGRADED
-        if not self.regions.dirty_bytes:
+        if not self.regions.dirty_bytes and self.sync is None:  # a copy is over when it is durable
             return IN_SYNC
         return BEHIND if self.target_error else SYNCING
 
