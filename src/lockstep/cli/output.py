@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from lockstep.errors import LockstepError
 
+_PIPE_COLUMNS = 10_000
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -22,6 +23,11 @@ def report_error(error: LockstepError) -> None:
         typer.echo(f"  Likely cause: {error.likely_cause}", err=True)
     if error.next_step:
         typer.echo(f"  Next step:    {error.advice}", err=True)
+
+
+def console() -> Console:
+    """Return a console for standard output; what reads from a pipe gets whole paths, however long."""
+    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 
 
 def print_json(value: Any) -> None:

@@ -5,14 +5,14 @@ import time
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from lockstep.cli.options import Json
-from lockstep.cli.output import human_bytes, human_seconds, print_json
+from lockstep.cli.output import console, human_bytes, human_seconds, print_json
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import NotServed
 from lockstep.service.control_client import ask_status
@@ -39,11 +39,11 @@ def status(
             time.sleep(WATCH_INTERVAL_S)
             print_json(_gather(state, name))
         return
-    console = Console(soft_wrap=True)
+    screen = console()
     if not watch:
-        console.print(_render(_gather(state, name)))
+        screen.print(_render(_gather(state, name)))
         return
-    with Live(_render(_gather(state, name)), console=console, auto_refresh=False) as live:
+    with Live(_render(_gather(state, name)), console=screen, auto_refresh=False) as live:
         while True:
             time.sleep(WATCH_INTERVAL_S)
             live.update(_render(_gather(state, name)), refresh=True)
@@ -70,6 +70,8 @@ def _render(gathered: dict[str, Any]) -> RenderableType:
 
 def _render_volume(volume: dict[str, Any]) -> RenderableType:
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row(Text(volume["name"], "bold"), human_bytes(volume["size_bytes"]))
     table.add_row("  target", volume["target"]["path"])
     table.add_row("  serving", volume["uri"] or "no")

@@ -4,11 +4,10 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lockstep.cli.options import Header, Json, KeyFile, Name, passphrase_from, size_bytes
-from lockstep.cli.output import human_bytes, print_json
+from lockstep.cli.output import console, human_bytes, print_json
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import MirrorMissing
 from lockstep.registry.store import VolumeRecord
@@ -79,11 +78,13 @@ def list_(context: typer.Context, as_json: Json = False, state_dir: StateDir = N
     if not volumes:
         typer.echo("There are no volumes. Make one: lockstep create NAME --target PATH --mirror PATH")
         return
-    table = Table("Volume", "Size", "Target", "Mirrors", box=None, pad_edge=False)
+    table = Table("Volume", "Size", box=None, pad_edge=False)
+    table.add_column("Target", overflow="fold")
+    table.add_column("Mirrors", overflow="fold")
     for volume in volumes:
         mirrors = "\n".join(mirror.path for mirror in volume.mirrors) or "none"
         table.add_row(volume.name, human_bytes(volume.size_bytes), volume.target_path, mirrors)
-    Console(soft_wrap=True).print(table)
+    console().print(table)
 
 
 def remove(context: typer.Context, name: Name, state_dir: StateDir = None) -> None:

@@ -1,27 +1,30 @@
 """One mirror for as long as its volume is served: claimed at the start, kept true meanwhile, closed at the end.
 
-The header's token and the local region record carry a generation. It grows whenever a server opens or closes the
-mirror, so the two agree only if nothing happened to the mirror since this state directory closed it:
+The header's token and the local intent bitmap carry a generation. It grows whenever a server claims or retires the
+mirror, so the two agree only if nothing else happened to the mirror since:
 
-    start   record fits (same generation)?  its regions : everything is dirty
-            take the record away, durably
-            token: generation + 1, state
+    start   bitmap of the token's generation?  the marked regions are dirty; else all are
+    claim   bitmap: generation g, following g + 1, dirty regions;  token: g + 1;  bitmap: settled
     serve   token: state, whenever it changes; "in-sync" only after a flush
-    stop    flush; token: generation + 2, state; record: the same generation, dirty regions
+    retire  the same as claim, after both disks were flushed: only what differs is still marked
 
-A crash leaves no record; a mirror that was swapped, copied back or written elsewhere has another generation.
-Either way everything is copied.
+A power cut between any two of these leaves a pair that still fits. A mirror that was swapped, copied back or written
+elsewhere has another generation, and everything is copied.
 """
 
+import asyncio
 import logging
+from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import replace
 
 from lockstep.crypto import luks
 from lockstep.disk.mirror import open_mirror
-from lockstep.errors import DiskFailed, LockstepError, MirrorOfAnotherVolume, NoToken
+from lockstep.errors import LockstepError, MirrorOfAnotherVolume, NoToken, StateDirUnusable
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.state import State
-from lockstep.volume import record
+from lockstep.volume import intent
+from lockstep.volume.intent import IntentBitmap
 from lockstep.volume.link import IN_SYNC, MirrorLink
 from lockstep.volume.regions import RegionMap
 
@@ -31,24 +34,26 @@ log = logging.getLogger(__name__)
 class MirrorSession:
     """A mirror, unlocked and locked against others; `link` is what the write path follows."""
 
-    def __init__(self, state: State, volume: VolumeRecord, mirror: MirrorRecord, passphrase: bytes) -> None:
+    def __init__(
+        self, state: State, volume: VolumeRecord, mirror: MirrorRecord, passphrase: bytes, workers: Executor
+    ) -> None:
         """Open the mirror; nothing is changed yet.
 
         Raises MirrorOfAnotherVolume, NoToken, and whatever `open_mirror` does.
         """
         self.mirror = mirror
-        self._volume = volume
-        self._record_path = state.regions(mirror.luks_uuid)
+        self._workers = workers
         self._header_path = mirror.header_path or mirror.path
         header = luks.read_header(self._header_path)
         self._token = _checked_token(volume, mirror, header)
-        self.disk = open_mirror(mirror.path, mirror.header_path, header, passphrase, volume.size_bytes, writable=True)
         self._token_id = header.token_id
-        regions = record.load(self._record_path, self._identity())
-        if regions is None:
-            log.info("mirror %s was not closed in order by this server; all of it will be copied", mirror.path)
-            regions = RegionMap(volume.size_bytes, dirty=True)
-        self.link = MirrorLink(mirror.path, mirror.luks_uuid, self.disk, regions)
+        self.disk = open_mirror(mirror.path, mirror.header_path, header, passphrase, volume.size_bytes, writable=True)
+        path = state.intent(mirror.luks_uuid)
+        identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
+        self._state_dir = state.path
+        self._intent = IntentBitmap(path, identity, self._in_worker)
+        regions = RegionMap(volume.size_bytes, intent.load(path, identity, self._token.generation))
+        self.link = MirrorLink(mirror.path, mirror.luks_uuid, self.disk, regions, self._intent, self._disown)
 
     @property
     def generation(self) -> int:
@@ -56,9 +61,8 @@ class MirrorSession:
         return self._token.generation
 
     def claim(self) -> None:
-        """From here on the disks may differ: say so durably, on both sides, before anybody writes."""
-        record.discard(self._record_path)
-        self._write_token(self._token.generation + 1)
+        """From here on this server alone says what differs. Raises StateDirUnusable and what the token may."""
+        self._next_generation(self.link.regions.dirty())
 
     def keep_token_true(self) -> None:
         """Have the token say the link's state, if that has changed; a mirror that cannot be written is left."""
@@ -73,25 +77,47 @@ class MirrorSession:
             log.warning("the header of mirror %s could not be updated: %s", self.mirror.path, error)
 
     def retire(self) -> None:
-        """Close in order. Both disks have been flushed and nobody writes any more. Raises what the token may."""
+        """Close in order: the target has been flushed and nobody writes any more. Raises as `claim` does."""
         self.link.flush()
-        self._write_token(self._token.generation + 1)
-        try:
-            record.save(self._record_path, self._identity(), self.link.regions)
-        except OSError as error:
-            raise DiskFailed(path=self._record_path, doing="Writing", reason=error.strerror) from error
+        dirty = self.link.regions.dirty()
+        self._next_generation(dirty if self.link.error is None else _either(dirty, self._intent.marked()))
 
     def close(self) -> None:
         """Close the disk, which gives up its lock."""
+        self._intent.close()
         self.link.close()
 
-    def _identity(self) -> record.Identity:
-        return record.Identity(self._volume.id, self.mirror.luks_uuid, self._token.generation, self._volume.size_bytes)
+    def _next_generation(self, marked: bytes) -> None:
+        generation = self._token.generation
+        try:
+            self._intent.claim(generation, generation + 1, marked)
+            self._write_token(generation + 1)
+            self._intent.settle(generation + 1)
+        except OSError as error:
+            raise StateDirUnusable(path=self._state_dir, reason=error.strerror or str(error)) from error
+
+    async def _disown(self) -> None:
+        """Have the next start copy everything: without a bitmap, or else with a generation that it does not fit."""
+        try:
+            await self._in_worker(self._intent.discard)
+        except OSError as failure:
+            try:
+                await self._in_worker(self._write_token, self._token.generation + 2)
+            except LockstepError as error:
+                raise OSError(failure.errno, f"neither the bitmap nor the mirror can be written: {error}") from error
+            self._intent.ignore()
+
+    async def _in_worker(self, work: Callable[..., None], *args: object) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._workers, work, *args)
 
     def _write_token(self, generation: int) -> None:
         token = replace(self._token, generation=generation, state=self.link.state)
         luks.write_token(self._header_path, token, token_id=self._token_id)
         self._token = token
+
+
+def _either(one: bytes, other: bytes) -> bytes:
+    return bytes(a | b for a, b in zip(one, other, strict=True))
 
 
 def _checked_token(volume: VolumeRecord, mirror: MirrorRecord, header: luks.Header) -> luks.Token:

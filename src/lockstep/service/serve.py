@@ -1,12 +1,12 @@
 """The life of one served volume: open everything, serve until told to stop, close in order.
 
     open      volume lock, target, mirrors: whatever can be refused is refused here, and nothing has changed
-    claim     the mirrors' tokens and records say that the disks may differ from now on
+    claim     tokens and intent bitmaps are given a new generation, which no other server has
     serve     NBD and control sockets; mirrors that are behind are brought in sync meanwhile
     stop      no new requests; those under way are answered; resyncs end after the piece they are at
-    retire    flush both disks, then record what differs
+    retire    flush both disks; only what differs stays marked
 
-Whatever ends the process before `retire` leaves mirrors that are copied anew at the next start.
+Whatever ends the process before `retire` leaves its marks: the next start copies the marked regions.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ import signal
 import socket
 import stat
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -59,6 +59,7 @@ log = logging.getLogger(__name__)
 
 WORKERS: Final = 16
 TOKEN_INTERVAL_S: Final = 1.0
+TIDY_INTERVAL_S: Final = 5.0
 VERDICT_AGE_S: Final = 1.0
 _PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
 
@@ -97,8 +98,11 @@ def serve(
     with state.volume_lock(name) as mine:
         if not mine:
             raise AlreadyServed(volume=name)
-        with _opened(state, volume, passphrase) as opened:
-            uvloop.run(_serve(state, opened, listen, on_ready))
+        with (
+            ThreadPoolExecutor(WORKERS, "lockstep-worker") as workers,
+            _opened(state, volume, passphrase, workers) as opened,
+        ):
+            uvloop.run(_serve(state, opened, listen, on_ready, workers))
 
 
 def parse_tcp(address: str) -> tuple[str, int]:
@@ -120,13 +124,15 @@ def parse_tcp(address: str) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def _opened(state: State, volume: VolumeRecord, passphrase: Callable[[], bytes]) -> Iterator[_OpenVolume]:
+def _opened(
+    state: State, volume: VolumeRecord, passphrase: Callable[[], bytes], workers: Executor
+) -> Iterator[_OpenVolume]:
     with contextlib.ExitStack() as stack:
         target = _open_target(volume)
         stack.callback(target.close)
         mirrors = []
         for mirror in volume.mirrors:
-            session = MirrorSession(state, volume, mirror, passphrase())
+            session = MirrorSession(state, volume, mirror, passphrase(), workers)
             stack.callback(session.close)
             mirrors.append(session)
         yield _OpenVolume(volume, target, tuple(mirrors))
@@ -161,32 +167,32 @@ def _set_limits() -> None:
 # --- serve ---
 
 
-async def _serve(state: State, opened: _OpenVolume, listen: Listen, on_ready: Callable[[list[str]], None]) -> None:
+async def _serve(
+    state: State,
+    opened: _OpenVolume,
+    listen: Listen,
+    on_ready: Callable[[list[str]], None],
+    workers: Executor,
+) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     volume = opened.record
-    sectors = [session.disk.sector_bytes for session in opened.mirrors]
-    with ThreadPoolExecutor(WORKERS, "lockstep-worker") as workers:
-        path = WritePath(
-            opened.target,
-            tuple(session.link for session in opened.mirrors),
-            _Gate(volume.name),
-            max(sectors, default=1),
-            workers,
-        )
-        server = NbdServer(VolumeExport(volume.name, path, workers))
-        async with _listening(server, listen, volume.name) as uris:
-            describe = functools.partial(_describe, opened, server, uris[0])
-            async with control_interface(state.control(volume.name), describe):
-                await _in_worker(workers, _claim, state, opened)
-                await server.accept()
-                on_ready(uris)
-                async with _background(opened, path, workers):
-                    await stop.wait()
-                    log.info("stopping")
-                    await server.drain()
-        await _in_worker(workers, _retire, state, opened)
+    links = tuple(session.link for session in opened.mirrors)
+    sector_bytes = max((session.disk.sector_bytes for session in opened.mirrors), default=1)
+    path = WritePath(opened.target, links, _Gate(volume.name), sector_bytes, workers)
+    server = NbdServer(VolumeExport(volume.name, path, workers))
+    async with _listening(server, listen, volume.name) as uris:
+        describe = functools.partial(_describe, opened, server, uris[0])
+        async with control_interface(state.control(volume.name), describe):
+            await _in_worker(workers, _claim, state, opened)
+            await server.accept()
+            on_ready(uris)
+            async with _background(opened, path, workers):
+                await stop.wait()
+                log.info("stopping")
+                await server.drain()
+    await _in_worker(workers, _retire, state, opened)
 
 
 class _Gate:
@@ -261,7 +267,16 @@ async def _background(opened: _OpenVolume, path: WritePath, workers: Executor) -
     """Bring the mirrors in sync and keep their tokens true; at the end each stops after the step that it is at."""
     stopping = asyncio.Event()
     resyncs = [Resync(path, session.link, session.disk, workers) for session in opened.mirrors]
-    work = [_keep_tokens_true(opened.mirrors, workers, stopping), *(resync.run() for resync in resyncs)]
+
+    async def keep_tokens_true() -> None:
+        for session in opened.mirrors:
+            await _in_worker(workers, session.keep_token_true)
+
+    work = [
+        _repeat(keep_tokens_true, TOKEN_INTERVAL_S, stopping),
+        _repeat(path.tidy, TIDY_INTERVAL_S, stopping),
+        *(resync.run() for resync in resyncs),
+    ]
     tasks = [asyncio.create_task(_reported(each)) for each in work]
     try:
         yield
@@ -279,12 +294,12 @@ async def _reported(work: Coroutine[Any, Any, None]) -> None:
         log.exception("a background task failed; the mirror stays as far behind as it is")
 
 
-async def _keep_tokens_true(mirrors: tuple[MirrorSession, ...], workers: Executor, stopping: asyncio.Event) -> None:
+async def _repeat(work: Callable[[], Awaitable[None]], interval_s: float, stopping: asyncio.Event) -> None:
     while not stopping.is_set():
-        for session in mirrors:
-            await _in_worker(workers, session.keep_token_true)
+        with contextlib.suppress(OSError):  # of a disk: whoever met it has said so, and the state shows it
+            await work()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stopping.wait(), TOKEN_INTERVAL_S)
+            await asyncio.wait_for(stopping.wait(), interval_s)
 
 
 # --- claim and retire ---

@@ -1,7 +1,7 @@
 """The state directory: where everything that is not on the disks themselves is kept.
 
     registry.db                      volumes and their mirrors
-    regions/MIRROR-UUID.regions      what a clean stop leaves behind for each mirror
+    intent/LUKS-UUID.intent          for each mirror, where it may differ from its target
     run/NAME.lock                    held by the server of the volume NAME for as long as it runs
     run/NAME.sock                    the NBD server
     run/NAME.control                 the control interface
@@ -46,7 +46,7 @@ class State:
     def prepare(self) -> None:
         """Make what is missing of the directory, for its owner alone. Raises StateDirUnusable."""
         try:
-            for directory in (self.path, self.run_dir, self._regions_dir):
+            for directory in (self.path, self.run_dir, self._intent_dir):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
         except OSError as error:
             raise StateDirUnusable(path=self.path, reason=error.strerror) from error
@@ -57,8 +57,8 @@ class State:
         return f"{self.path}/run"
 
     @property
-    def _regions_dir(self) -> str:
-        return f"{self.path}/regions"
+    def _intent_dir(self) -> str:
+        return f"{self.path}/intent"
 
     def socket(self, name: str) -> str:
         """The default NBD socket of a volume."""
@@ -68,9 +68,9 @@ class State:
         """The control socket of a volume."""
         return f"{self.run_dir}/{name}.control"
 
-    def regions(self, luks_uuid: str) -> str:
-        """The region record of a mirror."""
-        return f"{self._regions_dir}/{luks_uuid}.regions"
+    def intent(self, luks_uuid: str) -> str:
+        """The intent bitmap of a mirror."""
+        return f"{self._intent_dir}/{luks_uuid}.intent"
 
     @contextlib.contextmanager
     def volume_lock(self, name: str) -> Iterator[bool]:

@@ -6,8 +6,9 @@ from lockstep.crypto import luks
 from lockstep.errors import LockstepError
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.state import State
-from lockstep.volume import record
+from lockstep.volume import intent
 from lockstep.volume.link import BEHIND, IN_SYNC, MirrorLink
+from lockstep.volume.regions import RegionMap
 
 
 def of_volume(
@@ -48,12 +49,12 @@ def of_link(link: MirrorLink) -> dict[str, Any]:
 
 
 def at_rest(state: State, volume: VolumeRecord) -> dict[str, Any]:
-    """A volume that nobody serves, from its region records."""
+    """A volume that nobody serves, from its intent bitmaps."""
     return of_volume(volume, [_mirror_at_rest(state, volume, mirror) for mirror in volume.mirrors])
 
 
 def _mirror_at_rest(state: State, volume: VolumeRecord, mirror: MirrorRecord) -> dict[str, Any]:
-    """A mirror that nobody follows: what its header and the record of the last stop say together."""
+    """A mirror that nobody follows: what its header and its intent bitmap say together."""
     error, regions = None, None
     try:
         header = luks.read_header(mirror.header_path or mirror.path)
@@ -61,8 +62,9 @@ def _mirror_at_rest(state: State, volume: VolumeRecord, mirror: MirrorRecord) ->
         error = str(failure)
     else:
         if header.token is not None and (header.token.volume_id, header.uuid) == (volume.id, mirror.luks_uuid):
-            identity = record.Identity(volume.id, mirror.luks_uuid, header.token.generation, volume.size_bytes)
-            regions = record.load(state.regions(mirror.luks_uuid), identity)
+            identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
+            marked = intent.load(state.intent(mirror.luks_uuid), identity, header.token.generation)
+            regions = RegionMap(volume.size_bytes, marked)
         else:
             error = "another disk has taken its place"
     dirty_bytes = volume.size_bytes if regions is None else regions.dirty_bytes

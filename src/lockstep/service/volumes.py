@@ -91,5 +91,5 @@ def remove_volume(state: State, name: str) -> VolumeRecord:
             registry.remove_volume(name)
             for mirror in volume.mirrors:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(state.regions(mirror.luks_uuid))
+                    os.unlink(state.intent(mirror.luks_uuid))
     return volume

@@ -7,17 +7,21 @@
     behind     regions differ, and nothing is copying them              the next start         -> syncing
     degraded   the mirror failed and is not written any more            the next start         -> syncing
 
-The state is never stored: it is derived from what is known of the regions and of the failure. A mirror
-that failed once is left alone until the next start, when all of it is copied: of what it held in its own
-caches nothing is known.
+The state is never stored: it is derived from what is known of the regions and of the failure.
+
+Every write is recorded in the intent bitmap before it reaches either disk, also while the mirror is degraded. Its
+marks are cleared only after both disks were flushed; so when one of them fails, whatever its caches lost lies in
+marked regions, and these are what differs.
 """
 
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
 from lockstep.disk.encrypted import EncryptedDisk
+from lockstep.volume.intent import IntentBitmap
 from lockstep.volume.regions import RegionMap
 
 log = logging.getLogger(__name__)
@@ -44,10 +48,21 @@ class SyncProgress:
 class MirrorLink:
     """A mirror that is open and follows its target."""
 
-    def __init__(self, path: str, uuid: str, disk: EncryptedDisk, regions: RegionMap) -> None:
+    def __init__(
+        self,
+        path: str,
+        uuid: str,
+        disk: EncryptedDisk,
+        regions: RegionMap,
+        intent: IntentBitmap,
+        disown: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`disown` has the next start copy everything, for when the bitmap cannot say what differs."""
         self.path = path
         self.uuid = uuid
         self.regions = regions
+        self.intent = intent
+        self._disown = disown
         self.sync: SyncProgress | None = None
         self.error: str | None = None  # why the mirror is not followed any more
         self.target_error: str | None = None  # why the target cannot be copied from
@@ -62,6 +77,18 @@ class MirrorLink:
             return IN_SYNC
         return BEHIND if self.target_error else SYNCING
 
+    async def record(self, start: int, end: int) -> None:
+        """Have [start, end) marked durably, before it is written anywhere.
+
+        If that fails, the mirror is dropped and disowned; raises OSError when it cannot even be disowned, since then
+        the next start would take it for equal.
+        """
+        try:
+            await self.intent.mark(start, end)
+        except OSError as failure:
+            self.drop("recording the writes to", failure)
+            await self._disown()
+
     def update(self, offset: int, data: memoryview, *, durable: bool) -> None:
         """Carry an update to the mirror, whole sectors; a failure drops the mirror and is not the writer's."""
         if self.error is None:
@@ -69,6 +96,8 @@ class MirrorLink:
                 self._disk.write(offset, data, durable=durable)
             except OSError as failure:
                 self.drop("writing", failure)
+        if self.error is not None:
+            self.regions.mark(offset, len(data))
 
     def clear(self, offset: int, length: int) -> None:
         """Carry zeroes to the mirror, whole sectors; failures as in `update`."""
@@ -77,6 +106,8 @@ class MirrorLink:
                 self._disk.zero(offset, length)
             except OSError as failure:
                 self.drop("writing", failure)
+        if self.error is not None:
+            self.regions.mark(offset, length)
 
     def flush(self) -> None:
         """Make the mirror durable; failures as in `update`."""
@@ -87,17 +118,17 @@ class MirrorLink:
                 self.drop("flushing", failure)
 
     def drop(self, doing: str, failure: OSError) -> None:
-        """Stop following: nothing is written to the mirror any more, and all of it counts as different."""
-        self.regions.mark_all()
+        """Stop following: nothing is written to the mirror any more, and all that is marked counts as different."""
+        self.regions.mark_regions(self.intent.marked())
         self.error = f"{doing} the mirror failed: {failure.strerror or failure}"
         log.error("mirror %s is degraded: %s. The target goes on alone.", self.path, self.error)
 
-    def target_failed(self, offset: int, length: int, failure: OSError) -> None:
-        """A write to the target failed after the mirror took it: the range may differ, and which is right is open.
+    def target_failed(self, failure: OSError) -> None:
+        """The target failed where the mirror did not: whatever is marked may differ, and which is right is open.
 
         It is not copied by itself: a failing target must not overwrite the better copy.
         """
-        self.regions.mark(offset, length)
+        self.regions.mark_regions(self.intent.marked())
         self.target_error = f"the target failed: {failure.strerror or failure}"
         log.error("mirror %s is behind: %s", self.path, self.target_error)
 

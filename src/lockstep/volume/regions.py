@@ -1,12 +1,11 @@
-"""Where a mirror may differ from its target, at the grain of regions.
+"""Which regions of a mirror differ from the target, or may: what a resync copies.
 
 A region is clean only when the two disks are known to be equal there. While it is being copied it counts as
 dirty; a mark that arrives meanwhile is not lost when the copy ends, because finishing clears only regions that
 nobody has marked since.
 
-In memory a region is one byte, so that finding, counting and marking are single operations of the
-interpreter; on disk it is one bit. Marks come from any thread: a lock keeps them out while the end of a copy looks
-at a region and then clears it.
+A region is one byte, so that finding, counting and marking are single operations of the interpreter. Marks come from
+any thread: a lock keeps them out while the end of a copy looks at a region and then clears it.
 """
 
 import threading
@@ -17,6 +16,7 @@ LARGEST_REGION_BYTES: Final = 16 << 20
 REGIONS_WANTED: Final = 1 << 20
 
 _CLEAN, _DIRTY, _COPYING = 0, 1, 2
+_AS_DIRTY: Final = bytes([0, 1, 1]).ljust(256, b"\1")
 
 
 def region_bytes_for(size_bytes: int) -> int:
@@ -28,11 +28,12 @@ def region_bytes_for(size_bytes: int) -> int:
 class RegionMap:
     """Clean or dirty, for each region of a disk of `size_bytes`."""
 
-    def __init__(self, size_bytes: int, region_bytes: int | None = None, *, dirty: bool) -> None:
+    def __init__(self, size_bytes: int, dirty: bytes | bytearray) -> None:
+        """`dirty` has a byte for each region: 1 if it may differ, 0 if it is equal."""
         self.size_bytes = size_bytes
-        self.region_bytes = region_bytes or region_bytes_for(size_bytes)
+        self.region_bytes = region_bytes_for(size_bytes)
         self._lock = threading.Lock()
-        self._states = bytearray((bytes([_DIRTY]) if dirty else bytes(1)) * -(-size_bytes // self.region_bytes))
+        self._states = bytearray(dirty)
 
     @property
     def dirty_bytes(self) -> int:
@@ -48,10 +49,20 @@ class RegionMap:
         with self._lock:
             self._states[first:end] = bytes([_DIRTY]) * (end - first)
 
-    def mark_all(self) -> None:
-        """The content of the whole disk is unknown."""
+    def mark_regions(self, regions: bytes) -> None:
+        """The content of these regions, a byte each, is unknown."""
         with self._lock:
-            self._states[:] = bytes([_DIRTY]) * len(self._states)
+            for region in range(len(regions)):
+                if regions[region]:
+                    self._states[region] = _DIRTY
+
+    def dirty(self) -> bytes:
+        """Which regions may differ, a byte each."""
+        return bytes(self._states).translate(_AS_DIRTY)
+
+    def clean(self, region: int) -> bool:
+        """Whether a region is known to be equal."""
+        return self._states[region] == _CLEAN
 
     def begin_copy(self, start: int = 0) -> tuple[int, int] | None:
         """Pick the first dirty region at or after offset `start`, else from the beginning: (offset, length)."""
@@ -70,16 +81,3 @@ class RegionMap:
         with self._lock:
             if self._states[region] == _COPYING:
                 self._states[region] = _CLEAN if equal else _DIRTY
-
-    def to_bits(self) -> bytes:
-        """One bit per region, 1 for dirty, the lowest bit of the first byte first."""
-        bits = bytearray(-(-len(self._states) // 8))
-        for region, state in enumerate(self._states):
-            if state != _CLEAN:
-                bits[region >> 3] |= 1 << (region & 7)
-        return bytes(bits)
-
-    def load_bits(self, bits: bytes) -> None:
-        """Take over what `to_bits` gave."""
-        for region in range(len(self._states)):
-            self._states[region] = bits[region >> 3] >> (region & 7) & 1

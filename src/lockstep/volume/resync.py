@@ -58,6 +58,8 @@ class Resync:
         if not link.regions.dirty_bytes:
             await self._in_worker(link.flush)
             log.info("mirror %s is in sync", link.path)
+            with contextlib.suppress(OSError):  # of the target: its state shows it
+                await self._path.tidy()
         link.sync = None
 
     async def _copy_region(self, offset: int, length: int) -> bool:
@@ -84,7 +86,7 @@ class Resync:
         try:
             self._path.target.read(offset, data)
         except OSError as failure:
-            self._link.target_failed(offset, length, failure)
+            self._link.target_failed(failure)
             return
         self._link.update(offset, data, durable=False)
 

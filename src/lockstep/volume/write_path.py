@@ -6,6 +6,7 @@ The steps, in the order in which they stand in `_update`, by the numbers of the 
     502          look up         does this target have a mirror? If not: 505 alone
     602          gate            may this user update the mirror, and now? If not, end
     102/503      encrypt         the data that the request carries
+    (record)     the intent     where the two disks are about to differ, durably
     103/504      mirror          the ciphertext, at the position given by offset and length
     103/505      target          the plaintext, at the same position
 
@@ -18,24 +19,25 @@ Rules:
 3. Overlapping updates reach both disks in one order. Small aligned ones are carried out at once on the loop,
    alone by construction, unless their sectors are held; all others hold their sectors (`Ranges`), and so does
    each piece of a resync.
-4. A hole on the target is zeroes on a clean mirror, so clearing what is a hole already costs the mirror nothing.
-5. FLUSH covers what was answered before it began, on the target and on every followed mirror.
-
-Not here: recording where the disks differ across a crash. A volume that was not stopped in order is copied
-anew at its next start.
+4. A region is marked in the intent bitmap, durably, before either disk is written there. So a small write is carried
+   out at once only inside the hot set, where the marks are already; and marks are cleared by `tidy` alone.
+5. A hole on the target is zeroes on a clean mirror, so clearing what is a hole already costs the mirror nothing.
+6. FLUSH covers what was answered before it began, on the target and on every followed mirror.
 """
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from typing import Final
 
 from lockstep.disk.plain import PlainDisk
 from lockstep.volume.link import MirrorLink
 from lockstep.volume.ranges import Ranges
+from lockstep.volume.rounds import Rounds
 
 log = logging.getLogger(__name__)
 
@@ -59,26 +61,25 @@ class WritePath:
         self._gate = gate
         self._sector_mask = sector_bytes - 1
         self._workers = workers
-        self._flush_running: asyncio.Task[None] | None = None
-        self._flush_next: asyncio.Task[None] | None = None
+        self._flushes = Rounds(self._flush_all)
 
     # --- 101/501/601: what arrives ---
 
     def write_now(self, user: str, offset: int, data: memoryview) -> bool:
         """Carry out a small aligned write at once; False, and nothing happened, when it has to wait."""
         length = len(data)
-        if (
-            length > INLINE_BYTES
-            or (offset | length) & self._sector_mask
-            or not self.ranges.free(offset, offset + length)
-        ):
+        end = offset + length
+        if length > INLINE_BYTES or (offset | length) & self._sector_mask or not self.ranges.free(offset, end):
             return False
+        for mirror in self.mirrors:
+            if not mirror.intent.covers(offset, end):
+                return False
         self._update(user, offset, data)
         return True
 
     async def write(self, user: str, offset: int, data: memoryview, *, durable: bool) -> None:
         """Carry out any write; `durable` has it on the medium of every disk before it is answered."""
-        async with self.ranges.hold(*self._sectors(offset, len(data))):
+        async with self._hold(offset, len(data)):
             await self._in_worker(self._update, user, offset, data, durable)
 
     async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool, fast: bool) -> None:
@@ -88,7 +89,7 @@ class WritePath:
         end = offset + length
         while offset < end:
             stop = min(end, (offset // CLEAR_PIECE_BYTES + 1) * CLEAR_PIECE_BYTES)
-            async with self.ranges.hold(*self._sectors(offset, stop - offset)):
+            async with self._hold(offset, stop - offset):
                 await self._in_worker(self._clear, user, offset, stop - offset, allocate)
             offset = stop
         if durable:
@@ -106,9 +107,34 @@ class WritePath:
 
     async def flush(self) -> None:
         """Make durable what was answered so far; requests that come meanwhile share the next round."""
-        if self._flush_next is None:
-            self._flush_next = asyncio.get_running_loop().create_task(self._flush_after(self._flush_running))
-        await asyncio.shield(self._flush_next)
+        await self._flushes.join()
+
+    async def tidy(self) -> None:
+        """Clear the marks of regions that are equal, and that nobody writes to, after flushing both disks.
+
+        Raises OSError when the target cannot be flushed; then nothing was cleared.
+        """
+        idle = {mirror: [r for r in mirror.intent.idle() if self._at_rest(mirror, r)] for mirror in self.mirrors}
+        if not any(idle.values()):
+            return
+        await self.flush()
+        for mirror, regions in idle.items():
+            if mirror.error is None and mirror.target_error is None:
+                await mirror.intent.clear(regions)
+
+    def _at_rest(self, mirror: MirrorLink, region: int) -> bool:
+        """Whether a region is equal on both disks, and no write to it is under way."""
+        start = region * mirror.regions.region_bytes
+        return mirror.regions.clean(region) and self.ranges.free(start, start + mirror.regions.region_bytes)
+
+    @contextlib.asynccontextmanager
+    async def _hold(self, offset: int, length: int) -> AsyncIterator[None]:
+        """Have the range's sectors to oneself, marked for every mirror."""
+        start, end = self._sectors(offset, length)
+        async with self.ranges.hold(start, end):
+            for mirror in self.mirrors:
+                await mirror.record(start, min(end, self.target.size_bytes))
+            yield
 
     # --- the method ---
 
@@ -123,7 +149,7 @@ class WritePath:
         try:
             self.target.write(offset, data, durable=durable)  # 103/505
         except OSError as failure:
-            self._target_failed(offset, len(data), failure)
+            self._target_failed(failure)
             raise
 
     def _clear(self, user: str, offset: int, length: int, allocate: bool) -> None:
@@ -137,7 +163,7 @@ class WritePath:
         try:
             self.target.zero(offset, length, allocate=allocate)  # 103/505
         except OSError as failure:
-            self._target_failed(offset, length, failure)
+            self._target_failed(failure)
             raise
 
     def _permit(self, user: str) -> None:
@@ -201,10 +227,7 @@ class WritePath:
 
     # --- durability and failure ---
 
-    async def _flush_after(self, running: asyncio.Task[None] | None) -> None:
-        if running is not None:
-            await asyncio.wait([running])
-        self._flush_running, self._flush_next = self._flush_next, None
+    async def _flush_all(self) -> None:
         disks = [mirror.flush for mirror in self.mirrors]
         await asyncio.gather(self._in_worker(self._flush_target), *map(self._in_worker, disks))
 
@@ -212,12 +235,12 @@ class WritePath:
         try:
             self.target.flush()
         except OSError as failure:
-            self._target_failed(0, self.target.size_bytes, failure)
+            self._target_failed(failure)
             raise
 
-    def _target_failed(self, offset: int, length: int, failure: OSError) -> None:
+    def _target_failed(self, failure: OSError) -> None:
         for mirror in self.mirrors:
-            mirror.target_failed(offset, length, failure)
+            mirror.target_failed(failure)
 
     async def _in_worker(self, work: Callable[..., None], *args: object) -> None:
         await asyncio.get_running_loop().run_in_executor(self._workers, work, *args)
