@@ -1,6 +1,7 @@
 """P3: after a kill -9 the next start copies the marked regions, no more, and the disks are equal again."""
 
 import random
+import shutil
 import subprocess
 import time
 
@@ -67,16 +68,39 @@ def test_kill_9_under_load_copies_only_what_was_being_written(lab: Lab) -> None:
         assert assert_recovers(volume, span_bytes + REGION_BYTES) > 0
 
 
+def marks(lab: Lab) -> bytes:
+    """The bits of the only bitmap: a disk of this size has one page of them."""
+    bitmap = next((lab.state / "intent").glob("*.intent"))
+    return bitmap.read_bytes()[512 + 4 : 1024]
+
+
 def test_marks_of_regions_at_rest_are_cleared(lab: Lab) -> None:
     volume = lab.volume("vol", SIZE_BYTES)
     with volume.served() as served:
-        subprocess.run(
-            ["qemu-io", "-f", "raw", "-c", "write -P 7 0 32M", served.uri], check=True, stdout=subprocess.DEVNULL
-        )
-        bitmap = next((lab.state / "intent").glob("*.intent"))
-        wait_until(lambda: not any(bitmap.read_bytes()[512 + 4 : 1024]), "the marks to be cleared")
+        wait_until(lambda: not any(marks(lab)), "the marks of the initial copy to be cleared")
         served.kill()
     assert assert_recovers(volume, 0) == 0
+
+
+def test_a_copy_of_the_mirror_from_before_is_not_taken_for_it(lab: Lab) -> None:
+    volume = lab.volume("vol", SIZE_BYTES)
+    older = lab.home / "older"
+    with volume.served(in_sync=False) as served:
+        shutil.copyfile(volume.mirror, older)
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be in sync")
+        wait_until(lambda: not any(marks(lab)), "the marks of the initial copy to be cleared")
+        served.kill()
+    shutil.copyfile(older, volume.mirror)
+    assert assert_recovers(volume, SIZE_BYTES) == SIZE_BYTES
+
+
+def test_a_target_that_others_wrote_while_it_was_not_served_is_copied(lab: Lab) -> None:
+    volume = lab.volume("vol", SIZE_BYTES)
+    with volume.served():
+        pass
+    with volume.target.open("r+b") as target:
+        target.write(b"by others")
+    assert assert_recovers(volume, SIZE_BYTES) == SIZE_BYTES
 
 
 def test_a_clean_stop_leaves_nothing_to_copy(lab: Lab) -> None:

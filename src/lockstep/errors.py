@@ -155,7 +155,7 @@ class MirrorTaken(RegistryError):
 
     happened = "{path} already is a mirror of the volume {volume}."
     cause = "One disk has one role: a mirror holds the ciphertext of one volume, and nothing else may write to it."
-    next_step = "Give another disk, or `lockstep mirror remove {volume} {path}` first."
+    next_step = "Give another disk, or `lockstep remove {volume}` first; that leaves both of its disks as they are."
 
 
 class HeaderTaken(RegistryError):
@@ -163,7 +163,9 @@ class HeaderTaken(RegistryError):
 
     happened = "{path} already is the header of a mirror of the volume {volume}."
     cause = "A detached header belongs to one mirror; overwritten, that mirror cannot be opened any more."
-    next_step = "Give another path, or see `lockstep mirror list {volume}` and remove that mirror first."
+    next_step = (
+        "Give another path, or `lockstep remove {volume}` first; that leaves its disks and the header as they are."
+    )
 
 
 class LuksUuidTaken(RegistryError):
@@ -179,7 +181,7 @@ class MirrorUnknown(RegistryError):
 
     happened = "No mirror {mirror} is registered{where}."
     cause = "It was removed, belongs to another volume, or was registered under another path."
-    next_step = "See `lockstep list` and `lockstep mirror list NAME`."
+    next_step = "See `lockstep list`."
 
 
 class RegistryUnreadable(RegistryError):

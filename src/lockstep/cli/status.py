@@ -14,7 +14,7 @@ from rich.text import Text
 from lockstep.cli.options import Json
 from lockstep.cli.output import console, human_bytes, human_seconds, print_json
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import NotServed
+from lockstep.errors import NotServed, ServerSilent
 from lockstep.service.control_client import ask_status
 from lockstep.service.state import State
 from lockstep.service.status import at_rest
@@ -58,6 +58,10 @@ def _gather(state: State, name: str | None) -> dict[str, Any]:
             described.append(ask_status(state.control(volume.name), volume.name))
         except NotServed:
             described.append(at_rest(state, volume))
+        except ServerSilent as silence:
+            if name:
+                raise
+            described.append(at_rest(state, volume, error=str(silence)))
     return {"volumes": described}
 
 
@@ -81,7 +85,7 @@ def _render_volume(volume: dict[str, Any]) -> RenderableType:
         table.add_row("  mirror", "none: writes go to the target alone")
     for mirror in volume["mirrors"]:
         table.add_row("  mirror", mirror["path"])
-        table.add_row("", _render_state(mirror, serving=volume["serving"]))
+        table.add_row("", _render_state(mirror))
         if mirror["sync"]:
             table.add_row("", _render_progress(mirror["sync"]))
         if mirror["error"]:
@@ -89,12 +93,10 @@ def _render_volume(volume: dict[str, Any]) -> RenderableType:
     return table
 
 
-def _render_state(mirror: dict[str, Any], *, serving: bool) -> Text:
+def _render_state(mirror: dict[str, Any]) -> Text:
     text = Text(mirror["state"], _STYLES[mirror["state"]])
     if mirror["dirty_bytes"]:
         text.append(f", {human_bytes(mirror['dirty_bytes'])} differ or may differ", "default")
-    elif not serving:
-        text.append(", closed in order", "default")
     return text
 
 

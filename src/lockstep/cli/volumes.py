@@ -52,7 +52,8 @@ def create(
         passphrase = passphrase_from(key_file, f"the mirror {mirror}", confirm=True)
         plan = MirrorPlan(mirror, passphrase, header, sector_size, iter_time, force)
     else:
-        for option, value in (("--header", header), ("--sector-size", sector_size), ("--key-file", key_file)):
+        given = {"--header": header, "--sector-size": sector_size, "--key-file": key_file, "--iter-time": iter_time}
+        for option, value in {**given, "--force": force or None}.items():
             if value is not None:
                 raise MirrorMissing(option=option)
     volume = create_volume(state, name, target, plan, on_denied.value)

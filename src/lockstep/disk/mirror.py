@@ -16,6 +16,7 @@ from lockstep.disk.lock import lock_exclusive, lock_shared
 from lockstep.disk.probe import Disk, holds_data, inspect, open_disk, overlap, signatures, users_of
 from lockstep.errors import (
     DiskBusy,
+    DiskFailed,
     HeaderExists,
     HeaderIsDisk,
     MirrorHoldsData,
@@ -55,7 +56,7 @@ def make_mirror(
     needed_bytes = data_bytes if header else data_bytes + INLINE_DATA_OFFSET_BYTES
     with contextlib.ExitStack() as undo:
         if not os.path.lexists(path):
-            undo.callback(os.unlink, path)
+            undo.callback(_unlink_if_there, path)
             _make_file(path, needed_bytes)
         disk = inspect(path)
         _refuse_unfit(target, disk, needed_bytes, detached=header is not None, force=force)
@@ -152,11 +153,14 @@ def _refuse_busy(disk: Disk) -> None:
 
 
 def _make_file(path: str, size_bytes: int) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.ftruncate(fd, size_bytes)
-    finally:
-        os.close(fd)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, size_bytes)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise DiskFailed(path=path, doing="Making", reason=error.strerror) from error
 
 
 def _unlink_if_there(path: str) -> None:

@@ -101,6 +101,10 @@ class PlainDisk:
         """Start reading the range into the page cache."""
         os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
+    def written_ns(self) -> int:
+        """When the content was last written, in ns since 1970; 0 for a block device, which does not tell."""
+        return 0 if self.disk.is_block else os.fstat(self._fd).st_mtime_ns
+
     def extents(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         """Split the range into (offset, length, whether it holds data); the rest are holes, read as zeroes."""
         if self.disk.is_block:  # it does not tell

@@ -1,6 +1,6 @@
 """The control interface of a served volume: HTTP on a unix socket that its owner alone may connect to.
 
-    GET /v1/status    the volume as `status --json` prints it
+GET /v1/status    the volume as `status --json` prints it
 """
 
 import contextlib

@@ -6,6 +6,7 @@ mirror, so the two agree only if nothing else happened to the mirror since:
     start   bitmap of the token's generation?  the marked regions are dirty; else all are
     claim   bitmap: generation g, following g + 1, dirty regions;  token: g + 1;  bitmap: settled
     serve   token: state, whenever it changes; "in-sync" only after a flush
+            before marks are cleared: a new generation, in the same three steps
     retire  the same as claim, after both disks were flushed: only what differs is still marked
 
 A power cut between any two of these leaves a pair that still fits. A mirror that was swapped, copied back or written
@@ -13,13 +14,16 @@ elsewhere has another generation, and everything is copied.
 """
 
 import asyncio
+import errno
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import replace
 
 from lockstep.crypto import luks
 from lockstep.disk.mirror import open_mirror
+from lockstep.disk.plain import PlainDisk
 from lockstep.errors import LockstepError, MirrorOfAnotherVolume, NoToken, StateDirUnusable
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.state import State
@@ -35,13 +39,21 @@ class MirrorSession:
     """A mirror, unlocked and locked against others; `link` is what the write path follows."""
 
     def __init__(
-        self, state: State, volume: VolumeRecord, mirror: MirrorRecord, passphrase: bytes, workers: Executor
+        self,
+        state: State,
+        volume: VolumeRecord,
+        mirror: MirrorRecord,
+        target: PlainDisk,
+        passphrase: bytes,
+        workers: Executor,
     ) -> None:
         """Open the mirror; nothing is changed yet.
 
         Raises MirrorOfAnotherVolume, NoToken, and whatever `open_mirror` does.
         """
         self.mirror = mirror
+        self._target = target
+        self._token_lock = threading.Lock()  # cryptsetup runs in worker threads
         self._workers = workers
         self._header_path = mirror.header_path or mirror.path
         header = luks.read_header(self._header_path)
@@ -52,8 +64,11 @@ class MirrorSession:
         identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
         self._state_dir = state.path
         self._intent = IntentBitmap(path, identity, self._in_worker)
-        regions = RegionMap(volume.size_bytes, intent.load(path, identity, self._token.generation))
-        self.link = MirrorLink(mirror.path, mirror.luks_uuid, self.disk, regions, self._intent, self._disown)
+        marked = intent.load(path, identity, self._token.generation, target.written_ns())
+        regions = RegionMap(volume.size_bytes, marked)
+        self.link = MirrorLink(
+            mirror.path, mirror.luks_uuid, self.disk, regions, self._intent, self._advance, self._disown
+        )
 
     @property
     def generation(self) -> int:
@@ -62,7 +77,7 @@ class MirrorSession:
 
     def claim(self) -> None:
         """From here on this server alone says what differs. Raises StateDirUnusable and what the token may."""
-        self._next_generation(self.link.regions.dirty())
+        self._claim(self.link.regions.dirty(), written_ns=0)
 
     def keep_token_true(self) -> None:
         """Have the token say the link's state, if that has changed; a mirror that cannot be written is left."""
@@ -71,7 +86,7 @@ class MirrorSession:
         try:
             if self.link.state == IN_SYNC:
                 self.link.flush()
-            self._write_token(self._token.generation)
+            self._write_token(advance=0)
         except LockstepError as error:
             self._token = replace(self._token, state=self.link.state)  # once is enough to say it
             log.warning("the header of mirror %s could not be updated: %s", self.mirror.path, error)
@@ -80,21 +95,30 @@ class MirrorSession:
         """Close in order: the target has been flushed and nobody writes any more. Raises as `claim` does."""
         self.link.flush()
         dirty = self.link.regions.dirty()
-        self._next_generation(dirty if self.link.error is None else _either(dirty, self._intent.marked()))
+        marked = dirty if self.link.error is None else _either(dirty, self._intent.marked())
+        self._claim(marked, self._target.written_ns())
 
     def close(self) -> None:
         """Close the disk, which gives up its lock."""
         self._intent.close()
         self.link.close()
 
-    def _next_generation(self, marked: bytes) -> None:
-        generation = self._token.generation
+    def _claim(self, marked: bytes, written_ns: int) -> None:
         try:
-            self._intent.claim(generation, generation + 1, marked)
-            self._write_token(generation + 1)
-            self._intent.settle(generation + 1)
+            self._intent.claim(self._token.generation, marked)
+            self._write_token(advance=1)
+            self._intent.settle(self._token.generation, written_ns)
         except OSError as error:
             raise StateDirUnusable(path=self._state_dir, reason=error.strerror or str(error)) from error
+
+    async def _advance(self) -> None:
+        """Give mirror and bitmap a new generation: copies of the mirror from before are none of it."""
+        await self._in_worker(self._intent.advance, self._token.generation)
+        try:
+            await self._in_worker(self._write_token, 1)
+        except LockstepError as error:
+            raise OSError(errno.EIO, str(error)) from error
+        await self._in_worker(self._intent.settle, self._token.generation)
 
     async def _disown(self) -> None:
         """Have the next start copy everything: without a bitmap, or else with a generation that it does not fit."""
@@ -102,7 +126,7 @@ class MirrorSession:
             await self._in_worker(self._intent.discard)
         except OSError as failure:
             try:
-                await self._in_worker(self._write_token, self._token.generation + 2)
+                await self._in_worker(self._write_token, 2)
             except LockstepError as error:
                 raise OSError(failure.errno, f"neither the bitmap nor the mirror can be written: {error}") from error
             self._intent.ignore()
@@ -110,10 +134,11 @@ class MirrorSession:
     async def _in_worker(self, work: Callable[..., None], *args: object) -> None:
         await asyncio.get_running_loop().run_in_executor(self._workers, work, *args)
 
-    def _write_token(self, generation: int) -> None:
-        token = replace(self._token, generation=generation, state=self.link.state)
-        luks.write_token(self._header_path, token, token_id=self._token_id)
-        self._token = token
+    def _write_token(self, advance: int) -> None:
+        with self._token_lock:
+            token = replace(self._token, generation=self._token.generation + advance, state=self.link.state)
+            luks.write_token(self._header_path, token, token_id=self._token_id)
+            self._token = token
 
 
 def _either(one: bytes, other: bytes) -> bytes:

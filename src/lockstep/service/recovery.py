@@ -21,6 +21,7 @@ from lockstep.errors import (
     OutputIsMirror,
     OutputTooSmall,
 )
+from lockstep.service.secrecy import protect_memory
 from lockstep.volume.link import IN_SYNC
 from lockstep.volume.restore import copy_out
 
@@ -51,6 +52,7 @@ def restore(
     unless `force`; OutputIsMirror, OutputTooSmall, DiskBusy, DiskFailed, and whatever opening the mirror raises.
     An output that this made is removed when the restore fails.
     """
+    protect_memory()
     self_test()
     with contextlib.ExitStack() as stack:
         header = luks.read_header(header_path or mirror_path)

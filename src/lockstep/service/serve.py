@@ -11,7 +11,6 @@ Whatever ends the process before `retire` leaves its marks: the next start copie
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import functools
 import ipaddress
@@ -51,6 +50,7 @@ from lockstep.service import status
 from lockstep.service.control import control_interface
 from lockstep.service.export import VolumeExport
 from lockstep.service.mirror_session import MirrorSession
+from lockstep.service.secrecy import protect_memory
 from lockstep.service.state import State
 from lockstep.volume.resync import Resync
 from lockstep.volume.write_path import WritePath
@@ -59,9 +59,8 @@ log = logging.getLogger(__name__)
 
 WORKERS: Final = 16
 TOKEN_INTERVAL_S: Final = 1.0
-TIDY_INTERVAL_S: Final = 5.0
+TIDY_INTERVAL_S: Final = 30.0
 VERDICT_AGE_S: Final = 1.0
-_PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,8 @@ def serve(
     `passphrase` is asked once, if there is a mirror; `on_ready` is given the URIs when clients may connect.
     Raises whatever keeps it from starting, or from stopping in order.
     """
-    _set_limits()
+    protect_memory()
+    _raise_limits()
     self_test()
     with state.registry() as registry:
         volume = registry.volume(name)
@@ -132,7 +132,7 @@ def _opened(
         stack.callback(target.close)
         mirrors = []
         for mirror in volume.mirrors:
-            session = MirrorSession(state, volume, mirror, passphrase(), workers)
+            session = MirrorSession(state, volume, mirror, target, passphrase(), workers)
             stack.callback(session.close)
             mirrors.append(session)
         yield _OpenVolume(volume, target, tuple(mirrors))
@@ -156,12 +156,10 @@ def _open_target(volume: VolumeRecord) -> PlainDisk:
         raise
 
 
-def _set_limits() -> None:
-    """Keep the volume key out of core dumps and other processes' reach; have descriptors for every connection."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def _raise_limits() -> None:
+    """Have descriptors for every connection."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 # --- serve ---
@@ -184,14 +182,13 @@ async def _serve(
     server = NbdServer(VolumeExport(volume.name, path, workers))
     async with _listening(server, listen, volume.name) as uris:
         describe = functools.partial(_describe, opened, server, uris[0])
-        async with control_interface(state.control(volume.name), describe):
-            await _in_worker(workers, _claim, state, opened)
-            await server.accept()
+        await _in_worker(workers, _claim, state, opened)
+        await server.accept()
+        async with control_interface(state.control(volume.name), describe), _background(opened, path, workers):
             on_ready(uris)
-            async with _background(opened, path, workers):
-                await stop.wait()
-                log.info("stopping")
-                await server.drain()
+            await stop.wait()
+            log.info("stopping")
+            await server.drain()
     await _in_worker(workers, _retire, state, opened)
 
 

@@ -1,11 +1,11 @@
 """The state directory: where everything that is not on the disks themselves is kept.
 
-    registry.db                      volumes and their mirrors
-    intent/LUKS-UUID.intent          for each mirror, where it may differ from its target
-    run/NAME.lock                    held by the server of the volume NAME for as long as it runs
-    run/NAME.sock                    the NBD server
-    run/NAME.control                 the control interface
-    run/NAME.attached, NAME.fuse/    the block device of an attached volume
+registry.db                      volumes and their mirrors
+intent/LUKS-UUID.intent          for each mirror, where it may differ from its target
+run/NAME.lock                    held by the server of the volume NAME for as long as it runs
+run/NAME.sock                    the NBD server
+run/NAME.control                 the control interface
+run/NAME.attached, NAME.fuse/    the block device of an attached volume
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """The status of a volume as plain data: what `status --json` prints and the terminal's table is drawn from."""
 
+import os
 from typing import Any
 
 from lockstep.crypto import luks
@@ -48,9 +49,12 @@ def of_link(link: MirrorLink) -> dict[str, Any]:
     )
 
 
-def at_rest(state: State, volume: VolumeRecord) -> dict[str, Any]:
-    """A volume that nobody serves, from its intent bitmaps."""
-    return of_volume(volume, [_mirror_at_rest(state, volume, mirror) for mirror in volume.mirrors])
+def at_rest(state: State, volume: VolumeRecord, error: str | None = None) -> dict[str, Any]:
+    """A volume that nobody serves, from its intent bitmaps; or one whose server does not answer, which is `error`."""
+    mirrors = [_mirror_at_rest(state, volume, mirror) for mirror in volume.mirrors]
+    for described in mirrors:
+        described["error"] = error or described["error"]
+    return of_volume(volume, mirrors)
 
 
 def _mirror_at_rest(state: State, volume: VolumeRecord, mirror: MirrorRecord) -> dict[str, Any]:
@@ -63,7 +67,8 @@ def _mirror_at_rest(state: State, volume: VolumeRecord, mirror: MirrorRecord) ->
     else:
         if header.token is not None and (header.token.volume_id, header.uuid) == (volume.id, mirror.luks_uuid):
             identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
-            marked = intent.load(state.intent(mirror.luks_uuid), identity, header.token.generation)
+            written_ns = os.stat(volume.target_path).st_mtime_ns if os.path.isfile(volume.target_path) else 0
+            marked = intent.load(state.intent(mirror.luks_uuid), identity, header.token.generation, written_ns)
             regions = RegionMap(volume.size_bytes, marked)
         else:
             error = "another disk has taken its place"

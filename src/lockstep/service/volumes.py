@@ -16,6 +16,7 @@ from lockstep.disk.probe import Disk, inspect
 from lockstep.errors import SectorSizeInvalid, StillAttached, StillServed, TargetEmpty
 from lockstep.registry.store import OnDenied, Registry, VolumeRecord
 from lockstep.service import attach
+from lockstep.service.secrecy import protect_memory
 from lockstep.service.state import State
 from lockstep.volume.link import SYNCING
 
@@ -36,6 +37,7 @@ def create_volume(
     state: State, name: str, target_path: str, mirror: MirrorPlan | None, on_denied: OnDenied = "hold"
 ) -> VolumeRecord:
     """Register a volume, and format its mirror. Raises registry, disk and LUKS errors; then nothing was registered."""
+    protect_memory()
     target = inspect(target_path)
     if not target.size_bytes:
         raise TargetEmpty(path=target.path)

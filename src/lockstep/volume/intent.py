@@ -4,19 +4,21 @@ Rules:
 
 1. A region's bit is durable before either disk is written there. So after a crash every region in which
    the two may differ is marked, and only those are copied.
-2. A bit is cleared only when the region is equal on both disks, both have been flushed since it was last written, and
-   nobody is writing there. Clearing is lazy and need not be durable: a bit too many costs a copy, no data.
+2. A bit is cleared only when the region is equal on both disks, both have been flushed since it was last written,
+   nobody is writing there, and the mirror has been given a new generation since: so a copy of the mirror from before
+   the clearing is never taken for the mirror. Clearing need not be durable: a bit too many costs a copy, no data.
 3. A region that is written again and again stays marked. So steady work inside a hot set costs no metadata write:
    the fast path only looks whether the bit is set.
 4. Whoever must wait for a bit shares one write and one sync with all others who wait (`Rounds`).
 5. A bitmap that is missing, damaged, of another mirror, of another generation, or newer than this program means:
-   everything is marked. It is never an error, and never silent.
+   everything is marked. So does one that was closed in order when the target file has been written since. It is
+   never an error, and never silent.
 
 On disk, little-endian, in pages of 512 bytes, the unit that a disk writes whole:
 
     page 0      offset  bytes
                 0       4      CRC-32 of the rest of the page
-                4       4      version, 2
+                4       4      version, 1
                 8       16     magic "LOCKSTEP-INTENT\\0"
                 24      16     volume id (UUID)
                 40      16     LUKS UUID of the mirror
@@ -24,7 +26,9 @@ On disk, little-endian, in pages of 512 bytes, the unit that a disk writes whole
                 64      8      the generation that is being given to the token, or the same one
                 72      8      size of the target in bytes
                 80      8      region size in bytes
-                88      424    zeroes
+                88      8      when the target file was last written, in ns since 1970, when it was closed in order;
+                               0 while it is served, and for a block device, which does not tell
+                96      416    zeroes
     page 1...   0       4      CRC-32 of the rest of the page
                 4       508    one bit per region, 1 for marked, the lowest bit of the first byte first
 
@@ -50,11 +54,11 @@ log = logging.getLogger(__name__)
 PAGE_BYTES: Final = 512
 PAGE_REGIONS: Final = (PAGE_BYTES - 4) * 8
 GROUP_REGIONS: Final = 16
-VERSION: Final = 2
+VERSION: Final = 1
 
 _MAGIC: Final = b"LOCKSTEP-INTENT\0"
 _CRC: Final = Struct("<I")
-_HEADER: Final = Struct("<I16s16s16sQQQQ")
+_HEADER: Final = Struct("<I16s16s16sQQQQQ")
 _BODY_BYTES: Final = PAGE_BYTES - _CRC.size
 
 # Byte -> its eight bits, a byte each, and back.
@@ -72,8 +76,11 @@ class Identity:
     size_bytes: int
 
 
-def load(path: str, identity: Identity, generation: int) -> bytearray:
-    """Return which regions are marked, a byte each; all of them when there is no bitmap that fits `generation`."""
+def load(path: str, identity: Identity, generation: int, written_ns: int) -> bytearray:
+    """Return which regions are marked, a byte each; all of them when there is no bitmap that fits.
+
+    It has to fit the mirror's `generation`, and if it was closed in order, when the target was last written.
+    """
     count = -(-identity.size_bytes // region_bytes_for(identity.size_bytes))
     try:
         with open(path, "rb") as file:
@@ -84,7 +91,7 @@ def load(path: str, identity: Identity, generation: int) -> bytearray:
         log.warning("the intent bitmap %s cannot be read (%s): everything counts as different", path, failure)
         content = b""
     header = content[:PAGE_BYTES]
-    if not any(header == _header(identity, *given) for given in _generations(generation)):
+    if not any(header == _header(identity, *g, at) for g in _generations(generation) for at in (0, written_ns)):
         return bytearray(b"\1" * count)
     marked = bytearray()
     for position in range(PAGE_BYTES, PAGE_BYTES * (1 + -(-count // PAGE_REGIONS)), PAGE_BYTES):
@@ -122,15 +129,15 @@ class IntentBitmap:
 
     # --- life ---
 
-    def claim(self, generation: int, following: int, marked: bytes | bytearray) -> None:
-        """Write the whole bitmap anew, durably: its mirror has `generation`, and is about to be given `following`."""
+    def claim(self, generation: int, marked: bytes | bytearray) -> None:
+        """Write the whole bitmap anew, durably: its mirror has `generation`, and is about to be given the next."""
         states = bytes(marked).ljust(len(self._bits) * 8, b"\0")
         self._bits[:] = bytes(_GATHER[states[at : at + 8]] for at in range(0, len(states), 8))
         body = b"".join(self._page(page) for page in range(len(self._bits) // _BODY_BYTES))
         temporary = self._path + ".new"
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            _write(fd, _header(self._identity, generation, following) + body, 0)
+            _write(fd, _header(self._identity, generation, generation + 1, 0) + body, 0)
             os.fsync(fd)
             os.replace(temporary, self._path)
             _sync_directory(self._path)
@@ -141,10 +148,13 @@ class IntentBitmap:
         self._fd = fd
         self._durable[:] = marked
 
-    def settle(self, generation: int) -> None:
-        """Note, durably, that the mirror was given `generation`."""
-        _write(self._fd, _header(self._identity, generation, generation), 0)
-        os.fdatasync(self._fd)
+    def advance(self, generation: int) -> None:
+        """Note, durably, that the mirror has `generation` and is about to be given the next."""
+        self._write_header(generation, generation + 1, 0)
+
+    def settle(self, generation: int, written_ns: int = 0) -> None:
+        """Note, durably, that the mirror was given `generation`; and at an orderly end, when the target was written."""
+        self._write_header(generation, generation, written_ns)
 
     def discard(self) -> None:
         """Take the bitmap away, durably: everything counts as different from here on, and nothing need be marked."""
@@ -211,6 +221,10 @@ class IntentBitmap:
 
     # --- pages ---
 
+    def _write_header(self, generation: int, following: int, written_ns: int) -> None:
+        _write(self._fd, _header(self._identity, generation, following, written_ns), 0)
+        os.fdatasync(self._fd)
+
     def _set(self, region: int, *, marked: bool) -> None:
         if marked:
             self._bits[region >> 3] |= 1 << (region & 7)
@@ -255,7 +269,7 @@ def _generations(generation: int) -> list[tuple[int, int]]:
     return [(generation, generation), (generation, generation + 1), (max(0, generation - 1), generation)]
 
 
-def _header(identity: Identity, generation: int, following: int) -> bytes:
+def _header(identity: Identity, generation: int, following: int, written_ns: int) -> bytes:
     fields = _HEADER.pack(
         VERSION,
         _MAGIC,
@@ -265,6 +279,7 @@ def _header(identity: Identity, generation: int, following: int) -> bytes:
         following,
         identity.size_bytes,
         region_bytes_for(identity.size_bytes),
+        written_ns,
     )
     return _sealed(fields.ljust(PAGE_BYTES - _CRC.size, b"\0"))
 

@@ -55,13 +55,18 @@ class MirrorLink:
         disk: EncryptedDisk,
         regions: RegionMap,
         intent: IntentBitmap,
+        advance: Callable[[], Awaitable[None]],
         disown: Callable[[], Awaitable[None]],
     ) -> None:
-        """`disown` has the next start copy everything, for when the bitmap cannot say what differs."""
+        """`advance` gives the mirror a new generation, so that no older copy is taken for it.
+
+        `disown` has the next start copy everything, for when the bitmap cannot say what differs. Both raise OSError.
+        """
         self.path = path
         self.uuid = uuid
         self.regions = regions
         self.intent = intent
+        self._advance = advance
         self._disown = disown
         self.sync: SyncProgress | None = None
         self.error: str | None = None  # why the mirror is not followed any more
@@ -76,6 +81,15 @@ class MirrorLink:
         if not self.regions.dirty_bytes and self.sync is None:  # a copy is over when it is durable
             return IN_SYNC
         return BEHIND if self.target_error else SYNCING
+
+    async def forget(self, regions: list[int]) -> None:
+        """Clear the marks of regions that are equal and flushed, unless somebody asked to write there meanwhile.
+
+        Raises OSError, and then clears nothing, when the mirror cannot be given a new generation.
+        """
+        if regions and self.error is None and self.target_error is None:
+            await self._advance()
+            await self.intent.clear(regions)
 
     async def record(self, start: int, end: int) -> None:
         """Have [start, end) marked durably, before it is written anywhere.

@@ -112,15 +112,14 @@ class WritePath:
     async def tidy(self) -> None:
         """Clear the marks of regions that are equal, and that nobody writes to, after flushing both disks.
 
-        Raises OSError when the target cannot be flushed; then nothing was cleared.
+        Raises OSError when that fails; the marks then stay.
         """
         idle = {mirror: [r for r in mirror.intent.idle() if self._at_rest(mirror, r)] for mirror in self.mirrors}
         if not any(idle.values()):
             return
         await self.flush()
         for mirror, regions in idle.items():
-            if mirror.error is None and mirror.target_error is None:
-                await mirror.intent.clear(regions)
+            await mirror.forget(regions)
 
     def _at_rest(self, mirror: MirrorLink, region: int) -> bool:
         """Whether a region is equal on both disks, and no write to it is under way."""
