@@ -1,21 +1,45 @@
 """A place to run the real thing: volumes of image files, the real server, and outside referees."""
 
 import contextlib
+import http.client
+import importlib
+import importlib.util
 import json
 import os
+import random
+import re
+import select
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from uuid import UUID
 
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from dissect.fve.luks import LUKS
 
 PASSPHRASE = b"correct horse battery staple"
 PATIENCE_S = 60.0
 MIB = 1 << 20
+
+# cryptsetup measures the machine for seconds to choose argon2's cost; with a given cost it formats at once.
+_QUICK_CRYPTSETUP = """#!/bin/sh
+if [ "$1" = luksFormat ]; then
+    shift
+    for argument; do
+        shift
+        case "$argument" in --iter-time=*) ;; *) set -- "$@" "$argument" ;; esac
+    done
+    set -- luksFormat --pbkdf-force-iterations=4 --pbkdf-memory=32 --pbkdf-parallel=1 "$@"
+fi
+exec "{real}" "$@"
+"""
 
 
 def wait_until(holds: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
@@ -68,10 +92,27 @@ class Lab:
         self.key = home / "key"
         self.key.write_bytes(PASSPHRASE)
 
-    def lockstep(self, *arguments: object, stdin: bytes | None = None) -> Result:
-        """Run a command to its end."""
+    def lockstep(
+        self, *arguments: object, stdin: bytes | None = None, environment: dict[str, str] | None = None
+    ) -> Result:
+        """Run a command to its end; `environment` is added to our own."""
         command = [sys.executable, "-m", "lockstep", "--state-dir", str(self.state), *map(str, arguments)]
-        return Result(subprocess.run(command, input=stdin or b"", capture_output=True, check=False, timeout=PATIENCE_S))
+        surroundings = {**os.environ, **(environment or {})}
+        return Result(
+            subprocess.run(
+                command, input=stdin or b"", capture_output=True, check=False, timeout=PATIENCE_S, env=surroundings
+            )
+        )
+
+    def quick_format(self) -> dict[str, str]:
+        """An environment in which `create` takes no seconds: the smallest cost of a passphrase, not measured."""
+        real = shutil.which("cryptsetup", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+        program = self.home / "bin" / "cryptsetup"
+        if real is not None and not program.exists():
+            program.parent.mkdir(exist_ok=True)
+            program.write_text(_QUICK_CRYPTSETUP.format(real=real))
+            program.chmod(0o755)
+        return {"PATH": f"{program.parent}:{os.environ.get('PATH', os.defpath)}"}
 
     def disk(self, name: str, size_bytes: int, content: bytes = b"") -> Path:
         """Make an image file."""
@@ -96,7 +137,7 @@ class Lab:
         )
         extra = ["--header", volume.header] if header else []
         disks = ["--target", target, "--mirror", volume.mirror, "--key-file", self.key, "--iter-time", "10"]
-        self.lockstep("create", name, *disks, *extra, *options).ok()
+        self.lockstep("create", name, *disks, *extra, *options, environment=self.quick_format()).ok()
         return volume
 
 
@@ -129,13 +170,7 @@ class Volume:
         with contextlib.ExitStack() as files:
             mirror = files.enter_context(self.mirror.open("rb"))
             header = files.enter_context(self.header.open("rb")) if self.header else None
-            luks = LUKS(header or mirror)
-            luks.unlock_with_passphrase(PASSPHRASE.decode())
-            if header is not None:
-                luks.fh = mirror
-            stream = luks.open()
-            data: bytes = stream.read(self.target.stat().st_size)
-            return data
+            return read_luks(mirror, header, self.target.stat().st_size)
 
     def assert_equal_disks(self) -> None:
         """decrypt(mirror) == target, byte for byte; names the first difference."""
@@ -197,10 +232,25 @@ class Served:
         assert isinstance(volume, dict)
         return volume
 
+    def mirror(self) -> dict[str, Any]:
+        """What the status says of its only mirror: asked without starting a command, to be polled often."""
+        with contextlib.closing(http.client.HTTPConnection("localhost")) as connection:
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(PATIENCE_S)
+            try:
+                connection.sock.connect(str(self.volume.lab.state / "run" / f"{self.volume.name}.control"))
+            except (FileNotFoundError, ConnectionRefusedError):
+                status = self.status()
+            else:
+                connection.request("GET", "/v1/status")
+                status = json.load(connection.getresponse())
+        (mirror,) = status["mirrors"]
+        assert isinstance(mirror, dict)
+        return mirror
+
     def mirror_state(self) -> str:
         """The state of its only mirror."""
-        (mirror,) = self.status()["mirrors"]
-        return str(mirror["state"])
+        return str(self.mirror()["state"])
 
     def stop(self) -> None:
         """SIGTERM, and the exit code 0 that must follow."""
@@ -222,6 +272,198 @@ class Served:
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) << 10
         raise AssertionError("no VmRSS")
+
+
+_unlocked: dict[UUID, tuple[bytes, int]] = {}  # volume keys that dissect has found, and in which key slot
+
+
+def read_luks(mirror: BinaryIO, header: BinaryIO | None, length: int, sampled: int = 24) -> bytes:
+    """The first `length` bytes of a LUKS2 volume's data, without any of Lockstep's code.
+
+    dissect.fve reads the header, unlocks the key slot and finds the volume key; the bulk is plain AES-XTS, sector by
+    sector, because dissect takes seconds for what this does in a moment. Both must agree on the first, the last
+    and `sampled` random sectors, in each call.
+    """
+    luks = LUKS(header or mirror)
+    if luks.uuid in _unlocked:
+        luks.unlock(*_unlocked[luks.uuid])  # checks the key against the header's digest
+    else:
+        luks.unlock_with_passphrase(PASSPHRASE.decode())
+        _unlocked[luks.uuid] = (luks._active_volume_key, luks._active_keyslot_id)
+    luks.fh = mirror
+    segment = luks.find_segment(luks._active_keyslot_id)
+    assert segment.encryption == "aes-xts-plain64", segment.encryption
+    sector = int(segment.sector_size)
+    key = algorithms.AES(bytes(luks._active_volume_key))
+    mirror.seek(segment.offset)
+    count = -(-length // sector)
+    ciphertext = mirror.read(count * sector)
+    assert len(ciphertext) == count * sector, "the mirror is shorter than its target"
+
+    def plain(number: int) -> bytes:
+        position = number * sector // 512 + segment.iv_tweak
+        context = Cipher(key, modes.XTS(position.to_bytes(16, "little"))).decryptor()
+        return context.update(ciphertext[number * sector : (number + 1) * sector])
+
+    data = b"".join(map(plain, range(count)))
+    reader = luks.open()
+    reader.align = sector  # it decrypts no more than is asked for
+    for number in {0, count - 1, *(random.randrange(count) for _ in range(sampled))}:
+        reader.seek(number * sector)
+        if reader.read(sector) != data[number * sector : (number + 1) * sector]:
+            raise AssertionError(f"the two independent readers disagree on sector {number} of {sector} bytes")
+    return data[:length]
+
+
+def libnbd() -> Any:
+    """The distribution's libnbd bindings, an independent NBD client; skips the test where they are missing.
+
+    Of the system's packages just this one is made importable, not all of them.
+    """
+    try:
+        return importlib.import_module("nbd")
+    except ImportError:
+        pass
+    home = Path("/usr/lib/python3/dist-packages")
+    for name, pattern in (("libnbdmod", "libnbdmod.cpython-{0}{1}-*.so"), ("nbd", "nbd.py")):
+        found = sorted(home.glob(pattern.format(*sys.version_info[:2])))
+        spec = importlib.util.spec_from_file_location(name, found[0]) if found else None
+        if spec is None or spec.loader is None:
+            pytest.skip("needs libnbd's Python bindings for this interpreter (Debian: python3-libnbd)")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules["nbd"]
+
+
+class Clients:
+    """Connections to one server, and requests of theirs that are under way at the same time."""
+
+    def __init__(self, uri: str, count: int) -> None:
+        self.nbd = libnbd()
+        self.handles = [self.nbd.NBD() for _ in range(count)]
+        for handle in self.handles:
+            handle.connect_uri(uri)
+        self._by_fd = {handle.aio_get_fd(): handle for handle in self.handles}
+        self._cookies: list[tuple[Any, int]] = []
+
+    def write(self, who: int, offset: int, data: bytes, flags: int = 0) -> None:
+        """Begin a write."""
+        buffer = self.nbd.Buffer.from_bytearray(bytearray(data))
+        self._began(who, self.handles[who].aio_pwrite(buffer, offset, flags=flags))
+
+    def zero(self, who: int, offset: int, length: int, flags: int = 0) -> None:
+        """Begin to write zeroes."""
+        self._began(who, self.handles[who].aio_zero(length, offset, flags=flags))
+
+    def trim(self, who: int, offset: int, length: int, flags: int = 0) -> None:
+        """Begin a trim."""
+        self._began(who, self.handles[who].aio_trim(length, offset, flags=flags))
+
+    def flush(self, who: int) -> None:
+        """Begin a flush."""
+        self._began(who, self.handles[who].aio_flush())
+
+    @property
+    def under_way(self) -> int:
+        """How many requests have no reply yet."""
+        return sum(handle.aio_in_flight() for handle in self.handles)
+
+    def move(self) -> None:
+        """Wait for something to happen on any connection, and take it."""
+        poll = select.poll()
+        for fd, handle in self._by_fd.items():
+            direction = handle.aio_get_direction()
+            reads, writes = direction & self.nbd.AIO_DIRECTION_READ, direction & self.nbd.AIO_DIRECTION_WRITE
+            poll.register(fd, (select.POLLIN if reads else 0) | (select.POLLOUT if writes else 0))
+        ready = poll.poll(PATIENCE_S * 1000)
+        assert ready, f"no reply in {PATIENCE_S} s, {self.under_way} requests under way"
+        for fd, events in ready:
+            if events & select.POLLOUT:
+                self._by_fd[fd].aio_notify_write()
+            else:
+                self._by_fd[fd].aio_notify_read()
+
+    def finish(self) -> None:
+        """Wait for every reply; raises libnbd's Error for the first failure."""
+        while self.under_way:
+            self.move()
+        cookies, self._cookies = self._cookies, []
+        for handle, cookie in cookies:
+            assert handle.aio_command_completed(cookie)
+
+    def close(self) -> None:
+        """Say good-bye."""
+        for handle in self.handles:
+            handle.shutdown()
+
+    def _began(self, who: int, cookie: int) -> None:
+        self._cookies.append((self.handles[who], cookie))
+
+
+class Storage:
+    """A disk on nbdkit, shown as a file by nbdfuse: every request is on record, and it can be slow or stop."""
+
+    def __init__(self, home: Path, size_bytes: int, *, write_delay_ms: int = 0) -> None:
+        home.mkdir()
+        self.image = home / "image"
+        self.path = home / "mnt" / "disk"
+        self._log = home / "log"
+        socket = home / "socket"
+        with self.image.open("wb") as image:
+            image.truncate(size_bytes)
+        self.path.parent.mkdir()
+        self._fuse: subprocess.Popen[bytes] | None = None
+        options = (f"logfile={self._log}", f"delay-write={write_delay_ms}ms")
+        self._nbdkit = subprocess.Popen(
+            ["nbdkit", "-f", "-U", socket, "--filter=log", "--filter=delay", "file", self.image, *options]
+        )
+        wait_until(socket.exists, "nbdkit to listen")
+        self._fuse = subprocess.Popen(["nbdfuse", self.path, "--unix", socket])
+        wait_until(self.path.exists, "nbdfuse to show the disk")
+
+    def close(self) -> None:
+        """Take everything away again, also when it is stopped."""
+        self._nbdkit.send_signal(signal.SIGCONT)
+        subprocess.run(["fusermount3", "-u", "-z", self.path.parent], capture_output=True, check=False)
+        if self._fuse is not None:
+            self._fuse.terminate()
+            self._fuse.wait()
+        self._nbdkit.terminate()
+        self._nbdkit.wait()
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """It answers nothing meanwhile."""
+        self._nbdkit.send_signal(signal.SIGSTOP)
+        try:
+            wait_until(self._stands_still, "nbdkit to stop")
+            yield
+        finally:
+            self._nbdkit.send_signal(signal.SIGCONT)
+
+    def _stands_still(self) -> bool:
+        """Whether each of its threads has stopped: the signal alone is only a request."""
+        threads = Path(f"/proc/{self._nbdkit.pid}/task").glob("*/stat")
+        return all(thread.read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
+
+    def events(self) -> list[str]:
+        """What was begun and ended, in order: Write, ...Write, Flush, ...Flush, each with its number."""
+        said = self._log.read_text(errors="replace")
+        return [f"{what} {number}" for what, number in re.findall(r"((?:\.\.\.)?(?:Write|Zero|Flush)) id=(\d+)", said)]
+
+    def durable_since(self, before: int) -> bool:
+        """Whether, since `before` events, a flush began when all was written, and has ended."""
+        events = self.events()[before:]
+        written = max((at for at, event in enumerate(events) if "Write" in event or "Zero" in event), default=0)
+        return any(event.startswith("Flush") and f"...{event}" in events for event in events[written:])
+
+
+def needs(*things: str, root: bool = False) -> pytest.MarkDecorator:
+    """Skip, with the reason in the report, where an outside program, a /path, or the right to do it is missing."""
+    missing = [thing for thing in things if not (Path(thing).exists() if "/" in thing else shutil.which(thing))]
+    if root and not is_root():
+        missing.append("root")
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
 
 
 def is_root() -> bool:

@@ -361,13 +361,15 @@ def test_an_intent_bitmap_can_be_read_by_its_description(tmp_path: Path) -> None
     marked = bytearray(4801)
     marked[3] = marked[4064] = marked[4800] = 1
     bitmap = intent.IntentBitmap(str(tmp_path / "bitmap"), identity, in_worker)
-    bitmap.claim(7, 8, marked)
+    bitmap.claim(7, marked)
     bitmap.close()
     content = (tmp_path / "bitmap").read_bytes()
     head, *rest = (content[at : at + 512] for at in range(0, len(content), 512))
 
     rows = table(doc("formats.md"), "offset", "bytes", "content")
-    checksum, version, magic, volume_id, luks_uuid, generation, following, size, region, zeroes = slices(rows, head)
+    checksum, version, magic, volume_id, luks_uuid, generation, following, size, region, written, zeroes = slices(
+        rows, head
+    )
     assert int.from_bytes(checksum, "little") == zlib.crc32(head[4:])
     assert magic == spans(rows[2][2])[0].encode() + b"\0"
     assert f"version, {int.from_bytes(version, 'little')}" == rows[1][2]
@@ -375,7 +377,7 @@ def test_an_intent_bitmap_can_be_read_by_its_description(tmp_path: Path) -> None
     assert str(uuid.UUID(bytes=luks_uuid)) == identity.luks_uuid
     numbers = [int.from_bytes(each, "little") for each in (generation, following, size, region)]
     assert numbers == [7, 8, identity.size_bytes, 1 << 16]
-    assert not any(zeroes)
+    assert not any(written + zeroes)
 
     rows = table(doc("formats.md"), "offset in the page", "bytes", "content")
     bits = b""
@@ -489,7 +491,7 @@ def test_the_status_example_has_the_members_of_the_status() -> None:
     (volume,) = example["volumes"]
     (mirror,) = volume["mirrors"]
     nothing: Any = None
-    followed = link.MirrorLink("/mirror", "uuid", nothing, RegionMap(1 << 20, b"\1" * 16), nothing, nothing)
+    followed = link.MirrorLink("/mirror", "uuid", nothing, RegionMap(1 << 20, b"\1" * 16), nothing, nothing, nothing)
     followed.sync = link.SyncProgress(1 << 20, 0.0)
     described = status.of_link(followed)
     assert list(described) == list(mirror)

@@ -1,0 +1,483 @@
+"""Hostile and broken clients against the real server: an error or a closed connection, and nothing else happens.
+
+After each test the server must answer a new client as ever, must not have logged a traceback, and both disks must
+be equal wherever something was written.
+"""
+
+import contextlib
+import functools
+import hashlib
+import http.client
+import itertools
+import json
+import os
+import random
+import resource
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lockstep.nbd import payload, server
+from tests import nbd_client as nbd
+from tests.lab import MIB, PATIENCE_S, Lab, Served, Volume, is_root, wait_until
+from tests.nbd_client import Client, pack_info, pack_option, pack_request
+
+SIZE = 34 * MIB + 333
+LARGEST = 32 * MIB
+POOL_CLIENTS = payload.DEFAULT_LIMIT_BYTES // LARGEST  # so many of the largest payloads fill the pool
+PLENTY_OF_DESCRIPTORS = 2 * server.MAX_CONNECTIONS + 500
+# Generous, since the machine may be shared; a request that waits for somebody who stalls takes much longer.
+NORMAL_S = 1.0
+
+
+class Site:
+    """The server under attack."""
+
+    def __init__(self, served: Served, volume: Volume) -> None:
+        self.served = served
+        self.volume = volume
+        self.pid = served.process.pid
+
+    def client(self, *, structured: bool = True) -> Client:
+        return Client(self.served.socket, PATIENCE_S).go("vol", structured=structured)
+
+    def knock(self) -> Client:
+        """Connect and say nothing."""
+        return Client(self.served.socket, PATIENCE_S)
+
+    def clients(self) -> int:
+        """How many connections the server has that finished their handshake."""
+        with contextlib.closing(http.client.HTTPConnection("localhost")) as connection:
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.connect(str(self.volume.lab.state / "run" / "vol.control"))
+            connection.request("GET", "/v1/status")
+            return len(json.load(connection.getresponse())["clients"])
+
+    def all_gone(self) -> None:
+        wait_until(lambda: self.clients() == 0, "the server to notice that all clients are gone")
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def fingerprint(self) -> str:
+        """All bytes of both files: what a client must not be able to change by breaking off."""
+        digest = hashlib.blake2b()
+        for path in (self.volume.target, self.volume.mirror):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+    def is_well(self) -> None:
+        with self.client() as client:
+            data = os.urandom(8192)
+            client.write(SIZE - 9000, data, nbd.FUA)
+            assert client.read(SIZE - 9000, 8192) == data
+            assert client.call(nbd.FLUSH).error == 0
+            client.disconnect()
+        assert self.served.process.poll() is None
+        log = self.served.log.read_text()
+        assert "Traceback" not in log, log
+        assert "did not expect" not in log, log
+
+
+def mirror_header(volume: Volume) -> bytes:
+    with volume.mirror.open("rb") as mirror:
+        return mirror.read(MIB)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = PLENTY_OF_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, PLENTY_OF_DESCRIPTORS)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    lab = Lab(tmp_path_factory.mktemp("hostile"))
+    volume = lab.volume("vol", SIZE, content=random.Random(1).randbytes(4 * MIB))
+    try:
+        with volume.served() as served:
+            # The server's own last write to the mirror's header: from here on it changes for nobody but clients.
+            wait_until(lambda: b'"in-sync"' in mirror_header(volume), "the mirror's token to say that it is in sync")
+            yield Site(served, volume)
+        volume.assert_equal_disks()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def site(running: Site) -> Iterator[Site]:
+    yield running
+    running.is_well()
+    running.all_gone()
+
+
+def worst_latency_s(*calls: Callable[[], object], rounds: int = 40) -> float:
+    """The longest that any of these calls takes, in many rounds."""
+    worst_s = 0.0
+    for _ in range(rounds):
+        for call in calls:
+            began_s = time.monotonic()
+            call()
+            worst_s = max(worst_s, time.monotonic() - began_s)
+    return worst_s
+
+
+# --- bad magic, garbage ---
+
+
+def test_a_bad_request_magic_closes_the_connection(site: Site) -> None:
+    for magic in (0, 0x25609514, 0x67446698, 0xFFFFFFFF):
+        with site.client() as client:
+            client.send(pack_request(nbd.READ, 1, 0, 512, magic=magic))
+            assert client.assert_closed() == b""
+
+
+def test_a_bad_magic_behind_requests_in_flight(site: Site) -> None:
+    before = site.fingerprint()
+    with site.client() as client:
+        reads = b"".join(pack_request(nbd.READ, n, 0, MIB) for n in range(20))
+        client.send(reads + b"\xff" * 4096)
+        client.assert_closed()
+    site.all_gone()
+    assert site.fingerprint() == before
+
+
+def test_a_bad_option_magic_and_bad_flags_close_the_connection(site: Site) -> None:
+    for words in (
+        b"\0\0\0\3" + b"IHAVENOT" + bytes(8),
+        b"\0\0\0\7",
+        b"\xff\xff\xff\xff",
+        b"\0\0\0\3" + nbd.IHAVEOPT + struct.pack(">II", nbd.OPT_INFO, 2**32 - 1),
+        b"\0\0\0\3" + pack_option(nbd.OPT_EXPORT_NAME, b"nobody"),
+    ):
+        with site.knock() as client:
+            client.send(words)
+            client.receive(18)
+            assert client.assert_closed() == b""
+
+
+@pytest.mark.parametrize("handshaken", [False, True])
+def test_garbage_floods(site: Site, handshaken: bool) -> None:
+    before = site.fingerprint()
+    dice = random.Random(7)
+    for _ in range(20):
+        with site.client() if handshaken else site.knock() as client, contextlib.suppress(ConnectionError):
+            for _ in range(8):
+                client.send(dice.randbytes(128 << 10))
+            client.socket.shutdown(socket.SHUT_WR)
+            client.assert_closed()
+    site.all_gone()
+    assert site.fingerprint() == before
+
+
+def test_a_handshake_that_is_all_questions_and_no_listening(site: Site) -> None:
+    """A client that asks and never takes the answers is not read any more: the server's memory stays bounded."""
+    question = pack_option(nbd.OPT_INFO, pack_info(b"vol", nbd.INFO_NAME, nbd.INFO_DESCRIPTION)) * 3000
+    before = site.served.resident_bytes()
+    with site.knock() as client:
+        client.greet()
+        client.socket.setblocking(False)
+        sent = 0
+        while sent < 12 * MIB and select.select([], [client.socket], [], 1.0)[1]:
+            with contextlib.suppress(BlockingIOError):
+                sent += client.socket.send(question)
+        assert sent < 12 * MIB, "the server takes questions without end"
+        # The answers to one receive buffer of questions, about five times as long, may wait.
+        assert site.served.resident_bytes() - before < 8 * server.RECEIVE_BYTES + 4 * MIB
+        # Whoever listens again is answered again.
+        client.socket.settimeout(PATIENCE_S)
+        whole = sent // (len(question) // 3000)
+        for _ in range(whole):
+            while client.option_reply(nbd.OPT_INFO) != (nbd.REP_ACK, b""):
+                pass
+
+
+# --- writes that break off ---
+
+
+def half_close(client: Client) -> None:
+    client.socket.shutdown(socket.SHUT_WR)
+    client.assert_closed()
+
+
+@pytest.mark.parametrize("leave", [Client.close, half_close])
+def test_a_write_that_breaks_off_changes_no_byte(site: Site, leave: Callable[[Client], Any]) -> None:
+    before = site.fingerprint()
+    for length, flags in itertools.product([512, 4096, 100_000, 300_000, LARGEST], [0, nbd.FUA]):
+        for sent in {0, 1, 300, length // 2, length - 1}:
+            with site.client() as client:
+                client.send(pack_request(nbd.WRITE, 1, 4096, length, flags) + b"\xee" * min(sent, length - 1))
+                leave(client)
+    with site.client() as client:
+        client.send(pack_request(nbd.WRITE, 1, 4096, 512)[:27])  # not even a whole header
+        leave(client)
+    site.all_gone()
+    assert site.fingerprint() == before
+
+
+# --- clients that stall ---
+
+
+def test_stalled_clients_delay_nobody_and_may_go_on_later(site: Site) -> None:
+    """They may be virtual machines that somebody paused."""
+    with contextlib.ExitStack() as open_clients:
+        for words in (
+            b"",
+            b"\0\0",
+            b"\0\0\0\3",
+            b"\0\0\0\3IHAVE",
+            b"\0\0\0\3" + pack_option(7, b"\0\0\0\3vol\0\0")[:-1],
+        ):
+            open_clients.enter_context(site.knock()).send(words)
+        stalled: list[tuple[Client, nbd.Request, int]] = []
+        # One less than would fill the pool.
+        for length in (512, 4096, 100_000, 300_000, *[LARGEST] * (POOL_CLIENTS - 1)):
+            client = open_clients.enter_context(site.client())
+            request = client.request(nbd.WRITE, MIB, payload=b"\xa5" * length)
+            client.send(request.wire()[: length // 2])
+            stalled.append((client, request, length // 2))
+        cut_in_header = open_clients.enter_context(site.client())
+        cut_in_header.send(pack_request(nbd.READ, 1, 0, 512)[:13])
+        with site.client() as other:
+            aligned = functools.partial(other.write, 0, b"\x5a" * 4096)
+            odd_and_durable = functools.partial(other.write, 4096 + 5, b"odd", nbd.FUA)
+            read = functools.partial(other.read, 0, 16 << 10)
+            assert worst_latency_s(aligned, odd_and_durable, read) < NORMAL_S
+        for client, request, sent in stalled:
+            client.send(request.wire()[sent:])
+            assert client.reply(request).error == 0
+        cut_in_header.send(pack_request(nbd.READ, 1, 0, 512)[13:])
+        cut_in_header.receive(28 + 512)
+
+
+def fill_the_pool(site: Site, clients: contextlib.ExitStack) -> list[Client]:
+    """Let clients begin the largest writes until no memory is left for anybody."""
+    holders = []
+    for _ in range(POOL_CLIENTS):
+        client = clients.enter_context(site.client())
+        client.send(pack_request(nbd.WRITE, 1, 0, LARGEST) + b"\xee" * 300_000)
+        holders.append(client)
+    return holders
+
+
+def test_who_stalls_with_memory_that_others_need_is_cut_off(site: Site) -> None:
+    before = site.fingerprint()
+    with contextlib.ExitStack() as clients:
+        holders = fill_the_pool(site, clients)
+        # Long enough a write that it needs a block of its own, and to the same place that the holders mean.
+        waiting, other = clients.enter_context(site.client()), clients.enter_context(site.client())
+        request = waiting.request(nbd.WRITE, 0, payload=site.volume.target.read_bytes()[:MIB])
+        began_s = time.monotonic()
+        waiting.send(request.wire()[: 28 + 1000])
+        read = functools.partial(other.read, 0, 4096)
+        assert worst_latency_s(read) < NORMAL_S, "who needs no memory of the pool does not wait"
+        waiting.send(request.wire()[28 + 1000 :])
+        assert waiting.reply(request).error == 0
+        took_s = time.monotonic() - began_s
+        assert took_s < server.CONTENDED_STALL_S + 2 * server.PATROL_S + 2 * NORMAL_S
+        cut = [select.select([client.socket], [], [], 0)[0] != [] for client in holders]
+        assert any(cut), "nobody was cut off, so where did the memory come from?"
+    site.all_gone()
+    assert site.fingerprint() == before
+
+
+def test_who_never_reads_cannot_make_the_server_grow(site: Site) -> None:
+    """Sixteen clients ask for the largest reads again and again and take no reply.
+
+    What each may cost: its receive buffer, a batch of replies gathered and joined, and its tasks. What all may cost
+    together: the pool, and what the pool keeps for reuse.
+    """
+    count = 16
+    each = server.RECEIVE_BYTES + 2 * (server.REPLY_BATCH_BYTES + server.INLINE_READ_BYTES) + MIB // 4
+    together = payload.DEFAULT_LIMIT_BYTES + payload.KEEP_BYTES
+    bound = site.served.resident_bytes() + together + count * each + 16 * MIB
+    largest = b"".join(pack_request(nbd.READ, n, n, LARGEST) for n in range(server.MAX_PENDING))
+    small = b"".join(pack_request(nbd.READ, n, 0, 64 << 10) for n in range(1000))
+    peak = 0
+
+    def peak_grows() -> None:
+        nonlocal peak
+        peak = max(peak, site.served.resident_bytes())
+        assert peak < bound, f"{peak >> 20} MiB resident, {bound >> 20} MiB are explained"
+
+    with contextlib.ExitStack() as clients:
+        greedy = [clients.enter_context(site.client(structured=n % 2 == 0)) for n in range(count)]
+        for n, client in enumerate(greedy):
+            client.send(largest if n % 4 else small)
+            peak_grows()
+        other = clients.enter_context(site.client())
+        read = functools.partial(other.read, 0, 4096)
+
+        def somebody_was_cut_off() -> bool:
+            peak_grows()
+            assert worst_latency_s(read) < NORMAL_S
+            poll = select.poll()
+            for client in greedy:
+                poll.register(client.socket, 0)  # hang-ups alone
+            return bool(poll.poll(0))
+
+        wait_until(somebody_was_cut_off, "the server to take its memory back")
+        peak_grows()
+    site.all_gone()
+    peak_grows()
+
+
+# --- many clients ---
+
+
+def test_three_hundred_clients_at_work(site: Site) -> None:
+    with contextlib.ExitStack() as clients:
+        crowd = [clients.enter_context(site.client(structured=n % 2 == 0)) for n in range(300)]
+        data = [os.urandom(4096) for _ in crowd]
+        for n, client in enumerate(crowd):
+            offset = MIB + n * 8192
+            requests = [
+                client.request(nbd.WRITE, offset, payload=data[n]),
+                client.request(nbd.WRITE, offset + 4096 + 3, payload=b"odd", flags=nbd.FUA),
+                client.request(nbd.WRITE_ZEROES, offset + 6000, 1000),
+                client.request(nbd.READ, 0, 4096),
+            ]
+            client.send(b"".join(request.wire() for request in requests))
+        for n, client in enumerate(crowd):
+            assert all(reply.error == 0 for reply in client.replies().values())
+            # Each sees what its neighbour wrote: one disk, however many connections.
+            neighbour = (n - 1) % n if n else 0
+            assert client.read(MIB + neighbour * 8192, 4096) == data[neighbour]
+
+
+def test_too_many_clients_are_refused_and_the_others_go_on(site: Site) -> None:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < server.MAX_CONNECTIONS + 200:
+        pytest.skip("this user may not open enough files")
+    with contextlib.ExitStack() as clients:
+        early = clients.enter_context(site.client())
+        admitted, refused = [], 0
+        for _ in range(1100):
+            client = clients.enter_context(site.knock())
+            try:
+                client.greet()
+            except (EOFError, ConnectionError):
+                refused += 1
+            else:
+                admitted.append(client)
+        assert len(admitted) == server.MAX_CONNECTIONS - 1
+        assert refused == 1100 - len(admitted)
+        early.write(MIB, b"still here", nbd.FUA)
+        assert early.read(MIB, 10) == b"still here"
+        last = admitted[-1]
+        assert last.option(nbd.OPT_GO, pack_info(b""))[-1] == (nbd.REP_ACK, b"")
+        last.write(MIB, b"and me too")
+        # One goes, and there is room for one.
+        admitted.pop(0).close()
+
+        def there_is_room() -> bool:
+            try:
+                with site.client() as late:
+                    return late.read(MIB, 10) == b"and me too"
+            except (EOFError, ConnectionError):
+                return False
+
+        wait_until(there_is_room, "a new client to be admitted after another one left")
+
+
+needs_root = pytest.mark.skipif(not is_root(), reason="only root may count the descriptors of a protected process")
+
+
+@needs_root
+def test_no_descriptor_is_left_behind(site: Site) -> None:
+    site.all_gone()
+    before = site.descriptors()
+    for n in range(120):
+        with site.knock() as client:
+            if n % 6 == 0:
+                continue
+            client.greet()
+            if n % 6 == 1:
+                client.send(nbd.IHAVEOPT)
+        with site.client() as client:
+            if n % 6 == 2:
+                client.send(b"\0" * 28)
+            elif n % 6 == 3:
+                client.send(pack_request(nbd.WRITE, 1, 0, LARGEST) + bytes(200_000))
+            elif n % 6 == 4:
+                client.send(b"".join(pack_request(nbd.READ, k, 0, MIB) for k in range(20)))
+            elif n % 6 == 5:
+                client.disconnect()
+    wait_until(lambda: site.descriptors() <= before, "the descriptors of dropped connections to be closed")
+
+
+@needs_root
+def test_a_server_without_free_descriptors_recovers(site: Site) -> None:
+    """Its limit may be lower than the number of connections it would admit: 1024 is usual."""
+    soft, hard = resource.prlimit(site.pid, resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as clients:
+        early = clients.enter_context(site.client())
+        resource.prlimit(site.pid, resource.RLIMIT_NOFILE, (site.descriptors() + 10, hard))
+        try:
+            refused = 0
+            for _ in range(40):
+                client = clients.enter_context(site.knock())
+                try:
+                    client.greet()
+                except (EOFError, ConnectionError):
+                    refused += 1
+            assert refused >= 20
+            early.write(MIB, b"still here", nbd.FUA)
+            assert early.read(MIB, 10) == b"still here"
+        finally:
+            resource.prlimit(site.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# --- clients that die ---
+
+
+def holds(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except AssertionError:
+        return False
+    return True
+
+
+WRITER = """
+import sys
+from tests.nbd_client import Client, WRITE, READ
+client = Client(sys.argv[1]).go("vol")
+print("at work", flush=True)
+while True:
+    requests = [client.request(WRITE, int(sys.argv[2]) + 9001 * n, payload=bytes([n + 1]) * 9000) for n in range(50)]
+    requests.append(client.request(WRITE, int(sys.argv[2]) + 500_000, payload=b"x" * 400_000, flags=1))
+    client.send(b"".join(request.wire() for request in requests))
+    client.replies()
+"""
+
+
+def test_killed_clients(site: Site) -> None:
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, site.served.socket, str(16 * MIB + n * 300_000)],
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[1],
+        )
+        for n in range(3)
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"at work\n"
+    with site.client() as client:
+        # Their writes arrive while they are killed: each has filled its place at least once.
+        wait_until(lambda: client.read(16 * MIB + 2 * 300_000 + 800_000, 4) == b"xxxx", "the writers to write")
+    for writer in writers:
+        writer.send_signal(signal.SIGKILL)
+        writer.wait(PATIENCE_S)
+        assert writer.stdout is not None
+        writer.stdout.close()
+    site.all_gone()
+    # What had arrived whole is still being carried out; the disks are equal as soon as that is done.
+    wait_until(lambda: holds(site.volume.assert_equal_disks), "both disks to be equal")
+    site.volume.assert_equal_disks()

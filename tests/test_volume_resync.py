@@ -1,0 +1,124 @@
+"""A resync at its two delicate moments: a client writes where it is copying, and its last region is copied.
+
+Disks are byte arrays here, so that a test can stop one in the middle of a read.
+"""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import pytest
+
+from lockstep.volume.link import MirrorLink
+from lockstep.volume.regions import RegionMap
+from lockstep.volume.resync import Resync
+from lockstep.volume.write_path import WritePath
+
+SIZE_BYTES: Final = 64 << 10
+SECTOR_BYTES: Final = 512
+
+
+class Disk:
+    """Memory that can be stopped after it was read, and remembers in which state its mirror was flushed."""
+
+    sector_bytes = SECTOR_BYTES
+    size_bytes = SIZE_BYTES
+
+    def __init__(self, content: bytes) -> None:
+        self.content = bytearray(content)
+        self.was_read = threading.Event()
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self.link: MirrorLink | None = None
+        self.states: list[str] = []
+
+    def read(self, offset: int, into: memoryview) -> None:
+        into[:] = self.content[offset : offset + len(into)]
+        self.was_read.set()
+        assert self.go_on.wait(10)
+
+    def write(self, offset: int, data: memoryview, *, durable: bool) -> None:
+        self.content[offset : offset + len(data)] = data
+
+    def flush(self) -> None:
+        if self.link is not None:
+            self.states.append(self.link.state)
+
+
+class AllMarked:
+    """An intent bitmap in which nothing needs to be marked any more."""
+
+    def covers(self, start: int, end: int) -> bool:
+        return True
+
+    async def mark(self, start: int, end: int) -> None:
+        pass
+
+    def idle(self) -> list[int]:
+        return []
+
+
+async def no_disowning() -> None:
+    raise AssertionError("the bitmap never fails here")
+
+
+class Stage:
+    """A target, a mirror that differs all over, and what joins them."""
+
+    def __init__(self, workers: ThreadPoolExecutor) -> None:
+        self.target, self.mirror = Disk(b"t" * SIZE_BYTES), Disk(b"m" * SIZE_BYTES)
+        mirror: Any = self.mirror
+        target: Any = self.target
+        intent: Any = AllMarked()
+        self.link = MirrorLink("mirror", "uuid", mirror, RegionMap(SIZE_BYTES, b"\1"), intent, no_disowning)
+        self.mirror.link = self.link
+        self.path = WritePath(target, (self.link,), lambda _user: True, SECTOR_BYTES, workers)
+        self.resync = Resync(self.path, self.link, mirror, workers)
+
+
+def play(scene: Callable[[Stage], Awaitable[None]]) -> Stage:
+    async def on_stage() -> Stage:
+        with ThreadPoolExecutor(4) as workers:
+            stage = Stage(workers)
+            try:
+                await asyncio.wait_for(scene(stage), 10)
+            finally:
+                stage.target.go_on.set()
+            return stage
+
+    return asyncio.run(on_stage())
+
+
+@pytest.mark.parametrize(("offset", "length"), [(4096, 4096), (777, 5)], ids=["on-the-loop", "by-a-worker"])
+def test_a_late_copy_never_overwrites_what_a_client_wrote_meanwhile(offset: int, length: int) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.target.go_on.clear()
+        copying = asyncio.create_task(stage.resync.run())
+        await asyncio.to_thread(stage.target.was_read.wait, 10)
+        # The copy has read the old data, and has not written it to the mirror yet.
+        data = memoryview(b"c" * length)
+        writing = None
+        if not stage.path.write_now("user", offset, data):
+            writing = asyncio.create_task(stage.path.write("user", offset, data, durable=False))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        stage.target.go_on.set()
+        await copying
+        if writing is not None:
+            await writing
+
+    stage = play(scene)
+    assert stage.target.content[offset : offset + length] == b"c" * length
+    assert stage.mirror.content == stage.target.content
+
+
+def test_a_mirror_is_called_in_sync_only_when_its_copy_is_durable() -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.resync.run()
+
+    stage = play(scene)
+    assert stage.mirror.states[0] == "syncing"
+    assert stage.link.state == "in-sync"
+    assert stage.mirror.content == stage.target.content
