@@ -32,6 +32,14 @@ bench: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
 bench-quick: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
 	$(BIN)/python -m benchmarks --quick $(BENCH_ARGS)
 
+# Coverage-guided fuzzing of the protocol, FUZZ_SECONDS each; the suite runs the same bodies briefly.
+FUZZ_SECONDS ?= 300
+fuzz: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check atheris
+	mkdir -p build/fuzz/negotiation build/fuzz/connection
+	$(BIN)/python -m fuzz.fuzz_negotiation -max_total_time=$(FUZZ_SECONDS) build/fuzz/negotiation
+	$(BIN)/python -m fuzz.fuzz_connection -max_total_time=$(FUZZ_SECONDS) -max_len=4000 -rss_limit_mb=1024 build/fuzz/connection
+
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

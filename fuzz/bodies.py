@@ -27,7 +27,6 @@ from lockstep.nbd.payload import PayloadPool
 from lockstep.nbd.server import Connection, NbdServer
 
 # The export and the transport have the methods that others prescribe, with arguments that a model does not need.
-# ruff: noqa: D102, ARG002
 
 T = TypeVar("T")
 

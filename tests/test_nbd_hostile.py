@@ -272,7 +272,7 @@ def test_who_stalls_with_memory_that_others_need_is_cut_off(site: Site) -> None:
         holders = fill_the_pool(site, clients)
         # Long enough a write that it needs a block of its own, and to the same place that the holders mean.
         waiting, other = clients.enter_context(site.client()), clients.enter_context(site.client())
-        request = waiting.request(nbd.WRITE, 0, payload=site.volume.target.read_bytes()[:MIB])
+        request = waiting.request(nbd.WRITE, 0, payload=site.volume.target.read_bytes()[: 2 * MIB])
         began_s = time.monotonic()
         waiting.send(request.wire()[: 28 + 1000])
         read = functools.partial(other.read, 0, 4096)

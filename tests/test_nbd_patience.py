@@ -28,6 +28,7 @@ HANDSHAKE_S = 0.6
 # What the rules leave at most, and as much again for a machine that others use too.
 SOON_S = 2 * (STALL_S + PATROL_S) + 1.0
 POOL_BYTES = 64 * MIB
+LARGE_BYTES = 2 * MIB + 1  # more than the small blocks have
 
 
 class Served:
@@ -67,7 +68,7 @@ class Served:
     def hold(self) -> Client:
         """Return a client that holds a block of 4 MiB of the pool, and sends no more."""
         client = self.client()
-        client.send(pack_request(nbd.WRITE, 1, 0, 2 * MIB + 1) + b"\xee" * 300_000)
+        client.send(pack_request(nbd.WRITE, 1, 0, LARGE_BYTES) + b"\xee" * 300_000)
         return client
 
 
@@ -111,9 +112,13 @@ def test_who_stalls_while_others_wait_is_cut_off(served: Served) -> None:
         holders = fill(served, clients)
         began_s = time.monotonic()
         clients.enter_context(served.client()).write(0, b"y" * 4096, nbd.FUA)
+        assert time.monotonic() - began_s < STALL_S, "small requests have memory of their own"
+        assert not any(map(is_closed, holders))
+        began_s = time.monotonic()
+        clients.enter_context(served.client()).write(0, b"y" * LARGE_BYTES, nbd.FUA)
         assert time.monotonic() - began_s < SOON_S
         assert any(map(is_closed, holders))
-    assert served.export.content[:4096] == b"y" * 4096
+    assert served.export.content[:LARGE_BYTES] == b"y" * LARGE_BYTES
 
 
 def test_who_drips_while_others_wait_is_cut_off_too(served: Served) -> None:
@@ -121,7 +126,7 @@ def test_who_drips_while_others_wait_is_cut_off_too(served: Served) -> None:
     with contextlib.ExitStack() as clients:
         holders = fill(served, clients)
         waiting = clients.enter_context(served.client())
-        request = waiting.request(nbd.WRITE, 0, payload=b"z" * 4096, flags=nbd.FUA)
+        request = waiting.request(nbd.WRITE, 0, payload=b"z" * LARGE_BYTES, flags=nbd.FUA)
         began_s = time.monotonic()
         waiting.send(request.wire())
         waiting.socket.settimeout(STALL_S / 10)

@@ -129,7 +129,7 @@ def test_the_target_comes_back_exactly_and_sparse(scene: Scene, there: Elsewhere
     assert made.st_blocks * 512 < SIZE_BYTES // 2, "the zeroes take space"
 
 
-@pytest.mark.parametrize("size_bytes", [1, 511, 513, MIB, MIB + 1])
+@pytest.mark.parametrize("size_bytes", [1, 513, MIB])
 def test_odd_sizes(tmp_path: Path, size_bytes: int) -> None:
     lab = ForkLab(tmp_path)
     volume = lab.volume("odd", size_bytes, content=random.Random(size_bytes).randbytes(size_bytes))

@@ -60,8 +60,8 @@ class AllMarked:
         return []
 
 
-async def no_disowning() -> None:
-    raise AssertionError("the bitmap never fails here")
+async def never() -> None:
+    raise AssertionError("there is nothing to clear here, and nothing fails")
 
 
 class Stage:
@@ -72,7 +72,7 @@ class Stage:
         mirror: Any = self.mirror
         target: Any = self.target
         intent: Any = AllMarked()
-        self.link = MirrorLink("mirror", "uuid", mirror, RegionMap(SIZE_BYTES, b"\1"), intent, no_disowning)
+        self.link = MirrorLink("mirror", "uuid", mirror, RegionMap(SIZE_BYTES, b"\1"), intent, never, never)
         self.mirror.link = self.link
         self.path = WritePath(target, (self.link,), lambda _user: True, SECTOR_BYTES, workers)
         self.resync = Resync(self.path, self.link, mirror, workers)

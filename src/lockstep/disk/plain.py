@@ -99,7 +99,8 @@ class PlainDisk:
 
     def prefetch(self, offset: int, length: int) -> None:
         """Start reading the range into the page cache."""
-        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+        if length:  # 0 would mean up to the end
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def written_ns(self) -> int:
         """When the content was last written, in ns since 1970; 0 for a block device, which does not tell."""

@@ -48,7 +48,8 @@ class VolumeExport:
 
         def look() -> None:
             for _start, count, data in self._target.extents(offset, length):
-                extents.append((count, 0 if data else wire.STATE_HOLE | wire.STATE_ZERO))
+                if count:  # none where somebody trims while we look
+                    extents.append((count, 0 if data else wire.STATE_HOLE | wire.STATE_ZERO))
                 if len(extents) == limit:
                     break
 

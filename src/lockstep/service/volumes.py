@@ -65,6 +65,7 @@ def _add_mirror(registry: Registry, volume: VolumeRecord, target: Disk, plan: Mi
     header_path = os.path.abspath(plan.header) if plan.header else None
     luks_uuid = str(uuid.uuid4())
     registry.add_mirror(volume.name, path=path, luks_uuid=luks_uuid, header_path=header_path, generation=1)
+    made = [each for each in (path, header_path) if each and not os.path.lexists(each)]
     header = make_mirror(
         target,
         path,
@@ -77,7 +78,12 @@ def _add_mirror(registry: Registry, volume: VolumeRecord, target: Disk, plan: Mi
         force=plan.force,
     )
     token = luks.Token(volume.id, volume.name, volume.size_bytes, generation=1, state=SYNCING)
-    luks.write_token(header_path or path, token, token_id=header.token_id)
+    try:
+        luks.write_token(header_path or path, token, token_id=header.token_id)
+    except BaseException:
+        for each in made:
+            os.unlink(each)
+        raise
 
 
 def remove_volume(state: State, name: str) -> VolumeRecord:
