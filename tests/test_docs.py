@@ -361,13 +361,13 @@ def test_an_intent_bitmap_can_be_read_by_its_description(tmp_path: Path) -> None
     marked = bytearray(4801)
     marked[3] = marked[4064] = marked[4800] = 1
     bitmap = intent.IntentBitmap(str(tmp_path / "bitmap"), identity, in_worker)
-    bitmap.claim(7, marked)
+    bitmap.claim(7, 8, marked)
     bitmap.close()
     content = (tmp_path / "bitmap").read_bytes()
     head, *rest = (content[at : at + 512] for at in range(0, len(content), 512))
 
     rows = table(doc("formats.md"), "offset", "bytes", "content")
-    checksum, version, magic, volume_id, luks_uuid, generation, following, size, region, written, zeroes = slices(
+    checksum, version, magic, volume_id, luks_uuid, generation, following, written, size, region, zeroes = slices(
         rows, head
     )
     assert int.from_bytes(checksum, "little") == zlib.crc32(head[4:])
@@ -388,13 +388,6 @@ def test_an_intent_bitmap_can_be_read_by_its_description(tmp_path: Path) -> None
     assert [at for at in range(8 * len(bits)) if bits[at // 8] >> at % 8 & 1] == [3, 4064, 4800]
     assert len(rest) == 2
     assert f"{intent.PAGE_REGIONS} regions" in doc("formats.md")
-
-
-def test_the_generations_that_fit_are_those_of_the_code() -> None:
-    numbers = {"g - 1": 4, "g": 5, "g + 1": 6}
-    (pairs,) = re.findall(r"generation fit: (.*?)\. The last two", " ".join(doc("formats.md").split()))
-    described = [(numbers[one], numbers[other]) for one, other in re.findall(r"\(([^,]*), ([^)]*)\)", pairs)]
-    assert described == intent._generations(5)
 
 
 def test_the_region_sizes_are_those_of_the_code() -> None:
@@ -491,7 +484,7 @@ def test_the_status_example_has_the_members_of_the_status() -> None:
     (volume,) = example["volumes"]
     (mirror,) = volume["mirrors"]
     nothing: Any = None
-    followed = link.MirrorLink("/mirror", "uuid", nothing, RegionMap(1 << 20, b"\1" * 16), nothing, nothing, nothing)
+    followed = link.MirrorLink("/mirror", "uuid", nothing, RegionMap(1 << 20, b"\1" * 16), nothing, nothing)
     followed.sync = link.SyncProgress(1 << 20, 0.0)
     described = status.of_link(followed)
     assert list(described) == list(mirror)

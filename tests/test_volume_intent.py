@@ -54,7 +54,7 @@ def fresh(directory: Path, marked: bytes = bytes(COUNT)) -> tuple[IntentBitmap, 
     """A claimed bitmap for generation 1."""
     path = directory / "bitmap"
     bitmap = IntentBitmap(str(path), IDENTITY, in_place)
-    bitmap.claim(0, marked)
+    bitmap.claim(0, 1, marked)
     bitmap.settle(1)
     return bitmap, path
 
@@ -144,7 +144,7 @@ def test_only_a_bitmap_of_the_same_mirror_and_generation_counts(tmp_path: Path) 
 
 def test_a_claim_cut_off_before_or_after_the_token_fits_both_generations(tmp_path: Path) -> None:
     bitmap, path = fresh(tmp_path)
-    bitmap.claim(1, bytes(COUNT))
+    bitmap.claim(1, 2, bytes(COUNT))
     bitmap.close()
     for generation, fits in ((0, False), (1, True), (2, True), (3, False)):
         assert (load(str(path), IDENTITY, generation, 0) == bytes(COUNT)) is fits

@@ -60,8 +60,17 @@ class AllMarked:
         return []
 
 
-async def never() -> None:
-    raise AssertionError("there is nothing to clear here, and nothing fails")
+class Silent:
+    """Keeps nothing about the mirror: there is nothing to clear here, and nothing fails."""
+
+    async def announce(self, state: str) -> None:
+        pass
+
+    async def advance(self) -> None:
+        raise AssertionError(self)
+
+    async def disown(self) -> None:
+        raise AssertionError(self)
 
 
 class Stage:
@@ -72,7 +81,7 @@ class Stage:
         mirror: Any = self.mirror
         target: Any = self.target
         intent: Any = AllMarked()
-        self.link = MirrorLink("mirror", "uuid", mirror, RegionMap(SIZE_BYTES, b"\1"), intent, never, never)
+        self.link = MirrorLink("mirror", "uuid", mirror, RegionMap(SIZE_BYTES, b"\1"), intent, Silent())
         self.mirror.link = self.link
         self.path = WritePath(target, (self.link,), lambda _user: True, SECTOR_BYTES, workers)
         self.resync = Resync(self.path, self.link, mirror, workers)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 import typer
@@ -57,7 +56,6 @@ def demo() -> None:
     for program, package in _PROGRAMS.items():
         if shutil.which(program) is None:
             raise DiskToolMissing(tool=program, package=package)
-    signal.signal(signal.SIGTERM, _interrupt)
     began_s = time.monotonic()
     directory = tempfile.mkdtemp(prefix="lockstep-demo-")
     story = _Story(Path(directory))
@@ -79,10 +77,6 @@ def demo() -> None:
     typer.echo(f"  restored   {human_bytes(TARGET_BYTES)} from the mirror alone; fsck clean")
     typer.echo(f"  compared   the SHA-256 of all {len(written.digests)} files: every one as it was written")
     typer.echo(f"All of it in {elapsed_s:.0f} seconds; the temporary directory is gone again.")
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 class _Story:

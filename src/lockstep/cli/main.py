@@ -2,7 +2,9 @@
 
 import importlib
 import logging
+import signal
 import sys
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -82,8 +84,14 @@ def _global_options(
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """SIGTERM ends a command like Ctrl-C, so that what it has made is cleaned up; `serve` has an end of its own."""
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run a command; an error of the catalogue ends it with its sentences and its exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
     except LockstepError as error:

@@ -16,6 +16,7 @@ from lockstep.disk.lock import lock_exclusive, lock_shared
 from lockstep.disk.probe import Disk, holds_data, inspect, open_disk, overlap, signatures, users_of
 from lockstep.errors import (
     DiskBusy,
+    DiskChanged,
     DiskFailed,
     HeaderExists,
     HeaderIsDisk,
@@ -87,7 +88,7 @@ def open_mirror(
 ) -> EncryptedDisk:
     """Unlock the mirror of a target of `size_bytes`, whose `header` was read before, and lock it against others.
 
-    Raises MirrorTruncated, DiskBusy, DiskLocked, and what reading the volume key can raise.
+    Raises MirrorTruncated, DiskBusy, DiskLocked, DiskChanged, and what reading the volume key can raise.
     """
     disk = inspect(path)
     data_bytes = whole_sectors(size_bytes, header.segment.sector_bytes)
@@ -98,6 +99,7 @@ def open_mirror(
     fd = open_disk(disk, writable=writable)
     try:
         (lock_exclusive if writable else lock_shared)(fd, disk)
+        _refuse_changed(path, header_path, header)
         key = luks.volume_key(header_path or path, passphrase)
         try:
             cipher = XtsCipher(key, header.segment.sector_bytes)
@@ -144,6 +146,12 @@ def _refuse_header(path: str, disks: tuple[Disk, ...], *, force: bool) -> None:
             raise HeaderIsDisk(path=path, disk=disk.path, how=how)
     if not force:
         raise HeaderExists(path=path)
+
+
+def _refuse_changed(path: str, header_path: str | None, header: luks.Header) -> None:
+    """Refuse a mirror that somebody else had until a moment ago, after its header was read."""
+    if luks.read_header(header_path or path) != header:
+        raise DiskChanged(path=path)
 
 
 def _refuse_busy(disk: Disk) -> None:

@@ -1,10 +1,11 @@
 """One mirror for as long as its volume is served: claimed at the start, kept true meanwhile, closed at the end.
 
 The header's token and the local intent bitmap carry a generation. It grows whenever a server claims or retires the
-mirror, so the two agree only if nothing else happened to the mirror since:
+mirror, by a step that nobody can guess: so the two agree only if nothing else happened to the mirror since, and two
+copies of one mirror that went different ways never come to the same generation.
 
     start   bitmap of the token's generation?  the marked regions are dirty; else all are
-    claim   bitmap: generation g, following g + 1, dirty regions;  token: g + 1;  bitmap: settled
+    claim   bitmap: generation g, following h, dirty regions;  token: h;  bitmap: settled
     serve   token: state, whenever it changes; "in-sync" only after a flush
             before marks are cleared: a new generation, in the same three steps
     retire  the same as claim, after both disks were flushed: only what differs is still marked
@@ -14,12 +15,15 @@ elsewhere has another generation, and everything is copied.
 """
 
 import asyncio
+import contextlib
 import errno
 import logging
+import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import replace
+from typing import Final
 
 from lockstep.crypto import luks
 from lockstep.disk.mirror import open_mirror
@@ -33,6 +37,8 @@ from lockstep.volume.link import IN_SYNC, MirrorLink
 from lockstep.volume.regions import RegionMap
 
 log = logging.getLogger(__name__)
+
+ANNOUNCE_S: Final = 10.0
 
 
 class MirrorSession:
@@ -66,9 +72,7 @@ class MirrorSession:
         self._intent = IntentBitmap(path, identity, self._in_worker)
         marked = intent.load(path, identity, self._token.generation, target.written_ns())
         regions = RegionMap(volume.size_bytes, marked)
-        self.link = MirrorLink(
-            mirror.path, mirror.luks_uuid, self.disk, regions, self._intent, self._advance, self._disown
-        )
+        self.link = MirrorLink(mirror.path, mirror.luks_uuid, self.disk, regions, self._intent, self)
 
     @property
     def generation(self) -> int:
@@ -79,17 +83,15 @@ class MirrorSession:
         """From here on this server alone says what differs. Raises StateDirUnusable and what the token may."""
         self._claim(self.link.regions.dirty(), written_ns=0)
 
-    def keep_token_true(self) -> None:
-        """Have the token say the link's state, if that has changed; a mirror that cannot be written is left."""
-        if self._token.state == self.link.state:
-            return
-        try:
-            if self.link.state == IN_SYNC:
-                self.link.flush()
-            self._write_token(advance=0)
-        except LockstepError as error:
-            self._token = replace(self._token, state=self.link.state)  # once is enough to say it
-            log.warning("the header of mirror %s could not be updated: %s", self.mirror.path, error)
+    async def announce(self, state: str) -> None:
+        """Have the token say the state, if that has changed; a mirror that cannot be written is left.
+
+        Waits at most ANNOUNCE_S: a mirror that hangs must not hold up its target's clients.
+        """
+        if self._token.state != state:
+            writing = asyncio.ensure_future(self._in_worker(self._write_state, state))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(writing), ANNOUNCE_S)
 
     def retire(self) -> None:
         """Close in order: the target has been flushed and nobody writes any more. Raises as `claim` does."""
@@ -105,28 +107,39 @@ class MirrorSession:
 
     def _claim(self, marked: bytes, written_ns: int) -> None:
         try:
-            self._intent.claim(self._token.generation, marked)
-            self._write_token(advance=1)
+            following = self._following()
+            self._intent.claim(self._token.generation, following, marked)
+            self._write_token(following, self.link.state)
             self._intent.settle(self._token.generation, written_ns)
         except OSError as error:
             raise StateDirUnusable(path=self._state_dir, reason=error.strerror or str(error)) from error
 
-    async def _advance(self) -> None:
-        """Give mirror and bitmap a new generation: copies of the mirror from before are none of it."""
-        await self._in_worker(self._intent.advance, self._token.generation)
+    def _write_state(self, state: str) -> None:
+        if state == IN_SYNC:
+            self.link.flush()
         try:
-            await self._in_worker(self._write_token, 1)
+            self._write_token(self._token.generation, state)
+        except LockstepError as error:
+            self._token = replace(self._token, state=state)  # once is enough to say it
+            log.warning("the header of mirror %s could not be updated: %s", self.mirror.path, error)
+
+    async def advance(self) -> None:
+        """Give mirror and bitmap a new generation: copies of the mirror from before are none of it."""
+        following = self._following()
+        await self._in_worker(self._intent.advance, self._token.generation, following)
+        try:
+            await self._in_worker(self._write_token, following, self._token.state)
         except LockstepError as error:
             raise OSError(errno.EIO, str(error)) from error
         await self._in_worker(self._intent.settle, self._token.generation)
 
-    async def _disown(self) -> None:
+    async def disown(self) -> None:
         """Have the next start copy everything: without a bitmap, or else with a generation that it does not fit."""
         try:
             await self._in_worker(self._intent.discard)
         except OSError as failure:
             try:
-                await self._in_worker(self._write_token, 2)
+                await self._in_worker(self._write_token, self._following(), self.link.state)
             except LockstepError as error:
                 raise OSError(failure.errno, f"neither the bitmap nor the mirror can be written: {error}") from error
             self._intent.ignore()
@@ -134,9 +147,12 @@ class MirrorSession:
     async def _in_worker(self, work: Callable[..., None], *args: object) -> None:
         await asyncio.get_running_loop().run_in_executor(self._workers, work, *args)
 
-    def _write_token(self, advance: int) -> None:
+    def _following(self) -> int:
+        return self._token.generation + 1 + secrets.randbits(31)
+
+    def _write_token(self, generation: int, state: str) -> None:
         with self._token_lock:
-            token = replace(self._token, generation=self._token.generation + advance, state=self.link.state)
+            token = replace(self._token, generation=generation, state=state)
             luks.write_token(self._header_path, token, token_id=self._token_id)
             self._token = token
 

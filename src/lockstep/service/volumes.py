@@ -12,8 +12,18 @@ from dataclasses import dataclass
 
 from lockstep.crypto import luks
 from lockstep.disk.mirror import SECTOR_SIZES, make_mirror
-from lockstep.disk.probe import Disk, inspect
-from lockstep.errors import SectorSizeInvalid, StillAttached, StillServed, TargetEmpty
+from lockstep.disk.probe import Disk, inspect, overlap
+from lockstep.errors import (
+    HeaderTaken,
+    MirrorIsTarget,
+    MirrorTaken,
+    RegistryError,
+    SectorSizeInvalid,
+    StillAttached,
+    StillServed,
+    TargetEmpty,
+    TargetTaken,
+)
 from lockstep.registry.store import OnDenied, Registry, VolumeRecord
 from lockstep.service import attach
 from lockstep.service.secrecy import protect_memory
@@ -43,7 +53,12 @@ def create_volume(
         raise TargetEmpty(path=target.path)
     if mirror is not None and mirror.sector_bytes not in (None, *SECTOR_SIZES):
         raise SectorSizeInvalid(sector_bytes=mirror.sector_bytes, allowed=", ".join(map(str, SECTOR_SIZES)))
+    if mirror is not None and os.path.exists(mirror.path):
+        how = overlap(target, inspect(mirror.path))
+        if how:
+            raise MirrorIsTarget(path=os.path.abspath(mirror.path), target=target.path, how=how)
     with state.registry() as registry:
+        _refuse_taken(registry, [target_path] + ([mirror.path, mirror.header or ""] if mirror else []))
         volume = registry.add_volume(
             name,
             target_path=target.path,
@@ -58,6 +73,18 @@ def create_volume(
                 registry.remove_volume(name)
                 raise
         return registry.volume(name)
+
+
+def _refuse_taken(registry: Registry, paths: list[str]) -> None:
+    """Refuse a disk that has a role already under another name; the registry itself compares names."""
+    wanted = [inspect(path) for path in paths if os.path.exists(path)]
+    for volume in registry.volumes():
+        roles: list[tuple[str, type[RegistryError]]] = [(volume.target_path, TargetTaken)]
+        for mirror in volume.mirrors:
+            roles += [(mirror.path, MirrorTaken), (mirror.header_path or "", HeaderTaken)]
+        for path, taken in roles:
+            if os.path.exists(path) and any(overlap(inspect(path), disk) for disk in wanted):
+                raise taken(path=path, volume=volume.name)
 
 
 def _add_mirror(registry: Registry, volume: VolumeRecord, target: Disk, plan: MirrorPlan) -> None:

@@ -24,10 +24,10 @@ On disk, little-endian, in pages of 512 bytes, the unit that a disk writes whole
                 40      16     LUKS UUID of the mirror
                 56      8      generation: the number that the mirror's token carries
                 64      8      the generation that is being given to the token, or the same one
-                72      8      size of the target in bytes
-                80      8      region size in bytes
-                88      8      when the target file was last written, in ns since 1970, when it was closed in order;
+                72      8      when the target file was last written, in ns since 1970, when it was closed in order;
                                0 while it is served, and for a block device, which does not tell
+                80      8      size of the target in bytes
+                88      8      region size in bytes
                 96      416    zeroes
     page 1...   0       4      CRC-32 of the rest of the page
                 4       508    one bit per region, 1 for marked, the lowest bit of the first byte first
@@ -59,6 +59,8 @@ VERSION: Final = 1
 _MAGIC: Final = b"LOCKSTEP-INTENT\0"
 _CRC: Final = Struct("<I")
 _HEADER: Final = Struct("<I16s16s16sQQQQQ")
+_GENERATIONS: Final = Struct("<QQQ")  # the part of it that a reader does not know beforehand
+_GENERATIONS_AT: Final = 56
 _BODY_BYTES: Final = PAGE_BYTES - _CRC.size
 
 # Byte -> its eight bits, a byte each, and back.
@@ -91,7 +93,7 @@ def load(path: str, identity: Identity, generation: int, written_ns: int) -> byt
         log.warning("the intent bitmap %s cannot be read (%s): everything counts as different", path, failure)
         content = b""
     header = content[:PAGE_BYTES]
-    if not any(header == _header(identity, *g, at) for g in _generations(generation) for at in (0, written_ns)):
+    if not _fits(header, identity, generation, written_ns):
         return bytearray(b"\1" * count)
     marked = bytearray()
     for position in range(PAGE_BYTES, PAGE_BYTES * (1 + -(-count // PAGE_REGIONS)), PAGE_BYTES):
@@ -129,15 +131,15 @@ class IntentBitmap:
 
     # --- life ---
 
-    def claim(self, generation: int, marked: bytes | bytearray) -> None:
-        """Write the whole bitmap anew, durably: its mirror has `generation`, and is about to be given the next."""
+    def claim(self, generation: int, following: int, marked: bytes | bytearray) -> None:
+        """Write the whole bitmap anew, durably: its mirror has `generation`, and is about to be given `following`."""
         states = bytes(marked).ljust(len(self._bits) * 8, b"\0")
         self._bits[:] = bytes(_GATHER[states[at : at + 8]] for at in range(0, len(states), 8))
         body = b"".join(self._page(page) for page in range(len(self._bits) // _BODY_BYTES))
         temporary = self._path + ".new"
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            _write(fd, _header(self._identity, generation, generation + 1, 0) + body, 0)
+            _write(fd, _header(self._identity, generation, following, 0) + body, 0)
             os.fsync(fd)
             os.replace(temporary, self._path)
             _sync_directory(self._path)
@@ -148,9 +150,9 @@ class IntentBitmap:
         self._fd = fd
         self._durable[:] = marked
 
-    def advance(self, generation: int) -> None:
-        """Note, durably, that the mirror has `generation` and is about to be given the next."""
-        self._write_header(generation, generation + 1, 0)
+    def advance(self, generation: int, following: int) -> None:
+        """Note, durably, that the mirror has `generation` and is about to be given `following`."""
+        self._write_header(generation, following, 0)
 
     def settle(self, generation: int, written_ns: int = 0) -> None:
         """Note, durably, that the mirror was given `generation`; and at an orderly end, when the target was written."""
@@ -264,9 +266,16 @@ def _positions(states: bytes) -> list[int]:
     return found
 
 
-def _generations(generation: int) -> list[tuple[int, int]]:
-    """The pairs that fit a mirror of this generation: settled, or cut off just before or just after it was given."""
-    return [(generation, generation), (generation, generation + 1), (max(0, generation - 1), generation)]
+def _fits(header: bytes, identity: Identity, generation: int, written_ns: int) -> bool:
+    """Whether a header is whole, of this mirror, and of this generation or on the way to or from it."""
+    if len(header) != PAGE_BYTES:
+        return False
+    given, following, written = _GENERATIONS.unpack_from(header, _GENERATIONS_AT)
+    return (
+        header == _header(identity, given, following, written)
+        and generation in (given, following)
+        and written in (0, written_ns)
+    )
 
 
 def _header(identity: Identity, generation: int, following: int, written_ns: int) -> bytes:
@@ -277,9 +286,9 @@ def _header(identity: Identity, generation: int, following: int, written_ns: int
         uuid.UUID(identity.luks_uuid).bytes,
         generation,
         following,
+        written_ns,
         identity.size_bytes,
         region_bytes_for(identity.size_bytes),
-        written_ns,
     )
     return _sealed(fields.ljust(PAGE_BYTES - _CRC.size, b"\0"))
 

@@ -16,9 +16,8 @@ marked regions, and these are what differs.
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.volume.intent import IntentBitmap
@@ -45,6 +44,19 @@ class SyncProgress:
         return self.done_bytes / max(time.monotonic() - self.started_s, 1e-3)
 
 
+class Keeper(Protocol):
+    """Who keeps what is written about a mirror, on the mirror and beside it."""
+
+    async def announce(self, state: str) -> None:
+        """Write the state on the mirror, if it is not there yet and can be; in bounded time, and never an error."""
+
+    async def advance(self) -> None:
+        """Give the mirror a new generation, so that no older copy is taken for it. Raises OSError."""
+
+    async def disown(self) -> None:
+        """Have the next start copy everything: the bitmap cannot say what differs. Raises OSError."""
+
+
 class MirrorLink:
     """A mirror that is open and follows its target."""
 
@@ -55,19 +67,13 @@ class MirrorLink:
         disk: EncryptedDisk,
         regions: RegionMap,
         intent: IntentBitmap,
-        advance: Callable[[], Awaitable[None]],
-        disown: Callable[[], Awaitable[None]],
+        keeper: Keeper,
     ) -> None:
-        """`advance` gives the mirror a new generation, so that no older copy is taken for it.
-
-        `disown` has the next start copy everything, for when the bitmap cannot say what differs. Both raise OSError.
-        """
         self.path = path
         self.uuid = uuid
         self.regions = regions
         self.intent = intent
-        self._advance = advance
-        self._disown = disown
+        self._keeper = keeper
         self.sync: SyncProgress | None = None
         self.error: str | None = None  # why the mirror is not followed any more
         self.target_error: str | None = None  # why the target cannot be copied from
@@ -88,8 +94,12 @@ class MirrorLink:
         Raises OSError, and then clears nothing, when the mirror cannot be given a new generation.
         """
         if regions and self.error is None and self.target_error is None:
-            await self._advance()
+            await self._keeper.advance()
             await self.intent.clear(regions)
+
+    async def announce(self, state: str | None = None) -> None:
+        """Have the mirror itself say how it stands, so that a restore from it alone knows."""
+        await self._keeper.announce(state or self.state)
 
     async def record(self, start: int, end: int) -> None:
         """Have [start, end) marked durably, before it is written anywhere.
@@ -101,7 +111,7 @@ class MirrorLink:
             await self.intent.mark(start, end)
         except OSError as failure:
             self.drop("recording the writes to", failure)
-            await self._disown()
+            await self._keeper.disown()
 
     def update(self, offset: int, data: memoryview, *, durable: bool) -> None:
         """Carry an update to the mirror, whole sectors; a failure drops the mirror and is not the writer's."""

@@ -15,7 +15,7 @@ from concurrent.futures import Executor
 from typing import Final
 
 from lockstep.disk.encrypted import EncryptedDisk
-from lockstep.volume.link import MirrorLink, SyncProgress
+from lockstep.volume.link import IN_SYNC, MirrorLink, SyncProgress
 from lockstep.volume.write_path import WritePath
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ class Resync:
             link.sync.done_bytes = max(0, link.sync.total_bytes - link.regions.dirty_bytes)
         if not link.regions.dirty_bytes:
             await self._in_worker(link.flush)
+        if not link.regions.dirty_bytes and link.error is None:
+            await link.announce(IN_SYNC)
             log.info("mirror %s is in sync", link.path)
             with contextlib.suppress(OSError):  # of the target: its state shows it
                 await self._path.tidy()

@@ -81,6 +81,8 @@ class WritePath:
         """Carry out any write; `durable` has it on the medium of every disk before it is answered."""
         async with self._hold(offset, len(data)):
             await self._in_worker(self._update, user, offset, data, durable)
+        if durable:
+            await self._announce_faults()
 
     async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool, fast: bool) -> None:
         """Write zeroes; `allocate` keeps the space; `fast` fails with ENOTSUP when a mirror makes it slow."""
@@ -229,6 +231,13 @@ class WritePath:
     async def _flush_all(self) -> None:
         disks = [mirror.flush for mirror in self.mirrors]
         await asyncio.gather(self._in_worker(self._flush_target), *map(self._in_worker, disks))
+        await self._announce_faults()
+
+    async def _announce_faults(self) -> None:
+        """Nothing that a mirror has missed is answered as durable before the mirror says that it misses something."""
+        for mirror in self.mirrors:
+            if mirror.error is not None or mirror.target_error is not None:
+                await mirror.announce()
 
     def _flush_target(self) -> None:
         try:
