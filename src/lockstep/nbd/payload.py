@@ -1,9 +1,11 @@
 """Memory for requests too large, or too slow, to stay in a connection's own receive buffer.
 
-One pool serves all connections, so that the sum is bounded however many clients send 32 MiB writes at once. A
-request takes its whole payload before its first byte is received: no set of half-received requests can then
-wait for each other. Freed blocks are kept for reuse, since the page faults of fresh memory cost as much as
-encrypting it.
+Pools serve all connections, so that the sum is bounded however many clients send 32 MiB writes at once. There is
+one for small blocks and one for large ones, and no connection may hold more than a share of either: so a queue of
+greedy clients delays the others no longer than the first of them does.
+
+A request takes its whole payload before its first byte is received: no set of half-received requests can then wait
+for each other. Freed blocks are kept for reuse, since the page faults of fresh memory cost as much as encrypting it.
 """
 
 from collections import deque
@@ -13,14 +15,24 @@ from typing import Final
 from lockstep.nbd.wire import MAX_PAYLOAD_BYTES
 
 DEFAULT_LIMIT_BYTES: Final = 8 * MAX_PAYLOAD_BYTES
+DEFAULT_SHARE_BYTES: Final = 2 * MAX_PAYLOAD_BYTES
+SMALL_BLOCK_BYTES: Final = 1 << 20
+SMALL_LIMIT_BYTES: Final = 64 << 20
+SMALL_SHARE_BYTES: Final = 8 << 20
 KEEP_BYTES: Final = 32 << 20
 SMALLEST_BYTES: Final = 64 << 10
 
 
-class PayloadPool:
-    """At most `limit_bytes` of blocks at a time; the loop's thread alone may call it."""
+def block_bytes(length: int) -> int:
+    """Return the size of the block that `length` bytes get."""
+    return max(SMALLEST_BYTES, 1 << (length - 1).bit_length())
 
-    def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+
+class PayloadPool:
+    """At most `limit_bytes` of blocks, `share_bytes` for one connection; the loop's thread alone may call it."""
+
+    def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES, share_bytes: int = DEFAULT_SHARE_BYTES) -> None:
+        self.share_bytes = share_bytes
         self._limit_bytes = max(limit_bytes, MAX_PAYLOAD_BYTES)
         self._used_bytes = 0
         self._kept_bytes = 0
@@ -34,7 +46,7 @@ class PayloadPool:
 
     def take(self, length: int) -> bytearray | None:
         """Return a block of at least `length` bytes, at most MAX_PAYLOAD_BYTES; None when there is no room now."""
-        size = max(SMALLEST_BYTES, 1 << (length - 1).bit_length())
+        size = block_bytes(length)
         if self._used_bytes + size > self._limit_bytes:
             return None
         self._used_bytes += size

@@ -34,7 +34,7 @@ from typing import Any, Final, Protocol, cast
 
 from lockstep.nbd import wire
 from lockstep.nbd.negotiation import Agreement, ExportInfo, Negotiation, State
-from lockstep.nbd.payload import PayloadPool
+from lockstep.nbd.payload import SMALL_BLOCK_BYTES, SMALL_LIMIT_BYTES, SMALL_SHARE_BYTES, PayloadPool, block_bytes
 from lockstep.nbd.transmission import (
     data_header,
     empty_read,
@@ -56,9 +56,10 @@ SOCKET_BUFFER_BYTES: Final = 1 << 20
 MAX_PENDING: Final = 64
 MAX_CONNECTIONS: Final = 1024
 BACKLOG: Final = 1024
-MAX_STATUS_EXTENTS: Final = 4096
+MAX_STATUS_EXTENTS: Final = 512
 HANDSHAKE_S: Final = 30.0
 CONTENDED_STALL_S: Final = 5.0
+SLOWEST_BYTES_S: Final = 1 << 20  # who sends a payload more slowly counts as stalled
 PATROL_S: Final = 1.0
 
 _UCRED: Final = Struct("3i")  # unix(7): pid, uid, gid
@@ -109,10 +110,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, server: "NbdServer") -> None:
         self.user = ""
-        self.since_s = self.last_progress_s = time.monotonic()
+        self.since_s = time.monotonic()
         self._server = server
         self._export = server.export
-        self._pool = server.pool
+        self._held_bytes = dict.fromkeys(server.pools, 0)
         self._transport: asyncio.Transport
         info = server.export.info
         self._negotiation: Negotiation | None = Negotiation({info.name: info}, default=info.name)
@@ -124,13 +125,16 @@ class Connection(asyncio.BufferedProtocol):
         self._block: bytearray | None = None
         self._block_request = (0, 0, 0, 0)  # flags, cookie, offset, length
         self._block_filled = 0
+        self._block_since_s = 0.0
         self._out: list[bytes | bytearray] = []
         self._batch_bytes = 0  # moved since replies were last sent
         self._undrained: list[bytearray] = []  # pool blocks whose data the socket has not taken yet
+        self._undrained_since_s = 0.0
         self._pending = 0
         self._reading = True
         self._writable = True
-        self._waiting = False  # for pool memory
+        self._waiting = False  # for pool memory that others hold
+        self._sated = False  # holds its share of pool memory
         self._ending = False  # no further request is read
         self._lost = False
 
@@ -163,7 +167,6 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Take what has arrived."""
-        self.last_progress_s = self._server.now_s
         if self._block is not None:
             self._block_filled += nbytes
             if self._block_filled == self._block_request[3]:
@@ -190,7 +193,6 @@ class Connection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """It took them all."""
         self._writable = True
-        self.last_progress_s = self._server.now_s
         self._release_undrained()
         if self._negotiation is None:
             self._advance()
@@ -202,9 +204,10 @@ class Connection(asyncio.BufferedProtocol):
         if exc is not None:
             log.info("connection of %s lost: %s", self.user, exc)
         self._lost = self._ending = True
-        self._pool.forget(self._retry)
+        for pool in self._server.pools:
+            pool.forget(self._retry)
         if self._block is not None:
-            self._pool.give(self._block)
+            self._give_block(self._block)
             self._block = None
         self._release_undrained()
         self._server.dismiss(self)
@@ -221,10 +224,12 @@ class Connection(asyncio.BufferedProtocol):
         self._ending = True
         self._transport.abort()
 
-    @property
-    def stalled_since_s(self) -> float | None:
-        """Since when (monotonic) it holds shared memory without moving; None when it holds none."""
-        return self.last_progress_s if self._block is not None or self._undrained else None
+    def overdue(self, now_s: float) -> bool:
+        """Whether it has held shared memory for longer than a client needs that sends and reads, however slowly."""
+        if self._block is not None:
+            allowed_s = CONTENDED_STALL_S + self._block_filled / SLOWEST_BYTES_S
+            return now_s - self._block_since_s > allowed_s
+        return bool(self._undrained) and now_s - self._undrained_since_s > CONTENDED_STALL_S
 
     @property
     def negotiating(self) -> bool:
@@ -274,7 +279,13 @@ class Connection(asyncio.BufferedProtocol):
             (self._transport.resume_reading if wanted else self._transport.pause_reading)()
 
     def _may_serve(self) -> bool:
-        return self._writable and not self._waiting and not self._ending and self._pending < MAX_PENDING
+        return (
+            self._writable
+            and not self._waiting
+            and not self._sated
+            and not self._ending
+            and self._pending < MAX_PENDING
+        )
 
     def _serve_next(self) -> bool:
         """Serve one request; False when it has not arrived whole, or must wait."""
@@ -362,11 +373,25 @@ class Connection(asyncio.BufferedProtocol):
     # --- payloads that need a block of the pool ---
 
     def _take_block(self, length: int) -> bytearray | None:
-        block = self._pool.take(length)
-        if block is None and not self._waiting:
+        pool = self._server.pool_for(length)
+        held = self._held_bytes[pool]
+        if held and held + block_bytes(length) > pool.share_bytes:
+            self._sated = True
+            return None
+        block = pool.take(length)
+        if block is not None:
+            self._held_bytes[pool] += len(block)
+        elif not self._waiting:
             self._waiting = True
-            self._pool.wait(self._retry)
+            pool.wait(self._retry)
         return block
+
+    def _give_block(self, block: bytearray) -> None:
+        """Hand a block back. Whoever calls this serves on afterwards, so being sated ends here."""
+        pool = self._server.pool_for(len(block))
+        self._held_bytes[pool] -= len(block)
+        self._sated = False
+        pool.give(block)
 
     def _retry(self) -> None:
         self._waiting = False
@@ -382,6 +407,7 @@ class Connection(asyncio.BufferedProtocol):
             block[: self._block_filled] = self._view[data : self._end]
             self._start = self._end = 0
             self._block = block
+            self._block_since_s = self._server.now_s
             self._block_request = (flags, cookie, offset, length)
         return False
 
@@ -394,7 +420,7 @@ class Connection(asyncio.BufferedProtocol):
     def _release_undrained(self) -> None:
         blocks, self._undrained = self._undrained, []
         for block in blocks:
-            self._pool.give(block)
+            self._give_block(block)
 
     # --- requests that may block: a task each ---
 
@@ -414,7 +440,6 @@ class Connection(asyncio.BufferedProtocol):
             self._refuse(command, cookie, wire.EIO)
         finally:
             self._pending -= 1
-            self.last_progress_s = self._server.now_s
             self._advance()
 
     async def _write(self, flags: int, cookie: int, offset: int, block: bytearray, length: int) -> None:
@@ -422,7 +447,7 @@ class Connection(asyncio.BufferedProtocol):
             data = memoryview(block)[:length]
             await self._export.write(self.user, offset, data, durable=bool(flags & wire.FLAG_FUA))
         finally:
-            self._pool.give(block)
+            self._give_block(block)
         self._reply(simple_reply(cookie))
 
     async def _read(self, cookie: int, offset: int, block: bytearray, length: int) -> None:
@@ -430,13 +455,15 @@ class Connection(asyncio.BufferedProtocol):
         try:
             await self._export.read(offset, data)
         except BaseException:
-            self._pool.give(block)
+            self._give_block(block)
             raise
         self._reply(data_header(cookie, offset, length, structured=self._agreement.structured))
         self._send_replies(data)
         if self._writable or self._lost:
-            self._pool.give(block)
+            self._give_block(block)
         else:
+            if not self._undrained:
+                self._undrained_since_s = self._server.now_s
             self._undrained.append(block)
 
     async def _other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
@@ -495,7 +522,9 @@ class NbdServer:
 
     def __init__(self, export: Export, pool: PayloadPool | None = None, max_connections: int = MAX_CONNECTIONS) -> None:
         self.export = export
-        self.pool = pool or PayloadPool()
+        self._large = pool or PayloadPool()
+        self._small = PayloadPool(SMALL_LIMIT_BYTES, SMALL_SHARE_BYTES)
+        self.pools = (self._small, self._large)
         self.loop = asyncio.get_running_loop()
         self.now_s = time.monotonic()
         self._max_connections = max_connections
@@ -503,6 +532,7 @@ class NbdServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._listeners: list[asyncio.Server] = []
         self._draining = False
+        self.accepting = False
         self._empty = asyncio.Event()
         self._empty.set()
         self._patrol = self.loop.create_task(self._watch())
@@ -513,6 +543,7 @@ class NbdServer:
         previous = os.umask(0o177)
         try:
             listener.bind(path)
+            listener.listen(BACKLOG)  # from here on nobody takes it for the socket of a server that died
         finally:
             os.umask(previous)
         self._listeners.append(
@@ -529,13 +560,14 @@ class NbdServer:
         """Let clients connect."""
         for listener in self._listeners:
             await listener.start_serving()
+        self.accepting = True
 
     async def drain(self) -> None:
         """Accept no more clients and no more requests, answer those under way, and close every connection.
 
         Clients that do not take their replies within CONTENDED_STALL_S are cut off.
         """
-        self._draining = True
+        self._draining, self.accepting = True, False
         for listener in self._listeners:
             listener.close()
         for connection in list(self._connections):
@@ -553,6 +585,10 @@ class NbdServer:
         return sorted(c.user for c in self._connections if not c.negotiating)
 
     # --- what connections ask ---
+
+    def pool_for(self, length: int) -> PayloadPool:
+        """The pool that blocks of this length come from and go back to."""
+        return self._small if length <= SMALL_BLOCK_BYTES else self._large
 
     def admit(self, connection: Connection) -> bool:
         """Count a new connection in, unless there are too many."""
@@ -587,10 +623,9 @@ class NbdServer:
             await asyncio.sleep(PATROL_S)
             self.now_s = time.monotonic()
             for connection in list(self._connections):
-                idle_s = self.now_s - connection.last_progress_s
                 if connection.negotiating and self.now_s - connection.since_s > HANDSHAKE_S:
                     connection.abort("the handshake took too long")
-                elif self.pool.contended and idle_s > CONTENDED_STALL_S and connection.stalled_since_s is not None:
+                elif any(pool.contended for pool in self.pools) and connection.overdue(self.now_s):
                     connection.abort("it stalled while holding memory for which others wait")
 
 

@@ -182,13 +182,14 @@ async def _serve(
     server = NbdServer(VolumeExport(volume.name, path, workers))
     async with _listening(server, listen, volume.name) as uris:
         describe = functools.partial(_describe, opened, server, uris[0])
-        await _in_worker(workers, _claim, state, opened)
-        await server.accept()
-        async with control_interface(state.control(volume.name), describe), _background(opened, path, workers):
-            on_ready(uris)
-            await stop.wait()
-            log.info("stopping")
-            await server.drain()
+        async with control_interface(state.control(volume.name), describe):
+            await _in_worker(workers, _claim, state, opened)
+            await server.accept()
+            async with _background(opened, path, workers):
+                on_ready(uris)
+                await stop.wait()
+                log.info("stopping")
+                await server.drain()
     await _in_worker(workers, _retire, state, opened)
 
 
@@ -215,7 +216,7 @@ def _describe(opened: _OpenVolume, server: NbdServer, uri: str) -> dict[str, Any
         for user in server.clients()
     ]
     mirrors = [status.of_link(session.link) for session in opened.mirrors]
-    return status.of_volume(opened.record, mirrors, uri=uri, clients=clients)
+    return status.of_volume(opened.record, mirrors, uri=uri if server.accepting else None, clients=clients)
 
 
 @contextlib.asynccontextmanager
@@ -265,12 +266,12 @@ async def _background(opened: _OpenVolume, path: WritePath, workers: Executor) -
     stopping = asyncio.Event()
     resyncs = [Resync(path, session.link, session.disk, workers) for session in opened.mirrors]
 
-    async def keep_tokens_true() -> None:
+    async def announce_states() -> None:
         for session in opened.mirrors:
-            await _in_worker(workers, session.keep_token_true)
+            await session.link.announce()
 
     work = [
-        _repeat(keep_tokens_true, TOKEN_INTERVAL_S, stopping),
+        _repeat(announce_states, TOKEN_INTERVAL_S, stopping),
         _repeat(path.tidy, TIDY_INTERVAL_S, stopping),
         *(resync.run() for resync in resyncs),
     ]
