@@ -44,7 +44,11 @@ class EncryptedDisk:
             for start in range(0, length, PIECE_BYTES):
                 self.write(offset + start, data[start : start + PIECE_BYTES], durable=durable)
             return
-        ciphertext = self._scratch()[:length]
+        try:
+            ciphertext = self._threads.scratch[:length]
+        except AttributeError:  # this thread's first
+            self._threads.scratch = memoryview(bytearray(PIECE_BYTES))
+            ciphertext = self._threads.scratch[:length]
         self._encrypt_into(self._first_iv + (offset >> 9), data, ciphertext)
         write_all(self._fd, ciphertext, self._data_offset + offset, durable=durable)
 
@@ -61,11 +65,3 @@ class EncryptedDisk:
     def flush(self) -> None:
         """Make every completed write durable."""
         os.fdatasync(self._fd)
-
-    def _scratch(self) -> memoryview:
-        """This thread's buffer for ciphertext."""
-        try:
-            scratch: memoryview = self._threads.scratch
-        except AttributeError:
-            scratch = self._threads.scratch = memoryview(bytearray(PIECE_BYTES))
-        return scratch

@@ -66,6 +66,9 @@ _UCRED: Final = Struct("3i")  # unix(7): pid, uid, gid
 _SO_SNDBUFFORCE: Final = 32  # socket(7); the socket module does not name it
 
 
+_pack_reply: Final = wire.SIMPLE_REPLY.pack  # for the replies that are counted by the hundred thousand
+
+
 class Export(Protocol):
     """What the transport needs of a disk. Offsets and lengths are bytes and lie within `info.size_bytes`.
 
@@ -261,9 +264,7 @@ class Connection(asyncio.BufferedProtocol):
     def _advance(self) -> None:
         """Serve every complete request that has arrived, as long as the client takes the replies."""
         try:
-            while self._may_serve():
-                if not self._serve_next():
-                    break
+            while self._may_serve() and self._serve_next():
                 if self._batch_bytes >= REPLY_BATCH_BYTES:
                     self._send_replies()
         finally:
@@ -329,7 +330,7 @@ class Connection(asyncio.BufferedProtocol):
                 if self._export.write_now(self.user, offset, self._view[data:end]):
                     self._start = end
                     self._batch_bytes += length
-                    self._reply(simple_reply(cookie))
+                    self._out.append(_pack_reply(wire.SIMPLE_REPLY_MAGIC, 0, cookie))
                     return True
             except OSError as failure:
                 self._start = end

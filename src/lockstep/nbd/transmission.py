@@ -28,16 +28,19 @@ def refusal(command: int, flags: int, offset: int, length: int, export: ExportIn
     if command == wire.CMD_DISC:
         return 0  # whatever its fields: "There is no reply to an NBD_CMD_DISC" that could carry an error
     rules = wire.COMMANDS.get(command)
-    if rules is None or flags & ~rules.flags:
+    if rules is None:
         return wire.EINVAL
-    if rules.writes and export.flags & wire.READ_ONLY:
+    _name, known_flags, writes, reserved_range, limit_bytes, beyond_end = rules
+    if flags & ~known_flags:
+        return wire.EINVAL
+    if writes and export.flags & wire.READ_ONLY:
         return wire.EPERM
-    if rules.reserved_range:
+    if reserved_range:
         return wire.EINVAL if offset or length else 0
-    if length > rules.limit_bytes:
+    if length > limit_bytes:
         return wire.EOVERFLOW if command == wire.CMD_READ else wire.EINVAL
     if offset + length > export.size_bytes:
-        return rules.beyond_end
+        return beyond_end
     if command == wire.CMD_BLOCK_STATUS and not (agreement.allocation and length):
         return wire.EINVAL
     if flags & wire.FLAG_DF and not agreement.structured:

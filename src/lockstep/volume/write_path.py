@@ -144,7 +144,9 @@ class WritePath:
         mirrors = self.mirrors  # 502
         if mirrors:
             self._permit(user)  # 602
-            start, sectors = self._whole_sectors(offset, data)
+            start, sectors = offset, data
+            if (offset | len(data)) & self._sector_mask:
+                start, sectors = self._whole_sectors(offset, data)
             for mirror in mirrors:
                 mirror.update(start, sectors, durable=durable)  # 102/503 encrypt, 103/504 write
         try:
@@ -181,8 +183,6 @@ class WritePath:
     def _whole_sectors(self, offset: int, data: memoryview) -> tuple[int, memoryview]:
         """Return `data` with the target's plaintext round it, so that it begins and ends on a sector."""
         length = len(data)
-        if not (offset | length) & self._sector_mask:
-            return offset, data
         start, end = self._sectors(offset, length)
         whole = memoryview(bytearray(end - start))
         sector = self._sector_mask + 1
