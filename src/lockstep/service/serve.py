@@ -318,7 +318,7 @@ def _retire(state: State, opened: _OpenVolume) -> None:
         try:
             session.retire()
         except LockstepError as error:
-            log.error("mirror %s could not be closed in order, it will be copied anew: %s", session.mirror.path, error)
+            log.error("mirror %s was not closed, the next start copies what it misses: %s", session.mirror.path, error)
     _note_generations(state, opened)
 
 

@@ -1,0 +1,113 @@
+"""P5: a mirror that fails never fails a client; what it missed, and no more, is copied when it is back."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import MIB, Lab, Served, Volume, needs, run, wait_until
+
+SIZE_BYTES = 32 * MIB
+REGION_BYTES = 64 << 10
+
+
+def write(served: Served, *commands: str) -> None:
+    """Have qemu-io write, and flush; every client's write must succeed."""
+    arguments = [argument for command in (*commands, "flush") for argument in ("-c", command)]
+    run("qemu-io", "-f", "raw", *arguments, served.uri)
+
+
+def copied_bytes(served: Served) -> int:
+    """What this start of the server has copied."""
+    lines = [line for line in served.log.read_text().splitlines() if " bytes to mirror " in line]
+    return int(lines[-1].split("copying ")[1].split()[0]) if lines else 0
+
+
+class Plugged:
+    """The disk behind an NBD socket, shown as the file that the volume takes for its mirror."""
+
+    def __init__(self, path: Path, socket: Path) -> None:
+        self.path = path
+        self.point = path.with_name("plug")
+        self.socket = socket
+
+    def __enter__(self) -> None:
+        self.point.mkdir(exist_ok=True)
+        self.fuse = subprocess.Popen(["nbdfuse", f"{self.point}/disk", "--unix", self.socket])
+        wait_until((self.point / "disk").exists, "nbdfuse to show the disk")
+        self.path.unlink(missing_ok=True)
+        self.path.symlink_to(self.point / "disk")
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run(["fusermount3", "-u", "-z", self.point], capture_output=True, check=False)
+        self.fuse.wait()
+
+    @staticmethod
+    def pull(path: Path) -> None:
+        """Kill it without a word."""
+        run("pkill", "-KILL", "-f", f"nbdfuse {path.with_name('plug')}/disk")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that has room for a header and half a mirror."""
+    point = tmp_path / "small"
+    point.mkdir()
+    run("mount", "-t", "tmpfs", "-o", f"size={SIZE_BYTES // 2 + 16 * MIB}", "tmpfs", str(point))
+    yield point
+    run("umount", "-l", str(point))
+
+
+@needs("fusermount3", "nbdfuse", "nbdkit", "qemu-io", "/dev/fuse", root=True)
+def test_a_mirror_that_is_pulled_and_put_back_misses_nothing(lab: Lab, tmp_path: Path) -> None:
+    volume = lab.volume("vol", SIZE_BYTES)
+    held = tmp_path / "held.img"
+    shutil.move(volume.mirror, held)
+    socket = tmp_path / "held.sock"
+    disk = subprocess.Popen(["nbdkit", "-f", "-U", socket, "file", held])
+    try:
+        with Plugged(volume.mirror, socket), volume.served() as served:
+            write(served, "write -P 1 0 1M")
+            Plugged.pull(volume.mirror)
+            write(served, "write -P 2 4M 64k", "write -P 3 100 9", "write -z 8M 64k", "discard 12M 64k")
+            (mirror,) = served.status()["mirrors"]
+            assert mirror["state"] == "degraded"
+            assert "writing the mirror failed" in mirror["error"]
+            assert REGION_BYTES <= mirror["dirty_bytes"] <= 8 * MIB
+        volume_log = served.log.read_text()
+        assert volume_log.count("is degraded") == 1, "said once, and said"
+        served.log.write_text("")
+        with Plugged(volume.mirror, socket), volume.served() as served:
+            assert 0 < copied_bytes(served) <= 8 * MIB
+    finally:
+        disk.terminate()
+        disk.wait()
+    volume.mirror.unlink()
+    shutil.move(held, volume.mirror)
+    volume.assert_equal_disks()
+
+
+@needs("qemu-io", root=True)
+def test_a_mirror_whose_file_system_is_full_is_dropped_and_the_target_goes_on(lab: Lab, small_disk: Path) -> None:
+    target = lab.disk("target", SIZE_BYTES)
+    mirror = small_disk / "mirror"
+    disks = ["--target", target, "--mirror", mirror, "--key-file", lab.key, "--iter-time", "10"]
+    lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
+    volume = Volume(lab, "vol", target, mirror, None)
+    with volume.served(in_sync=False) as served:
+        write(served, "write -P 1 0 4M", "write -P 2 28M 1M")
+        (described,) = served.status()["mirrors"]
+        assert described["state"] in ("degraded", "syncing")
+        write(served, f"write -P 3 0 {SIZE_BYTES}")
+        (described,) = served.status()["mirrors"]
+        assert described["state"] == "degraded"
+        assert "No space left on device" in described["error"]
+        write(served, "read -P 3 0 32M")
+    assert target.read_bytes() == b"\3" * SIZE_BYTES
+    volume.restore(lab.home / "out").failed(1, "degraded", "--incomplete")
+    run("mount", "-o", f"remount,size={SIZE_BYTES + 32 * MIB}", str(small_disk))
+    with volume.served():
+        pass
+    volume.assert_equal_disks()
