@@ -9,9 +9,10 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, Self
 
-from lockstep.disk.probe import Disk
+from lockstep.disk.lock import lock_exclusive
+from lockstep.disk.probe import Disk, open_disk
 
 _FALLOC_FL_KEEP_SIZE: Final = 0x01  # linux/falloc.h
 _FALLOC_FL_PUNCH_HOLE: Final = 0x02
@@ -55,6 +56,17 @@ class PlainDisk:
         self.size_bytes = disk.size_bytes
         self._fd = fd
         self._nowait = self._probe_nowait()
+
+    @classmethod
+    def claim(cls, disk: Disk) -> Self:
+        """Open `disk` for writing, for this process alone. Raises DiskLocked and what `open_disk` does."""
+        fd = open_disk(disk, writable=True)
+        try:
+            lock_exclusive(fd, disk)
+            return cls(disk, fd)
+        except BaseException:
+            os.close(fd)
+            raise
 
     def close(self) -> None:
         """Close the descriptor, which also gives up its locks."""

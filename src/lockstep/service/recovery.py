@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from lockstep.crypto import luks
 from lockstep.crypto.cipher import self_test
 from lockstep.disk.encrypted import EncryptedDisk
-from lockstep.disk.lock import lock_exclusive
 from lockstep.disk.mirror import open_mirror
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import Disk, holds_data, inspect, open_disk, overlap, signatures, users_of
+from lockstep.disk.probe import Disk, holds_data, inspect, overlap, signatures, users_of
 from lockstep.errors import (
     DiskBusy,
     DiskFailed,
@@ -120,13 +119,7 @@ def _open_output(disk: Disk, size_bytes: int, *, made: bool, force: bool) -> Pla
         raise OutputTooSmall(path=disk.path, size_bytes=disk.size_bytes, needed_bytes=size_bytes)
     if not made and not force:
         _refuse_content(disk)
-    fd = open_disk(disk, writable=True)
-    try:
-        lock_exclusive(fd, disk)
-        return PlainDisk(disk, fd)
-    except BaseException:
-        os.close(fd)
-        raise
+    return PlainDisk.claim(disk)
 
 
 def _refuse_content(disk: Disk) -> None:

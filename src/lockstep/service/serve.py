@@ -30,9 +30,8 @@ from urllib.parse import quote
 import uvloop
 
 from lockstep.crypto.cipher import self_test
-from lockstep.disk.lock import lock_exclusive
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import inspect, open_disk, users_of
+from lockstep.disk.probe import inspect, users_of
 from lockstep.errors import (
     AddressInvalid,
     AddressUnusable,
@@ -147,13 +146,7 @@ def _open_target(volume: VolumeRecord) -> PlainDisk:
     users = users_of(disk)
     if users:
         raise DiskBusy(path=disk.path, users=" and ".join(users))
-    fd = open_disk(disk, writable=True)
-    try:
-        lock_exclusive(fd, disk)
-        return PlainDisk(disk, fd)
-    except BaseException:
-        os.close(fd)
-        raise
+    return PlainDisk.claim(disk)
 
 
 def _raise_limits() -> None:
