@@ -102,19 +102,6 @@ def there(tmp_path: Path) -> Iterator[Elsewhere]:
     assert not lab.state.exists()
 
 
-@pytest.fixture
-def loop() -> Iterator[Callable[..., str]]:
-    devices: list[str] = []
-
-    def make(path: Path, *options: str) -> str:
-        devices.append(run("losetup", "--find", "--show", *options, str(path)).strip())
-        return devices[-1]
-
-    yield make
-    for device in reversed(devices):
-        subprocess.run(["losetup", "-d", device], capture_output=True, check=False)
-
-
 # --- what comes back --------------------------------------------------------------------------------------
 
 

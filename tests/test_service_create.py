@@ -100,19 +100,6 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-@pytest.fixture
-def loop() -> Iterator[Callable[..., str]]:
-    devices: list[str] = []
-
-    def make(path: Path, *options: str) -> str:
-        devices.append(run("losetup", "--find", "--show", *options, str(path)).strip())
-        return devices[-1]
-
-    yield make
-    for device in reversed(devices):
-        subprocess.run(["losetup", "-d", device], capture_output=True, check=False)
-
-
 def dumped(path: object) -> dict[str, Any]:
     """What cryptsetup says is in the header."""
     described: dict[str, Any] = json.loads(run("cryptsetup", "luksDump", "--dump-json-metadata", str(path)))

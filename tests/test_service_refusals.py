@@ -231,19 +231,6 @@ def read_only(path: Path) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def loop() -> Iterator[Callable[..., str]]:
-    devices: list[str] = []
-
-    def make(path: Path, *options: str) -> str:
-        devices.append(run("losetup", "--find", "--show", *options, str(path)).strip())
-        return devices[-1]
-
-    yield make
-    for device in reversed(devices):
-        subprocess.run(["losetup", "-d", device], capture_output=True, check=False)
-
-
 def overwrite(path: Path, offset: int, data: bytes) -> None:
     with path.open("r+b") as file:
         file.seek(offset)

@@ -26,7 +26,6 @@ from lockstep.errors import (
     MirrorTruncated,
 )
 
-INLINE_DATA_OFFSET_BYTES: Final = 16 << 20
 SECTOR_SIZES: Final = (512, 1024, 2048, 4096)
 
 
@@ -54,7 +53,7 @@ def make_mirror(
     step fails.
     """
     data_bytes = whole_sectors(target.size_bytes, sector_bytes)
-    needed_bytes = data_bytes if header else data_bytes + INLINE_DATA_OFFSET_BYTES
+    needed_bytes = data_bytes if header else data_bytes + luks.INLINE_DATA_OFFSET_BYTES
     with contextlib.ExitStack() as undo:
         if not os.path.lexists(path):
             undo.callback(_unlink_if_there, path)
@@ -118,7 +117,7 @@ def _refuse_unfit(target: Disk, disk: Disk, needed_bytes: int, *, detached: bool
     _refuse_busy(disk)
     if disk.size_bytes < needed_bytes:
         advice = "Give a larger disk."
-        if not detached and disk.size_bytes >= needed_bytes - INLINE_DATA_OFFSET_BYTES:
+        if not detached and disk.size_bytes >= needed_bytes - luks.INLINE_DATA_OFFSET_BYTES:
             advice = "Give a larger disk, or keep the LUKS2 header in a file of its own with --header FILE."
         raise MirrorTooSmall(
             path=disk.path,
