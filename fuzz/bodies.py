@@ -21,10 +21,11 @@ from typing import Any, Final, TypeVar
 from tests import nbd_client as nbd
 from tests.nbd_client import Reply, ReplyParser, Request, pack_info, pack_option, pack_queries, pack_request
 
-from lockstep.nbd import server
+from lockstep.nbd import connection, server
+from lockstep.nbd.connection import Connection
 from lockstep.nbd.negotiation import MAX_OPTION_BYTES, Agreement, ExportInfo, Negotiation, State
 from lockstep.nbd.payload import PayloadPool
-from lockstep.nbd.server import Connection, NbdServer
+from lockstep.nbd.server import NbdServer
 
 # The export and the transport have the methods that others prescribe, with arguments that a model does not need.
 
@@ -500,7 +501,8 @@ async def _connect(choices: Choices) -> None:
     failures: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: failures.append(context))
     unexpected = _Unexpected()
-    server.log.addHandler(unexpected)
+    for module in (server, connection):
+        module.log.addHandler(unexpected)
     ours, theirs = socket.socketpair()
     try:
         export = MemoryExport(SIZE, choices)
@@ -515,6 +517,7 @@ async def _connect(choices: Choices) -> None:
         assert pool.used_bytes == 0, "memory of the pool was left behind"
         assert not pool.contended, "somebody who is gone still waits for memory"
     finally:
-        server.log.removeHandler(unexpected)
+        for module in (server, connection):
+            module.log.removeHandler(unexpected)
         ours.close()
         theirs.close()

@@ -25,7 +25,7 @@ from lockstep import errors
 from lockstep.cli.main import app
 from lockstep.crypto import luks
 from lockstep.disk.probe import FILE_SECTOR_BYTES
-from lockstep.nbd import negotiation, payload, server, transmission, wire
+from lockstep.nbd import connection, negotiation, payload, server, transmission, wire
 from lockstep.registry import models, schema
 from lockstep.registry.store import VolumeRecord
 from lockstep.service import serve, status
@@ -416,7 +416,9 @@ def test_the_constants_are_those_of_the_code() -> None:
     rows = table(doc("nbd.md"), "constant", "value", "what it bounds")
     for name, value, _ in rows:
         holders = [
-            each for each in (wire, payload, negotiation, server, write_path, serve) if hasattr(each, spans(name)[0])
+            each
+            for each in (wire, payload, negotiation, connection, server, write_path, serve)
+            if hasattr(each, spans(name)[0])
         ]
         assert holders, name
         assert {getattr(each, spans(name)[0]) for each in holders} == {quantity(value)}, name
@@ -433,7 +435,7 @@ def test_the_memory_formula_names_constants_of_the_table() -> None:
     (formula,) = [block for block in fences(doc("nbd.md"), "text") if "MAX_CONNECTIONS" in block]
     constants = {spans(row[0])[0] for row in table(doc("nbd.md"), "constant", "value", "what it bounds")}
     assert set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", formula)) <= constants
-    busy = server.RECEIVE_BYTES + server.REPLY_BATCH_BYTES + server.INLINE_READ_BYTES
+    busy = connection.RECEIVE_BYTES + connection.REPLY_BATCH_BYTES + connection.INLINE_READ_BYTES
     assert f"at most {busy >> 10} KiB" in doc("nbd.md")
     assert wire.STATUS_EXTENT.size == 8
 

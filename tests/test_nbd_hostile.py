@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from lockstep.nbd import payload, server
+from lockstep.nbd import connection, payload, server
 from tests import nbd_client as nbd
 from tests.lab import MIB, PATIENCE_S, Lab, Served, Volume, is_root, wait_until
 from tests.nbd_client import Client, pack_info, pack_option, pack_request
@@ -56,11 +56,11 @@ class Site:
 
     def clients(self) -> int:
         """How many connections the server has that finished their handshake."""
-        with contextlib.closing(http.client.HTTPConnection("localhost")) as connection:
-            connection.sock = socket.socket(socket.AF_UNIX)
-            connection.sock.connect(str(self.volume.lab.state / "run" / "vol.control"))
-            connection.request("GET", "/v1/status")
-            return len(json.load(connection.getresponse())["clients"])
+        with contextlib.closing(http.client.HTTPConnection("localhost")) as channel:
+            channel.sock = socket.socket(socket.AF_UNIX)
+            channel.sock.connect(str(self.volume.lab.state / "run" / "vol.control"))
+            channel.request("GET", "/v1/status")
+            return len(json.load(channel.getresponse())["clients"])
 
     def all_gone(self) -> None:
         wait_until(lambda: self.clients() == 0, "the server to notice that all clients are gone")
@@ -189,7 +189,7 @@ def test_a_handshake_that_is_all_questions_and_no_listening(site: Site) -> None:
                 sent += client.socket.send(question)
         assert sent < 12 * MIB, "the server takes questions without end"
         # The answers to one receive buffer of questions, about five times as long, may wait.
-        assert site.served.resident_bytes() - before < 8 * server.RECEIVE_BYTES + 4 * MIB
+        assert site.served.resident_bytes() - before < 8 * connection.RECEIVE_BYTES + 4 * MIB
         # Whoever listens again is answered again.
         client.socket.settimeout(PATIENCE_S)
         whole = sent // (len(question) // 3000)
@@ -280,7 +280,7 @@ def test_who_stalls_with_memory_that_others_need_is_cut_off(site: Site) -> None:
         waiting.send(request.wire()[28 + 1000 :])
         assert waiting.reply(request).error == 0
         took_s = time.monotonic() - began_s
-        assert took_s < server.CONTENDED_STALL_S + 2 * server.PATROL_S + 2 * NORMAL_S
+        assert took_s < connection.CONTENDED_STALL_S + 2 * server.PATROL_S + 2 * NORMAL_S
         cut = [select.select([client.socket], [], [], 0)[0] != [] for client in holders]
         assert any(cut), "nobody was cut off, so where did the memory come from?"
     site.all_gone()
@@ -294,10 +294,10 @@ def test_who_never_reads_cannot_make_the_server_grow(site: Site) -> None:
     together: the pool, and what the pool keeps for reuse.
     """
     count = 16
-    each = server.RECEIVE_BYTES + 2 * (server.REPLY_BATCH_BYTES + server.INLINE_READ_BYTES) + MIB // 4
+    each = connection.RECEIVE_BYTES + 2 * (connection.REPLY_BATCH_BYTES + connection.INLINE_READ_BYTES) + MIB // 4
     together = payload.DEFAULT_LIMIT_BYTES + payload.KEEP_BYTES
     bound = site.served.resident_bytes() + together + count * each + 16 * MIB
-    largest = b"".join(pack_request(nbd.READ, n, n, LARGEST) for n in range(server.MAX_PENDING))
+    largest = b"".join(pack_request(nbd.READ, n, n, LARGEST) for n in range(connection.MAX_PENDING))
     small = b"".join(pack_request(nbd.READ, n, 0, 64 << 10) for n in range(1000))
     peak = 0
 

@@ -15,7 +15,7 @@ import pytest
 import uvloop
 from fuzz.bodies import Choices, MemoryExport
 
-from lockstep.nbd import server
+from lockstep.nbd import connection, server
 from lockstep.nbd.payload import PayloadPool
 from lockstep.nbd.server import NbdServer
 from tests import nbd_client as nbd
@@ -74,7 +74,8 @@ class Served:
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    monkeypatch.setattr(server, "CONTENDED_STALL_S", STALL_S)
+    for module in (connection, server):
+        monkeypatch.setattr(module, "CONTENDED_STALL_S", STALL_S)
     monkeypatch.setattr(server, "PATROL_S", PATROL_S)
     monkeypatch.setattr(server, "HANDSHAKE_S", HANDSHAKE_S)
     made = Served(str(tmp_path / "sock"))

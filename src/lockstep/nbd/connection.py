@@ -1,0 +1,557 @@
+"""One client's connection: a socket on one side, an `Export` on the other.
+
+What makes it fast, on one event loop:
+
+- The kernel receives straight into the connection's buffer (BufferedProtocol), and every complete request in
+  it is served before control goes back to the loop; their replies leave in one system call.
+- A request that the export can carry out at once costs two method calls: no task, no future, no log line.
+- Only what can block becomes a task. Its payload moves to a block of the shared pool, because the receive
+  buffer is about to be reused.
+
+What keeps it safe from its clients:
+
+- Nothing of a write reaches the export before its payload has arrived whole, so that a connection cut in
+  the middle changes no disk.
+- A connection stops being read while its replies are not taken, while it has MAX_PENDING slow requests under
+  way, or while it waits for pool memory. So its memory is bounded: one receive buffer, one batch of replies,
+  and what it holds of the pool.
+- A client that stalls is left alone (it may be a VM that somebody paused), unless it stalls within the handshake,
+  or holds pool memory for which others wait.
+
+Source of what must be answered how: doc/proto.md of the NBD reference implementation.
+"""
+
+import asyncio
+import contextlib
+import logging
+import pwd
+import socket
+import time
+from collections.abc import Awaitable, Coroutine, Sequence
+from struct import Struct
+from typing import Any, Final, Protocol, cast
+
+from lockstep.nbd import wire
+from lockstep.nbd.negotiation import Agreement, ExportInfo, Negotiation, State
+from lockstep.nbd.payload import PayloadPool, block_bytes
+from lockstep.nbd.transmission import (
+    data_header,
+    empty_read,
+    error_reply,
+    refusal,
+    simple_reply,
+    status_reply,
+    wire_error,
+)
+
+log = logging.getLogger(__name__)
+
+RECEIVE_BYTES: Final = 256 << 10  # fits the second-level cache; larger payloads get a pool block of their own
+# Replies leave after this much data has moved, in either direction: a client with many requests in flight then
+# prepares the next ones while the rest of the batch is being served, instead of the two waiting for each other.
+REPLY_BATCH_BYTES: Final = 32 << 10
+INLINE_READ_BYTES: Final = 128 << 10  # a longer copy would delay other clients
+SOCKET_BUFFER_BYTES: Final = 1 << 20
+MAX_PENDING: Final = 64
+MAX_STATUS_EXTENTS: Final = 512
+CONTENDED_STALL_S: Final = 5.0
+SLOWEST_BYTES_S: Final = 1 << 20  # who sends a payload more slowly counts as stalled
+
+_UCRED: Final = Struct("3i")  # unix(7): pid, uid, gid
+_SO_SNDBUFFORCE: Final = 32  # socket(7); the socket module does not name it
+
+
+_pack_reply: Final = wire.SIMPLE_REPLY.pack  # for the replies that are counted by the hundred thousand
+
+
+class Export(Protocol):
+    """What the transport needs of a disk. Offsets and lengths are bytes and lie within `info.size_bytes`.
+
+    Failures are OSErrors, whose errno the client gets. `user` is who the connection belongs to.
+    """
+
+    info: ExportInfo
+
+    def read_now(self, offset: int, into: bytearray) -> bool:
+        """Fill `into` and return True, or return False when that would block."""
+
+    def write_now(self, user: str, offset: int, data: memoryview) -> bool:
+        """Write, and return True; or change nothing and return False when it cannot be done at once."""
+
+    async def read(self, offset: int, into: memoryview) -> None:
+        """Fill `into`."""
+
+    async def write(self, user: str, offset: int, data: memoryview, *, durable: bool) -> None:
+        """Write; `durable` is FUA."""
+
+    async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool, fast: bool) -> None:
+        """Write zeroes; `allocate` is NO_HOLE; `fast` fails with ENOTSUP unless it beats a plain write."""
+
+    async def trim(self, user: str, offset: int, length: int, *, durable: bool) -> None:
+        """Give up the content."""
+
+    async def flush(self) -> None:
+        """Make every write that was answered so far durable."""
+
+    async def cache(self, offset: int, length: int) -> None:
+        """Prepare for reads."""
+
+    async def allocation(self, offset: int, length: int, limit: int) -> Sequence[tuple[int, int]]:
+        """Return at most `limit` pairs (length in bytes, NBD STATE_ flags) from `offset` on, not past `length`."""
+
+
+class Host(Protocol):
+    """What a connection needs of the server that it belongs to."""
+
+    export: Export
+    pools: tuple[PayloadPool, ...]
+    loop: asyncio.AbstractEventLoop
+    now_s: float
+
+    def pool_for(self, length: int) -> PayloadPool:
+        """Return the pool that blocks of `length` bytes come from and go back to."""
+
+    def admit(self, connection: "Connection") -> bool:
+        """Count a new connection in, unless there are too many."""
+
+    def dismiss(self, connection: "Connection") -> None:
+        """Count a closed connection out."""
+
+    def entered(self, connection: "Connection") -> None:
+        """Note that a connection has finished its handshake."""
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` as a task of the server's."""
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One client, from its first byte to its last.
+
+    Received bytes lie in `_buffer[_start:_end]`. While a large payload is received, they go to `_block` instead.
+    """
+
+    def __init__(self, server: Host) -> None:
+        self.user = ""
+        self.since_s = time.monotonic()
+        self._server = server
+        self._export = server.export
+        self._held_bytes = dict.fromkeys(server.pools, 0)
+        self._transport: asyncio.Transport
+        info = server.export.info
+        self._negotiation: Negotiation | None = Negotiation({info.name: info}, default=info.name)
+        self._agreement = Agreement("", structured=False, allocation=False)
+        self._buffer = bytearray(RECEIVE_BYTES)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+        self._skip = 0  # bytes of a refused payload that are still to be thrown away
+        self._block: bytearray | None = None
+        self._block_request = (0, 0, 0, 0)  # flags, cookie, offset, length
+        self._block_filled = 0
+        self._block_since_s = 0.0
+        self._out: list[bytes | bytearray] = []
+        self._batch_bytes = 0  # moved since replies were last sent
+        self._undrained: list[bytearray] = []  # pool blocks whose data the socket has not taken yet
+        self._undrained_since_s = 0.0
+        self._pending = 0
+        self._reading = True
+        self._writable = True
+        self._waiting = False  # for pool memory that others hold
+        self._sated = False  # holds its share of pool memory
+        self._ending = False  # no further request is read
+        self._lost = False
+
+    # --- what the event loop calls ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greet."""
+        self._transport = cast(asyncio.Transport, transport)
+        if not self._server.admit(self):
+            self._transport.abort()
+            return
+        # Zero marks: whatever the socket does not take at once pauses us, and draining resumes us.
+        self._transport.set_write_buffer_limits(high=0, low=0)
+        sock = transport.get_extra_info("socket")
+        _tune(sock)
+        self.user = peer_user(sock)
+        self._transport.write(Negotiation.greeting())
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 (the kernel's hint; our buffers are what they are)
+        """Say where the next bytes go."""
+        if self._block is not None:
+            return memoryview(self._block)[self._block_filled : self._block_request[3]]
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif len(self._buffer) - self._end < len(self._buffer) // 4:
+            length = self._end - self._start
+            self._buffer[:length] = self._buffer[self._start : self._end]
+            self._start, self._end = 0, length
+        return self._view[self._end :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take what has arrived."""
+        if self._block is not None:
+            self._block_filled += nbytes
+            if self._block_filled == self._block_request[3]:
+                self._finish_block()
+                self._advance()
+            return
+        self._end += nbytes
+        if self._skip:
+            self._skip_payload()
+        if self._negotiation is not None:
+            self._negotiate(self._negotiation)
+        else:
+            self._advance()
+
+    def eof_received(self) -> bool:
+        """The client sends no more; answer what is under way, then close."""
+        self._finish()
+        return True
+
+    def pause_writing(self) -> None:
+        """The client does not take its replies."""
+        self._writable = False
+
+    def resume_writing(self) -> None:
+        """It took them all."""
+        self._writable = True
+        self._release_undrained()
+        if self._negotiation is None:
+            self._advance()
+        elif not self._ending:
+            self._negotiate(self._negotiation)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the client; what is under way is carried out all the same."""
+        if exc is not None:
+            log.info("connection of %s lost: %s", self.user, exc)
+        self._lost = self._ending = True
+        for pool in self._server.pools:
+            pool.forget(self._retry)
+        if self._block is not None:
+            self._give_block(self._block)
+            self._block = None
+        self._release_undrained()
+        self._server.dismiss(self)
+
+    # --- what the server asks ---
+
+    def drain(self) -> None:
+        """Read no further request; answer what is under way, then close."""
+        self._finish()
+
+    def abort(self, because: str) -> None:
+        """Close at once."""
+        log.warning("closing the connection of %s: %s", self.user or "a client", because)
+        self._ending = True
+        self._transport.abort()
+
+    def overdue(self, now_s: float) -> bool:
+        """Whether it has held shared memory for longer than a client needs that sends and reads, however slowly."""
+        if self._block is not None:
+            allowed_s = CONTENDED_STALL_S + self._block_filled / SLOWEST_BYTES_S
+            return now_s - self._block_since_s > allowed_s
+        return bool(self._undrained) and now_s - self._undrained_since_s > CONTENDED_STALL_S
+
+    @property
+    def negotiating(self) -> bool:
+        """Whether the handshake is unfinished."""
+        return self._negotiation is not None
+
+    # --- handshake ---
+
+    def _negotiate(self, negotiation: Negotiation) -> None:
+        used, reply = negotiation.receive(self._view[self._start : self._end])
+        self._start += used
+        if reply:
+            self._transport.write(reply)
+        if negotiation.state is State.ENDED:
+            if negotiation.ended_because:
+                log.warning("closing the connection of %s: %s", self.user, negotiation.ended_because)
+            self._ending = True
+            self._transport.close()
+        elif negotiation.agreement is not None:
+            self._agreement = negotiation.agreement
+            self._negotiation = None
+            self._server.entered(self)
+            self._advance()
+        else:
+            self._read_while(self._writable)  # who does not take the answers gets to ask no more
+
+    # --- requests ---
+
+    def _advance(self) -> None:
+        """Serve every complete request that has arrived, as long as the client takes the replies."""
+        try:
+            while self._may_serve() and self._serve_next():
+                if self._batch_bytes >= REPLY_BATCH_BYTES:
+                    self._send_replies()
+        finally:
+            self._send_replies()
+        if self._ending:
+            self._finish()
+        else:
+            self._read_while(self._may_serve())
+
+    def _read_while(self, wanted: bool) -> None:
+        if wanted != self._reading:
+            self._reading = wanted
+            (self._transport.resume_reading if wanted else self._transport.pause_reading)()
+
+    def _may_serve(self) -> bool:
+        return (
+            self._writable
+            and not self._waiting
+            and not self._sated
+            and not self._ending
+            and self._pending < MAX_PENDING
+        )
+
+    def _serve_next(self) -> bool:
+        """Serve one request; False when it has not arrived whole, or must wait."""
+        start = self._start
+        if self._skip or self._end - start < wire.REQUEST_BYTES:
+            return False
+        magic, flags, command, cookie, offset, length = wire.REQUEST.unpack_from(self._buffer, start)
+        if magic != wire.REQUEST_MAGIC:
+            self.abort("bad request magic")
+            return False
+        error = refusal(command, flags, offset, length, self._export.info, self._agreement)
+        if command == wire.CMD_WRITE:
+            return self._serve_write(error, flags, cookie, offset, length)
+        self._start = start + wire.REQUEST_BYTES
+        if error:
+            self._refuse(command, cookie, error)
+        elif command == wire.CMD_READ:
+            self._serve_read(cookie, offset, length)
+        elif command == wire.CMD_DISC:
+            self._ending = True
+        else:
+            self._begin(command, cookie, self._other(command, flags, cookie, offset, length))
+        return True
+
+    def _serve_write(self, error: int, flags: int, cookie: int, offset: int, length: int) -> bool:
+        """Serve the write whose header is at the front of the buffer."""
+        data = self._start + wire.REQUEST_BYTES
+        if error:
+            self._start = data
+            self._skip = length
+            self._skip_payload()
+            self._refuse(wire.CMD_WRITE, cookie, error)
+            return True
+        end = data + length
+        if end > self._end:
+            if wire.REQUEST_BYTES + length > RECEIVE_BYTES // 2:
+                return self._start_block(flags, cookie, offset, length)
+            return False
+        if not flags:
+            try:
+                if self._export.write_now(self.user, offset, self._view[data:end]):
+                    self._start = end
+                    self._batch_bytes += length
+                    self._out.append(_pack_reply(wire.SIMPLE_REPLY_MAGIC, 0, cookie))
+                    return True
+            except OSError as failure:
+                self._start = end
+                self._refuse(wire.CMD_WRITE, cookie, wire_error(failure.errno))
+                return True
+        block = self._take_block(length)
+        if block is None:
+            return False
+        block[:length] = self._view[data:end]
+        self._start = end
+        self._begin(wire.CMD_WRITE, cookie, self._write(flags, cookie, offset, block, length))
+        return True
+
+    def _serve_read(self, cookie: int, offset: int, length: int) -> None:
+        structured = self._agreement.structured
+        if not length:
+            self._reply(empty_read(cookie, structured=structured))
+            return
+        if length <= INLINE_READ_BYTES:
+            data = bytearray(length)
+            try:
+                if self._export.read_now(offset, data):
+                    self._reply(data_header(cookie, offset, length, structured=structured))
+                    self._reply(data)
+                    self._batch_bytes += length
+                    return
+            except OSError as failure:
+                self._refuse(wire.CMD_READ, cookie, wire_error(failure.errno))
+                return
+        block = self._take_block(length)
+        if block is None:
+            self._start -= wire.REQUEST_BYTES  # asked again when there is room
+            return
+        self._begin(wire.CMD_READ, cookie, self._read(cookie, offset, block, length))
+
+    def _skip_payload(self) -> None:
+        skipped = min(self._skip, self._end - self._start)
+        self._start += skipped
+        self._skip -= skipped
+
+    # --- payloads that need a block of the pool ---
+
+    def _take_block(self, length: int) -> bytearray | None:
+        pool = self._server.pool_for(length)
+        held = self._held_bytes[pool]
+        if held and held + block_bytes(length) > pool.share_bytes:
+            self._sated = True
+            return None
+        block = pool.take(length)
+        if block is not None:
+            self._held_bytes[pool] += len(block)
+        elif not self._waiting:
+            self._waiting = True
+            pool.wait(self._retry)
+        return block
+
+    def _give_block(self, block: bytearray) -> None:
+        """Hand a block back. Whoever calls this serves on afterwards, so being sated ends here."""
+        pool = self._server.pool_for(len(block))
+        self._held_bytes[pool] -= len(block)
+        self._sated = False
+        pool.give(block)
+
+    def _retry(self) -> None:
+        self._waiting = False
+        if not self._lost:
+            self._server.loop.call_soon(self._advance)
+
+    def _start_block(self, flags: int, cookie: int, offset: int, length: int) -> bool:
+        """Have the rest of this write's payload received straight into a block; always False: not here yet."""
+        block = self._take_block(length)
+        if block is not None:
+            data = self._start + wire.REQUEST_BYTES
+            self._block_filled = self._end - data
+            block[: self._block_filled] = self._view[data : self._end]
+            self._start = self._end = 0
+            self._block = block
+            self._block_since_s = self._server.now_s
+            self._block_request = (flags, cookie, offset, length)
+        return False
+
+    def _finish_block(self) -> None:
+        assert self._block is not None
+        block, self._block = self._block, None
+        flags, cookie, offset, length = self._block_request
+        self._begin(wire.CMD_WRITE, cookie, self._write(flags, cookie, offset, block, length))
+
+    def _release_undrained(self) -> None:
+        blocks, self._undrained = self._undrained, []
+        for block in blocks:
+            self._give_block(block)
+
+    # --- requests that may block: a task each ---
+
+    def _begin(self, command: int, cookie: int, work: Coroutine[Any, Any, None]) -> None:
+        self._pending += 1
+        self._server.spawn(self._carry_out(command, cookie, work))
+
+    async def _carry_out(self, command: int, cookie: int, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except OSError as failure:
+            self._refuse(command, cookie, wire_error(failure.errno))
+        except MemoryError:
+            self._refuse(command, cookie, wire.ENOMEM)
+        except Exception:
+            log.exception("%s failed in a way that Lockstep did not expect", wire.COMMANDS[command].name)
+            self._refuse(command, cookie, wire.EIO)
+        finally:
+            self._pending -= 1
+            self._advance()
+
+    async def _write(self, flags: int, cookie: int, offset: int, block: bytearray, length: int) -> None:
+        try:
+            data = memoryview(block)[:length]
+            await self._export.write(self.user, offset, data, durable=bool(flags & wire.FLAG_FUA))
+        finally:
+            self._give_block(block)
+        self._reply(simple_reply(cookie))
+
+    async def _read(self, cookie: int, offset: int, block: bytearray, length: int) -> None:
+        data = memoryview(block)[:length]
+        try:
+            await self._export.read(offset, data)
+        except BaseException:
+            self._give_block(block)
+            raise
+        self._reply(data_header(cookie, offset, length, structured=self._agreement.structured))
+        self._send_replies(data)
+        if self._writable or self._lost:
+            self._give_block(block)
+        else:
+            if not self._undrained:
+                self._undrained_since_s = self._server.now_s
+            self._undrained.append(block)
+
+    async def _other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
+        export = self._export
+        durable = bool(flags & wire.FLAG_FUA)
+        if command == wire.CMD_FLUSH:
+            await export.flush()
+        elif command == wire.CMD_TRIM:
+            await export.trim(self.user, offset, length, durable=durable)
+        elif command == wire.CMD_WRITE_ZEROES:
+            allocate, fast = bool(flags & wire.FLAG_NO_HOLE), bool(flags & wire.FLAG_FAST_ZERO)
+            await export.zero(self.user, offset, length, durable=durable, allocate=allocate, fast=fast)
+        elif command == wire.CMD_CACHE:
+            await export.cache(offset, length)
+        elif command == wire.CMD_BLOCK_STATUS:
+            limit = 1 if flags & wire.FLAG_REQ_ONE else MAX_STATUS_EXTENTS
+            self._reply(status_reply(cookie, await export.allocation(offset, length, limit)))
+            return
+        self._reply(simple_reply(cookie))
+
+    # --- replies ---
+
+    def _reply(self, data: bytes | bytearray) -> None:
+        self._out.append(data)
+
+    def _refuse(self, command: int, cookie: int, error: int) -> None:
+        self._reply(error_reply(command, cookie, error, structured=self._agreement.structured))
+
+    def _send_replies(self, data: memoryview | None = None) -> None:
+        """Send what has been gathered, then `data`; one system call."""
+        out, self._out, self._batch_bytes = self._out, [], 0
+        if self._lost:
+            return
+        if data is not None:
+            self._transport.writelines([*out, data])
+        elif len(out) == 1:
+            self._transport.write(out[0])
+        elif out:
+            self._transport.write(b"".join(out))
+
+    def _finish(self) -> None:
+        """Read nothing more; close as soon as everything under way has been answered."""
+        self._ending = True
+        if self._lost:
+            return
+        if self._reading:
+            self._reading = False
+            self._transport.pause_reading()
+        if not self._pending:
+            self._send_replies()
+            self._transport.close()
+
+
+def peer_user(sock: socket.socket) -> str:
+    """Return the account at the other end of a unix socket (SO_PEERCRED), or `anonymous`."""
+    if sock.family != socket.AF_UNIX:
+        return "anonymous"
+    _pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _tune(sock: socket.socket) -> None:
+    """Small replies leave at once; a whole batch of them fits into the socket."""
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    with contextlib.suppress(OSError):  # past the system's limit is for root alone, and only a matter of speed
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SOCKET_BUFFER_BYTES)
