@@ -23,5 +23,12 @@ class Xts:
         content of `dst` is undefined then.
         """
 
+    def encrypt_to(self, fd: int, offset: int, first_iv: int, src: Buffer, flags: int, /) -> int:
+        """Encrypt the sectors in `src` and write them to the file `fd` at `offset`; return the bytes written.
+
+        `flags` are those of pwritev2(2), such as RWF_DSYNC. `first_iv`, `src` and errors as for `encrypt_into`, and
+        the OSError of a write that failed; nothing is written after any other error.
+        """
+
     def decrypt_into(self, first_iv: int, src: Buffer, dst: Buffer, /) -> None:
         """The inverse of `encrypt_into`, with the same rules."""

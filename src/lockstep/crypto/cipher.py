@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import os
 from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -47,6 +48,12 @@ class FallbackXts:
     def encrypt_into(self, first_iv: int, src: Buffer, dst: Buffer, /) -> None:
         """Encrypt the sectors in `src` into `dst`."""
         self._crypt(first_iv, src, dst, encrypt=True)
+
+    def encrypt_to(self, fd: int, offset: int, first_iv: int, src: Buffer, flags: int, /) -> int:
+        """Encrypt the sectors in `src` and write them to the file `fd` at `offset`; return the bytes written."""
+        out = bytearray(len(_readable(src)))
+        self._crypt(first_iv, src, out, encrypt=True)
+        return os.pwritev(fd, (out,), offset, flags)
 
     def decrypt_into(self, first_iv: int, src: Buffer, dst: Buffer, /) -> None:
         """Decrypt the sectors in `src` into `dst`."""
@@ -97,12 +104,13 @@ class XtsCipher:
     """AES-XTS with one key and one sector size, by the fastest implementation there is. Thread-safe.
 
     `key`: 32 or 64 bytes with different halves; `sector_bytes`: 512, 1024, 2048 or 4096; else ValueError.
-    It is read here only: the caller may wipe it afterwards. For the two methods see `_xts.pyi`.
+    It is read here only: the caller may wipe it afterwards. For its methods see `_xts.pyi`.
     """
 
-    __slots__ = ("decrypt_into", "encrypt_into", "sector_bytes")
+    __slots__ = ("decrypt_into", "encrypt_into", "encrypt_to", "sector_bytes")
 
     encrypt_into: Callable[[int, Buffer, Buffer], None]
+    encrypt_to: Callable[[int, int, int, Buffer, int], int]
     decrypt_into: Callable[[int, Buffer, Buffer], None]
     sector_bytes: int
 
@@ -110,6 +118,7 @@ class XtsCipher:
         implementation = _Implementation(key, sector_bytes)
         # Bound here rather than wrapped: a Python frame per call would cost as much as a sector.
         self.encrypt_into = implementation.encrypt_into
+        self.encrypt_to = implementation.encrypt_to
         self.decrypt_into = implementation.decrypt_into
         self.sector_bytes = sector_bytes
 

@@ -6,13 +6,13 @@ write with what surrounds it is the caller's business, who knows the target. Eve
 thread. Failures are OSErrors.
 """
 
+import errno
 import os
-import threading
 from typing import Final
 
 from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.luks import Segment
-from lockstep.disk.plain import read_all, write_all
+from lockstep.disk.plain import read_all
 
 # One piece is encrypted and written while it is still in the processor's cache.
 PIECE_BYTES: Final = 256 << 10
@@ -29,28 +29,30 @@ class EncryptedDisk:
         self._fd = fd
         self._data_offset = segment.offset_bytes
         self._first_iv = segment.iv_offset
-        self._encrypt_into = cipher.encrypt_into
+        self._encrypt_to = cipher.encrypt_to
         self._decrypt_into = cipher.decrypt_into
-        self._threads = threading.local()
 
     def close(self) -> None:
         """Close the descriptor, which also gives up its locks."""
         os.close(self._fd)
 
-    def write(self, offset: int, data: memoryview, *, durable: bool = False) -> None:
+    def write(self, offset: int, data: memoryview, durable: bool = False) -> None:
         """Encrypt `data` and write the ciphertext at `offset`."""
-        length = len(data)
-        if length > PIECE_BYTES:
-            for start in range(0, length, PIECE_BYTES):
-                self.write(offset + start, data[start : start + PIECE_BYTES], durable=durable)
-            return
-        try:
-            ciphertext = self._threads.scratch[:length]
-        except AttributeError:  # this thread's first
-            self._threads.scratch = memoryview(bytearray(PIECE_BYTES))
-            ciphertext = self._threads.scratch[:length]
-        self._encrypt_into(self._first_iv + (offset >> 9), data, ciphertext)
-        write_all(self._fd, ciphertext, self._data_offset + offset, durable=durable)
+        flags = os.RWF_DSYNC if durable else 0
+        at, iv, length = self._data_offset + offset, self._first_iv + (offset >> 9), len(data)
+        if length > PIECE_BYTES or self._encrypt_to(self._fd, at, iv, data, flags) != length:
+            self._write_pieces(offset, data, flags)
+
+    def _write_pieces(self, offset: int, data: memoryview, flags: int) -> None:
+        while data:
+            at, iv = self._data_offset + offset, self._first_iv + (offset >> 9)
+            written = self._encrypt_to(self._fd, at, iv, data[:PIECE_BYTES], flags)
+            written -= (
+                written % self.sector_bytes
+            )  # after a short write: a full disk or a signal; the next one says which
+            if not written:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            offset, data = offset + written, data[written:]
 
     def zero(self, offset: int, length: int) -> None:
         """Write the ciphertext of zeroes: a hole would decrypt to noise."""

@@ -87,7 +87,8 @@ class PlainDisk:
 
     def write(self, offset: int, data: memoryview | bytes, *, durable: bool = False) -> None:
         """Write all of `data` at `offset`."""
-        write_all(self._fd, data, offset, durable=durable)
+        if durable or os.pwrite(self._fd, data, offset) != len(data):
+            write_all(self._fd, data, offset, durable=durable)
 
     def zero(self, offset: int, length: int, *, allocate: bool) -> None:
         """Have the range read as zeroes: as a hole where that is possible, unless `allocate`.

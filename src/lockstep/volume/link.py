@@ -117,11 +117,12 @@ class MirrorLink:
         """Carry an update to the mirror, whole sectors; a failure drops the mirror and is not the writer's."""
         if self.error is None:
             try:
-                self._disk.write(offset, data, durable=durable)
+                self._disk.write(offset, data, durable)
             except OSError as failure:
                 self.drop("writing", failure)
-        if self.error is not None:
-            self.regions.mark(offset, len(data))
+            else:
+                return
+        self.regions.mark(offset, len(data))
 
     def clear(self, offset: int, length: int) -> None:
         """Carry zeroes to the mirror, whole sectors; failures as in `update`."""
