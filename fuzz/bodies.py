@@ -3,7 +3,8 @@
 Two invariants, as sentences:
 
 - Handshake: whatever bytes arrive, in whatever pieces, there is no exception, the output is bounded, the state ends
-  in AGREED or ENDED or waits for more, and it never takes more than it was given.
+  in AGREED or ENDED or waits for more, and it never takes more than it was given. Where TLS is required nothing is
+  agreed before, and nobody acts on behalf of another who may not.
 - Transmission: whatever requests arrive, in whatever pieces, however slow the disk is and the client reads, every
   reply is well-formed and the right one, the disk holds what the answered requests say and nothing else, no request
   is left without an answer while the connection lives, and no memory of the pool is left behind when it ends.
@@ -23,7 +24,7 @@ from tests.nbd_client import Reply, ReplyParser, Request, pack_info, pack_option
 
 from lockstep.nbd import connection, server
 from lockstep.nbd.connection import Connection
-from lockstep.nbd.negotiation import MAX_OPTION_BYTES, Agreement, ExportInfo, Negotiation, State
+from lockstep.nbd.negotiation import MAX_OPTION_BYTES, Agreement, ExportInfo, Negotiation, Security, State
 from lockstep.nbd.payload import PayloadPool
 from lockstep.nbd.server import NbdServer
 
@@ -39,23 +40,36 @@ EXPORTS: Final = {
 }
 
 
-def converse(pieces: Sequence[bytes]) -> tuple[bytes, int, State, Agreement | None]:
-    """Feed pieces as a transport would; return (what was said, bytes taken, how it ended, what was agreed)."""
-    negotiation = Negotiation(EXPORTS, "vol")
+def converse(
+    pieces: Sequence[bytes], security: Security = Security.NONE, *, for_others: bool = False
+) -> tuple[bytes, int, State, Agreement | None]:
+    """Feed pieces as a transport would; return (what was said, bytes taken, how it ended, what was agreed).
+
+    Once TLS begins, what follows is taken to come from inside.
+    """
+    negotiation = Negotiation(EXPORTS, "vol", security, for_others=for_others)
     said, taken_in_all, unread = b"", 0, b""
-    for piece in pieces:
-        unread += piece
+    waiting = deque(pieces)
+    while waiting:
+        unread += waiting.popleft()
         taken, answer = negotiation.receive(unread)
         assert 0 <= taken <= len(unread)
         # Every option costs 16 bytes at least; its answer cannot be longer than two names, a line and five headers.
         assert len(answer) <= 300 * (1 + taken // 16)
         unread = unread[taken:]
         said, taken_in_all = said + answer, taken_in_all + taken
+        if negotiation.state is State.STARTTLS:
+            assert security is Security.AWAITED
+            negotiation = negotiation.inside_tls()
+            waiting.appendleft(b"")  # what was cut off with the rest is not awaited
+            security = Security.ESTABLISHED
         if negotiation.state in (State.AGREED, State.ENDED):
             assert negotiation.receive(b"".join(pieces)) == (0, b""), "a final state takes and says nothing"
     if negotiation.state is State.OPTIONS:
         assert len(unread) < 16 + MAX_OPTION_BYTES, "it waits for a message that is longer than any"
     assert (negotiation.agreement is not None) == (negotiation.state is State.AGREED)
+    assert negotiation.agreement is None or security is not Security.AWAITED, "an agreement before TLS"
+    assert for_others or negotiation.agreement is None or negotiation.agreement.on_behalf_of is None
     # What breaks the framing is thrown away with all that follows it, and how much that is depends on the cuts.
     counted = taken_in_all if negotiation.ended_because is None else 0
     return said, counted, negotiation.state, negotiation.agreement
@@ -66,7 +80,9 @@ def negotiate(data: bytes) -> None:
     talk = data[1:]
     step = 1 + data[0] if data else 1
     pieces = [talk[at : at + step] for at in range(0, len(talk), step)]
-    assert converse(pieces) == converse([talk])
+    for security in (Security.NONE, Security.AWAITED):
+        assert converse(pieces, security) == converse([talk], security)
+    assert converse(pieces, for_others=True) == converse([talk], for_others=True)
 
 
 # --- the transmission phase ---

@@ -7,11 +7,13 @@ rule; `ReplyParser` checks that what comes back keeps every rule that the specif
 Source: doc/proto.md of the NBD reference implementation. All integers are big-endian.
 """
 
+import contextlib
 import socket
+import ssl
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, cast
 
 # --- handshake ---
 
@@ -39,7 +41,9 @@ REP_SERVER = 2
 REP_INFO = 3
 REP_META_CONTEXT = 4
 REP_ERR_UNSUP = 2**31 + 1
+REP_ERR_POLICY = 2**31 + 2
 REP_ERR_INVALID = 2**31 + 3
+REP_ERR_TLS_REQD = 2**31 + 5
 REP_ERR_UNKNOWN = 2**31 + 6
 
 INFO_EXPORT = 0
@@ -384,13 +388,67 @@ def pack_queries(name: bytes, *queries: bytes) -> bytes:
     return pack_string(name) + struct.pack(">I", len(queries)) + b"".join(map(pack_string, queries))
 
 
+class TlsSocket:
+    """The client's side of TLS over a socket, with a half-close of its own, which Python's SSLSocket does not have."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
+        """Do the TLS handshake with a server that has a certificate for 127.0.0.1."""
+        self._socket = sock
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname="127.0.0.1")
+        while True:
+            try:
+                self._tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                self._flush()
+                self._receive()
+        self._flush()
+
+    def sendall(self, data: bytes) -> None:
+        for at in range(0, len(data), 1 << 16):
+            self._tls.write(data[at : at + (1 << 16)])
+            self._flush()
+
+    def recv(self, length: int) -> bytes:
+        while True:
+            try:
+                return self._tls.read(length)
+            except ssl.SSLWantReadError:
+                self._receive()
+            except ssl.SSLZeroReturnError:
+                return b""
+
+    def end(self) -> None:
+        """Send close_notify, and read on."""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self._tls.unwrap()
+        self._flush()
+
+    def settimeout(self, timeout_s: float) -> None:
+        self._socket.settimeout(timeout_s)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _flush(self) -> None:
+        if self._outgoing.pending:
+            self._socket.sendall(self._outgoing.read())
+
+    def _receive(self) -> None:
+        data = self._socket.recv(1 << 18)
+        if not data:
+            raise ConnectionAbortedError("the server closed the connection below TLS, without a close_notify")
+        self._incoming.write(data)
+
+
 class Client:
     """A connection. Each wait has a limit, so that a server that hangs fails the test instead of stopping it."""
 
     def __init__(self, address: str | tuple[str, int], patience_s: float = 30.0) -> None:
         """Connect to a unix socket's path, or to (host, port), and say nothing yet."""
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-        self.socket = socket.socket(family, socket.SOCK_STREAM)
+        self.plain = self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.settimeout(patience_s)
         try:
             self.socket.connect(address)
@@ -448,6 +506,14 @@ class Client:
             raise RuleBroken(f"greeting {magic!r} {options!r} {offered:#x}")
         self.send(struct.pack(">I", flags))
 
+    def start_tls(self, context: ssl.SSLContext) -> Self:
+        """Greet, say STARTTLS, and go on inside."""
+        self.greet()
+        assert self.option(OPT_STARTTLS) == [(REP_ACK, b"")]
+        self.tls = TlsSocket(self.plain, context)
+        self.socket = cast(socket.socket, self.tls)  # it has what is used here
+        return self
+
     def option_reply(self, option: int) -> tuple[int, bytes]:
         """Return the next (type, data)."""
         magic, echoed, kind, length = struct.unpack(">QIII", self.receive(20))
@@ -464,8 +530,9 @@ class Client:
         return replies
 
     def go(self, name: str = "", *, structured: bool = True, allocation: bool = True) -> Self:
-        """Do the whole handshake."""
-        self.greet()
+        """Do the whole handshake, or what is left of it inside TLS."""
+        if self.socket is self.plain:
+            self.greet()
         contexts: list[int] = []
         if structured:
             assert self.option(OPT_STRUCTURED_REPLY) == [(REP_ACK, b"")]

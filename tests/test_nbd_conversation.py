@@ -89,6 +89,7 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     lab = Lab(tmp_path_factory.mktemp("conversation"))
     volume = lab.volume("vol", SIZE)
+    volume.grant("anonymous")
     with volume.served("--tcp", "127.0.0.1:0") as served:
         made = World(served, volume)
         yield made

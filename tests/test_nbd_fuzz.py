@@ -6,9 +6,16 @@ from fuzz import bodies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.nbd_client import OPT_GO, pack_info, pack_option
+from tests.nbd_client import OPT_GO, OPT_STARTTLS, pack_info, pack_option
 
-PIECES = st.sampled_from([b"\0\0\0\3", pack_option(OPT_GO, pack_info(b"vol")), pack_option(3)]) | st.binary(max_size=30)
+WORDS = [
+    b"\0\0\0\3",
+    pack_option(OPT_GO, pack_info(b"vol")),
+    pack_option(OPT_GO, pack_info(b"vol@alice")),
+    pack_option(OPT_STARTTLS),
+    pack_option(3),
+]
+PIECES = st.sampled_from(WORDS) | st.binary(max_size=30)
 
 
 @given(st.builds(bytes.__add__, st.binary(min_size=1, max_size=1), st.lists(PIECES, max_size=6).map(b"".join)))

@@ -9,7 +9,7 @@ from fuzz.bodies import EXPORTS, converse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.nbd.negotiation import MAX_OPTION_BYTES, Negotiation, State
+from lockstep.nbd.negotiation import MAX_OPTION_BYTES, Negotiation, Security, State
 from tests import nbd_client as nbd
 from tests.nbd_client import IHAVEOPT, NBDMAGIC, pack_info, pack_option, pack_queries, pack_string
 
@@ -149,7 +149,7 @@ def test_list_with_data_is_invalid() -> None:
 # --- options that the server does not have ---
 
 
-@pytest.mark.parametrize("option", [0, nbd.OPT_PEEK_EXPORT, nbd.OPT_STARTTLS, nbd.OPT_EXTENDED_HEADERS, 2**32 - 1])
+@pytest.mark.parametrize("option", [0, nbd.OPT_PEEK_EXPORT, nbd.OPT_EXTENDED_HEADERS, 2**32 - 1])
 @pytest.mark.parametrize("data", [b"", b"some data"])
 def test_an_option_that_is_not_there_is_unsupported_and_the_talk_goes_on(option: int, data: bytes) -> None:
     made = haggling()
@@ -400,6 +400,135 @@ def test_the_options_of_an_unwilling_go_stay_negotiated() -> None:
     ask(made, nbd.OPT_SET_META_CONTEXT, CONTEXT_OF_VOL)
     ask(made, nbd.OPT_GO, pack_info(b"other"))
     assert selects_after(made)
+
+
+# --- STARTTLS ---
+
+
+def before_tls() -> Negotiation:
+    made = Negotiation(EXPORTS, "vol", Security.AWAITED)
+    assert made.receive(NO_ZEROES) == (4, b"")
+    return made
+
+
+def test_without_tls_here_starttls_is_refused_and_the_talk_goes_on() -> None:
+    made = haggling()
+    assert refuses(nbd.OPT_STARTTLS, nbd.REP_ERR_POLICY, ask(made, nbd.OPT_STARTTLS))
+    assert ask(made, nbd.OPT_STRUCTURED_REPLY) == says(nbd.OPT_STRUCTURED_REPLY, ACK)
+
+
+@pytest.mark.parametrize("option", [0, 3, 4, 6, 7, 8, 9, 10, 11, 2**32 - 1])
+@pytest.mark.parametrize("data", [b"", pack_info(b"vol"), CONTEXT_OF_VOL])
+def test_before_tls_nothing_is_answered(option: int, data: bytes) -> None:
+    made = before_tls()
+    assert refuses(option, nbd.REP_ERR_TLS_REQD, ask(made, option, data))
+    assert made.state is State.OPTIONS
+
+
+def test_before_tls_an_export_name_ends_the_connection_and_abort_is_acknowledged() -> None:
+    made = before_tls()
+    assert ask(made, nbd.OPT_EXPORT_NAME, b"vol") == b""
+    assert made.ended_because
+    made = before_tls()
+    assert ask(made, nbd.OPT_ABORT) == says(nbd.OPT_ABORT, ACK)
+    assert made.ended_because is None
+
+
+def test_starttls_with_data_is_invalid() -> None:
+    made = before_tls()
+    assert refuses(nbd.OPT_STARTTLS, nbd.REP_ERR_INVALID, ask(made, nbd.OPT_STARTTLS, b"x"))
+    assert made.state is State.OPTIONS
+
+
+def test_what_follows_starttls_is_not_taken() -> None:
+    made = before_tls()
+    starttls = pack_option(nbd.OPT_STARTTLS)
+    taken, answer = made.receive(starttls + pack_option(nbd.OPT_GO, pack_info(b"vol")))
+    assert (taken, answer) == (len(starttls), says(nbd.OPT_STARTTLS, ACK))
+    assert made.state is State.STARTTLS
+
+
+def test_inside_tls_everything_is_as_it_was_without_but_starttls() -> None:
+    made = before_tls()
+    ask(made, nbd.OPT_STARTTLS)
+    inside = made.inside_tls()
+    assert refuses(nbd.OPT_STARTTLS, nbd.REP_ERR_INVALID, ask(inside, nbd.OPT_STARTTLS))
+    # The client flags of before count: no zeroes.
+    assert ask(inside, nbd.OPT_EXPORT_NAME, b"vol") == struct.pack(">QH", SIZE, FLAGS)
+    assert inside.state is State.AGREED
+
+
+# --- NAME@USER ---
+
+TALK_OF_ALICE = "größe@alice@example.org".encode()
+
+
+def root() -> Negotiation:
+    made = Negotiation(EXPORTS, "vol", for_others=True)
+    made.receive(NO_ZEROES)
+    return made
+
+
+@pytest.mark.parametrize("name", [b"vol@alice", b"@alice"])
+def test_root_acts_on_behalf_of_a_user(name: bytes) -> None:
+    made = root()
+    assert ask(made, nbd.OPT_INFO, pack_info(name)) == offers(nbd.OPT_INFO) + says(nbd.OPT_INFO, ACK)
+    assert ask(made, nbd.OPT_GO, pack_info(name)) == offers(nbd.OPT_GO) + says(nbd.OPT_GO, ACK)
+    assert made.agreement is not None
+    assert (made.agreement.export, made.agreement.on_behalf_of) == ("vol", "alice")
+    made = root()
+    assert ask(made, nbd.OPT_EXPORT_NAME, name) == struct.pack(">QH", SIZE, FLAGS)
+    assert made.agreement is not None
+    assert made.agreement.on_behalf_of == "alice"
+
+
+def test_a_user_may_have_an_at_sign() -> None:
+    made = root()
+    ask(made, nbd.OPT_GO, pack_info(TALK_OF_ALICE))
+    assert made.agreement is not None
+    assert (made.agreement.export, made.agreement.on_behalf_of) == ("größe", "alice@example.org")
+
+
+def test_root_as_itself_acts_for_nobody() -> None:
+    made = root()
+    ask(made, nbd.OPT_GO, pack_info(b"vol"))
+    assert made.agreement is not None
+    assert made.agreement.on_behalf_of is None
+
+
+@pytest.mark.parametrize("name", [b"vol@alice", b"@alice", b"other@alice", b"vol@"])
+def test_nobody_else_does(name: bytes) -> None:
+    made = structured()
+    for option in (nbd.OPT_INFO, nbd.OPT_GO):
+        assert refuses(option, nbd.REP_ERR_POLICY, ask(made, option, pack_info(name)))
+    for option in (nbd.OPT_LIST_META_CONTEXT, nbd.OPT_SET_META_CONTEXT):
+        assert refuses(option, nbd.REP_ERR_POLICY, ask(made, option, pack_queries(name, b"base:allocation")))
+    assert ask(made, nbd.OPT_EXPORT_NAME, name) == b""
+    assert made.ended_because
+
+
+@pytest.mark.parametrize("name", [b"vol@", b"vol@*", b"vol@ alice", b"vol@a\nb", b"vol@" + b"a" * 65])
+def test_what_cannot_be_a_user_is_invalid(name: bytes) -> None:
+    made = root()
+    assert refuses(nbd.OPT_GO, nbd.REP_ERR_INVALID, ask(made, nbd.OPT_GO, pack_info(name)))
+    assert made.state is State.OPTIONS
+
+
+def test_a_user_of_an_unknown_export_is_unknown() -> None:
+    assert refuses(nbd.OPT_GO, nbd.REP_ERR_UNKNOWN, ask(root(), nbd.OPT_GO, pack_info(b"other@alice")))
+
+
+@pytest.mark.parametrize(("asked", "selected"), [(b"vol@alice", True), (b"vol", False), (b"vol@bob", False)])
+def test_a_context_is_selected_for_one_user(asked: bytes, selected: bool) -> None:
+    made = root()
+    ask(made, nbd.OPT_STRUCTURED_REPLY)
+    assert ask(made, nbd.OPT_LIST_META_CONTEXT, pack_queries(b"vol@alice")).startswith(LISTED)
+    assert ask(made, nbd.OPT_SET_META_CONTEXT, pack_queries(b"vol@alice", b"base:allocation")).startswith(SELECTED)
+    assert selects_after(made, asked) is selected
+
+
+def test_users_are_not_listed() -> None:
+    assert b"@" not in ask(root(), nbd.OPT_LIST)
 
 
 # --- framing ---

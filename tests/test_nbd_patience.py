@@ -6,6 +6,9 @@ of the ways in which a client can be slow are worth their time.
 
 import asyncio
 import contextlib
+import os
+import pwd
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -18,8 +21,9 @@ from fuzz.bodies import Choices, MemoryExport
 from lockstep.nbd import connection, server
 from lockstep.nbd.payload import PayloadPool
 from lockstep.nbd.server import NbdServer
+from lockstep.service.certificates import load_terms, make_authority, make_client
 from tests import nbd_client as nbd
-from tests.lab import MIB
+from tests.lab import MIB, wait_until
 from tests.nbd_client import Client, pack_option, pack_request
 
 STALL_S = 0.6
@@ -34,8 +38,11 @@ LARGE_BYTES = 2 * MIB + 1  # more than the small blocks have
 class Served:
     """A server on a loop of its own, in a thread of its own."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, tls: ssl.SSLContext | None = None) -> None:
         self.path = path
+        self.port = 0
+        self.seen: list[tuple[int, str, str] | int] = []
+        self._tls = tls
         self.export = MemoryExport(4 * MIB, Choices(b""))  # without choices it is fast and never fails
         self._ready = threading.Event()
         self._stop: asyncio.Event
@@ -55,12 +62,20 @@ class Served:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        made = NbdServer(self.export, PayloadPool(POOL_BYTES))
+        made = NbdServer(self.export, PayloadPool(POOL_BYTES), watcher=self)
         await made.listen_unix(self.path)
+        if self._tls is not None:
+            self.port = (await made.listen_tcp("127.0.0.1", 0, self._tls))[1]
         await made.accept()
         self._ready.set()
         await self._stop.wait()
         await made.drain()
+
+    def connected(self, connection_id: int, user: str, origin: str) -> None:
+        self.seen.append((connection_id, user, origin))
+
+    def disconnected(self, connection_id: int) -> None:
+        self.seen.append(connection_id)
 
     def client(self) -> Client:
         return Client(self.path, 20.0).go("")
@@ -72,13 +87,30 @@ class Served:
         return client
 
 
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tls") / "tls"
+    make_authority(str(directory))
+    make_client(str(directory), "alice")
+    return directory
+
+
 @pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+def context(tls: Path) -> ssl.SSLContext:
+    """What alice brings."""
+    context = ssl.create_default_context(cafile=str(tls / "ca-cert.pem"))
+    alice = tls / "clients" / "alice"
+    context.load_cert_chain(alice / "client-cert.pem", alice / "client-key.pem")
+    return context
+
+
+@pytest.fixture
+def served(tmp_path: Path, tls: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     for module in (connection, server):
         monkeypatch.setattr(module, "CONTENDED_STALL_S", STALL_S)
     monkeypatch.setattr(server, "PATROL_S", PATROL_S)
     monkeypatch.setattr(server, "HANDSHAKE_S", HANDSHAKE_S)
-    made = Served(str(tmp_path / "sock"))
+    made = Served(str(tmp_path / "sock"), load_terms(str(tls)).context)
     made.start()
     yield made
     made.stop()
@@ -188,3 +220,67 @@ def test_a_client_that_takes_nothing_does_not_keep_the_server_from_stopping(serv
             )
         clients.enter_context(served.hold())
         served.stop()
+
+
+# --- the same, over TLS -----------------------------------------------------------------------------------
+
+
+def client_hello(context: ssl.SSLContext) -> bytes:
+    outgoing = ssl.MemoryBIO()
+    tls = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="127.0.0.1")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    return outgoing.read()
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0], ids=["nothing", "half a hello", "a hello"])
+def test_a_tls_handshake_that_stalls_is_ended(served: Served, context: ssl.SSLContext, part: float) -> None:
+    with Client(("127.0.0.1", served.port), 10.0) as client:
+        client.greet()
+        assert client.option(nbd.OPT_STARTTLS) == [(nbd.REP_ACK, b"")]
+        hello = client_hello(context)
+        began_s = time.monotonic()
+        client.send(hello[: int(len(hello) * part)])
+        client.assert_closed()
+        assert time.monotonic() - began_s < HANDSHAKE_S + SOON_S
+    assert served.seen == []
+
+
+def test_who_stalls_inside_tls_while_others_wait_is_cut_off(served: Served, context: ssl.SSLContext) -> None:
+    with contextlib.ExitStack() as clients:
+        holders = []
+        for n in range(POOL_BYTES // (4 * MIB)):
+            holder = clients.enter_context(Client(("127.0.0.1", served.port), 20.0)).start_tls(context).go("")
+            if n % 2:
+                holder.send(pack_request(nbd.WRITE, 1, 0, LARGE_BYTES) + b"\xee" * 300_000)
+            else:
+                holder.send(b"".join(pack_request(nbd.READ, cookie, 0, LARGE_BYTES) for cookie in range(8)))
+            holders.append(holder)
+        began_s = time.monotonic()
+        clients.enter_context(served.client()).write(0, b"y" * LARGE_BYTES, nbd.FUA)
+        assert time.monotonic() - began_s < SOON_S
+
+
+def test_a_tls_client_that_takes_nothing_does_not_keep_the_server_from_stopping(
+    served: Served, context: ssl.SSLContext
+) -> None:
+    with Client(("127.0.0.1", served.port), 20.0) as client:
+        client.start_tls(context).go("")
+        client.send(b"".join(pack_request(nbd.READ, n, 0, 4 * MIB) for n in range(8)))
+        wait_until(lambda: len(served.seen) == 1, "the server to know the client")
+        served.stop()
+
+
+def test_the_watcher_hears_of_those_who_finish_their_handshake(served: Served, context: ssl.SSLContext) -> None:
+    with Client(served.path) as quitter:
+        quitter.greet()
+        quitter.option(nbd.OPT_ABORT)
+    with served.client(), Client(("127.0.0.1", served.port)) as other:
+        other.start_tls(context).go("")
+        port = other.plain.getsockname()[1]
+        wait_until(lambda: len(served.seen) == 2, "two to be seen")
+        account = pwd.getpwuid(os.geteuid()).pw_name
+        assert served.seen[0] == (1, account, f"unix socket, pid {os.getpid()}")
+        assert served.seen[1] == (2, "alice", f"tls 127.0.0.1:{port}")
+    wait_until(lambda: len(served.seen) == 4, "both to be gone")
+    assert sorted(served.seen[2:], key=str) == [1, 2]

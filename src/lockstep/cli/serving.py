@@ -8,10 +8,11 @@ import typer
 
 from lockstep.cli.options import KeyFile, Name, passphrase_from
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import NotAttached
+from lockstep.errors import NotAttached, TcpMissing
 from lockstep.service import attach as attaching
+from lockstep.service.certificates import load_terms
 from lockstep.service.control_client import ask_status
-from lockstep.service.serve import Listen, parse_tcp
+from lockstep.service.serve import Listen, group_id, parse_tcp
 from lockstep.service.serve import serve as serve_volume
 
 
@@ -22,14 +23,32 @@ def serve(
     socket: Annotated[
         str | None, typer.Option(metavar="PATH", help="Unix socket for NBD clients. Default: STATE/run/NAME.sock.")
     ] = None,
+    socket_group: Annotated[
+        str | None, typer.Option(metavar="GROUP", help="Members of GROUP may connect to the unix socket as well.")
+    ] = None,
     tcp: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Serve on this loopback address as well.")
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Serve on this address as well: a loopback address, or with --tls-dir."),
+    ] = None,
+    tls_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Over TCP, serve only clients that have a certificate of this TLS directory (`lockstep tls init`).",
+        ),
     ] = None,
     state_dir: StateDir = None,
 ) -> None:
     """Serve a volume over NBD, in the foreground, until SIGTERM or Ctrl-C."""
     state = state_of(context, state_dir)
-    listen = Listen(os.path.abspath(socket) if socket else state.socket(name), parse_tcp(tcp) if tcp else None)
+    if tls_dir and not tcp:
+        raise TcpMissing
+    listen = Listen(
+        os.path.abspath(socket) if socket else state.socket(name),
+        parse_tcp(tcp, tls=tls_dir is not None) if tcp else None,
+        load_terms(tls_dir) if tls_dir else None,
+        group_id(socket_group) if socket_group else None,
+    )
     passphrase = passphrase_from(key_file, f"the mirror of {name}")
     serve_volume(state, name, passphrase, listen, _announce)
 
@@ -39,14 +58,23 @@ def _announce(uris: list[str]) -> None:
         typer.echo(f"ready {uri}")
 
 
-def attach(context: typer.Context, name: Name, state_dir: StateDir = None) -> None:
+def attach(
+    context: typer.Context,
+    name: Name,
+    user: Annotated[
+        str | None, typer.Option(metavar="USER", help="Attach on behalf of USER, whose rights then count; root only.")
+    ] = None,
+    state_dir: StateDir = None,
+) -> None:
     """Make a served volume a block device of this machine, and print the device."""
     state = state_of(context, state_dir)
+    if user is not None:
+        attaching.require_right_to_act_for(user)
     with state.registry() as registry:
         volume = registry.volume(name)
     uri = ask_status(state.control(name), name)["uri"]
     socket = unquote(uri.partition("?socket=")[2])
-    typer.echo(attaching.attach(socket, name, state.run_dir, volume.sector_bytes).device)
+    typer.echo(attaching.attach(socket, name, state.run_dir, volume.sector_bytes, user).device)
 
 
 def detach(context: typer.Context, name: Name, state_dir: StateDir = None) -> None:

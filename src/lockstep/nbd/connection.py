@@ -24,16 +24,18 @@ Source of what must be answered how: doc/proto.md of the NBD reference implement
 import asyncio
 import contextlib
 import logging
-import pwd
 import socket
+import ssl
 import time
 from collections.abc import Awaitable, Coroutine, Sequence
 from struct import Struct
 from typing import Any, Final, Protocol, cast
 
 from lockstep.nbd import wire
-from lockstep.nbd.negotiation import Agreement, ExportInfo, Negotiation, State
+from lockstep.nbd.identity import peer_of
+from lockstep.nbd.negotiation import Agreement, ExportInfo, Negotiation, Security, State
 from lockstep.nbd.payload import PayloadPool, block_bytes
+from lockstep.nbd.tls import Securable, TlsTransport
 from lockstep.nbd.transmission import (
     data_header,
     empty_read,
@@ -57,7 +59,6 @@ MAX_STATUS_EXTENTS: Final = 512
 CONTENDED_STALL_S: Final = 5.0
 SLOWEST_BYTES_S: Final = 1 << 20  # who sends a payload more slowly counts as stalled
 
-_UCRED: Final = Struct("3i")  # unix(7): pid, uid, gid
 _SO_SNDBUFFORCE: Final = 32  # socket(7); the socket module does not name it
 
 
@@ -127,14 +128,15 @@ class Host(Protocol):
         """Run `work` as a task of the server's."""
 
 
-class Connection(asyncio.BufferedProtocol):
-    """One client, from its first byte to its last.
+class Connection(Securable):
+    """One client, from its first byte to its last. `user` is who it belongs to, `origin` where it comes from.
 
     Received bytes lie in `_buffer[_start:_end]`. While a large payload is received, they go to `_block` instead.
     """
 
-    def __init__(self, server: Host) -> None:
-        self.user = ""
+    def __init__(self, server: Host, tls: ssl.SSLContext | None = None) -> None:
+        """Serve the export of `server`; with `tls`, to nobody before TLS is established on those terms."""
+        self.user = self.origin = ""
         self.since_s = time.monotonic()
         self._server = server
         self._export = server.export
@@ -142,7 +144,8 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport
         info = server.export.info
         self._writable_bytes = 0 if info.flags & wire.READ_ONLY else info.size_bytes
-        self._negotiation: Negotiation | None = Negotiation({info.name: info}, default=info.name)
+        self._tls = tls
+        self._negotiation: Negotiation | None = None
         self._agreement = Agreement("", structured=False, allocation=False)
         self._buffer = bytearray(RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
@@ -176,7 +179,11 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.set_write_buffer_limits(high=0, low=0)
         sock = transport.get_extra_info("socket")
         _tune(sock)
-        self.user = peer_user(sock)
+        peer = peer_of(sock, tls=self._tls is not None)
+        self.user, self.origin = peer.user, peer.origin
+        security = Security.AWAITED if self._tls else Security.NONE
+        info = self._export.info
+        self._negotiation = Negotiation({info.name: info}, info.name, security, for_others=peer.is_root)
         self._transport.write(Negotiation.greeting())
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 (the kernel's hint; our buffers are what they are)
@@ -228,7 +235,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the client; what is under way is carried out all the same."""
         if exc is not None:
-            log.info("connection of %s lost: %s", self.user, exc)
+            log.info("connection of %s (%s) lost: %s", self.user, self.origin, exc)
         self._lost = self._ending = True
         for pool in self._server.pools:
             pool.forget(self._retry)
@@ -246,7 +253,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def abort(self, because: str) -> None:
         """Close at once."""
-        log.warning("closing the connection of %s: %s", self.user or "a client", because)
+        self._blame(because)
         self._ending = True
         self._transport.abort()
 
@@ -264,23 +271,45 @@ class Connection(asyncio.BufferedProtocol):
 
     # --- handshake ---
 
+    def secured(self, user: str) -> None:
+        """TLS is established, and `user` at the other end."""
+        self.user = user
+
     def _negotiate(self, negotiation: Negotiation) -> None:
         used, reply = negotiation.receive(self._view[self._start : self._end])
         self._start += used
         if reply:
             self._transport.write(reply)
-        if negotiation.state is State.ENDED:
+        if negotiation.state is State.STARTTLS:
+            self._start_tls(negotiation)
+        elif negotiation.state is State.ENDED:
             if negotiation.ended_because:
-                log.warning("closing the connection of %s: %s", self.user, negotiation.ended_because)
+                self._blame(negotiation.ended_because)
             self._ending = True
             self._transport.close()
         elif negotiation.agreement is not None:
             self._agreement = negotiation.agreement
+            self.user = negotiation.agreement.on_behalf_of or self.user
             self._negotiation = None
             self._server.entered(self)
             self._advance()
         else:
             self._read_while(self._writable)  # who does not take the answers gets to ask no more
+
+    def _start_tls(self, negotiation: Negotiation) -> None:
+        """Put TLS below this connection; from here on, every byte comes from inside.
+
+        What was sent in plain text must not be taken as if it did.
+        """
+        assert self._tls is not None
+        if self._start != self._end:
+            self.abort("it sent more in plain text after STARTTLS")
+            return
+        self._negotiation = negotiation.inside_tls()
+        self._transport = TlsTransport(self._transport, self, self._tls)
+
+    def _blame(self, because: str) -> None:
+        log.warning("closing the connection of %s (%s): %s", self.user, self.origin, because)
 
     # --- requests ---
 
@@ -557,17 +586,6 @@ class Connection(asyncio.BufferedProtocol):
         if not self._pending:
             self._send_replies()
             self._transport.close()
-
-
-def peer_user(sock: socket.socket) -> str:
-    """Return the account at the other end of a unix socket (SO_PEERCRED), or `anonymous`."""
-    if sock.family != socket.AF_UNIX:
-        return "anonymous"
-    _pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 def _tune(sock: socket.socket) -> None:

@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import logging
 import os
 import socket
+import ssl
 import time
 from collections.abc import Coroutine
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from lockstep.nbd.connection import CONTENDED_STALL_S, Connection, Export
 from lockstep.nbd.payload import SMALL_BLOCK_BYTES, SMALL_LIMIT_BYTES, SMALL_SHARE_BYTES, PayloadPool
@@ -20,11 +23,31 @@ HANDSHAKE_S: Final = 30.0
 PATROL_S: Final = 1.0
 
 
+class Watcher(Protocol):
+    """Who wants to know of clients that come and go; called on the loop's thread."""
+
+    def connected(self, connection_id: int, user: str, origin: str) -> None:
+        """A connection has finished its handshake; the id is never used again by this server."""
+
+    def disconnected(self, connection_id: int) -> None:
+        """That connection has ended."""
+
+
 class NbdServer:
     """Listens, admits, watches over and drains the connections to one export."""
 
-    def __init__(self, export: Export, pool: PayloadPool | None = None, max_connections: int = MAX_CONNECTIONS) -> None:
+    def __init__(
+        self,
+        export: Export,
+        pool: PayloadPool | None = None,
+        max_connections: int = MAX_CONNECTIONS,
+        *,
+        watcher: Watcher | None = None,
+    ) -> None:
         self.export = export
+        self._watcher = watcher
+        self._ids = itertools.count(1)
+        self._entered: dict[Connection, int] = {}
         self._large = pool or PayloadPool()
         self._small = PayloadPool(SMALL_LIMIT_BYTES, SMALL_SHARE_BYTES)
         self.pools: tuple[PayloadPool, ...] = (self._small, self._large)
@@ -40,24 +63,38 @@ class NbdServer:
         self._empty.set()
         self._patrol = self.loop.create_task(self._watch())
 
-    async def listen_unix(self, path: str) -> None:
-        """Claim a unix socket at `path`, which must not exist; only its owner may connect, once `accept` is called."""
+    async def listen_unix(self, path: str, group: int | None = None) -> None:
+        """Claim a unix socket at `path`, which must not exist, for its owner and, if given, the group of this id.
+
+        They may connect once `accept` is called. Raises OSError.
+        """
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        previous = os.umask(0o177)
         try:
-            listener.bind(path)
+            _bind_private(listener, path)
             listener.listen(BACKLOG)  # from here on nobody takes it for the socket of a server that died
-        finally:
-            os.umask(previous)
+            if group is not None:
+                _open_to(group, path)
+        except BaseException:
+            listener.close()
+            raise
+        new = functools.partial(Connection, self)
         self._listeners.append(
-            await self.loop.create_unix_server(self._new, sock=listener, backlog=BACKLOG, start_serving=False)
+            await self.loop.create_unix_server(new, sock=listener, backlog=BACKLOG, start_serving=False)
         )
 
-    async def listen_tcp(self, host: str, port: int) -> int:
-        """Claim a TCP address; return the port, which the system chooses when `port` is 0."""
-        listener = await self.loop.create_server(self._new, host, port, backlog=BACKLOG, start_serving=False)
+    async def listen_tcp(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> tuple[str, int]:
+        """Claim one TCP address of `host`; return it, with the port, which the system chooses when it is 0.
+
+        With `tls`, nobody gets past the handshake without it. Raises OSError.
+        """
+        found = await self.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # IPv4 first: `localhost` often has ::1 on machines without IPv6.
+        address = min(found, key=lambda each: each[0] != socket.AF_INET)[4]
+        new = functools.partial(Connection, self, tls)
+        listener = await self.loop.create_server(new, *address[:2], backlog=BACKLOG, start_serving=False)
         self._listeners.append(listener)
-        return int(listener.sockets[0].getsockname()[1])
+        bound = listener.sockets[0].getsockname()
+        return str(bound[0]), int(bound[1])
 
     async def accept(self) -> None:
         """Let clients connect."""
@@ -105,21 +142,24 @@ class NbdServer:
     def dismiss(self, connection: Connection) -> None:
         """Count a closed connection out."""
         self._connections.discard(connection)
+        entered = self._entered.pop(connection, None)
+        if entered is not None and self._watcher is not None:
+            self._watcher.disconnected(entered)
         if not self._connections:
             self._empty.set()
 
     def entered(self, connection: Connection) -> None:
         """Note that a connection has finished its handshake."""
-        log.info("%s connected", connection.user)
+        log.info("%s connected (%s)", connection.user, connection.origin)
+        self._entered[connection] = next(self._ids)
+        if self._watcher is not None:
+            self._watcher.connected(self._entered[connection], connection.user, connection.origin)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` as a task that `drain` waits for."""
         task = self.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _new(self) -> Connection:
-        return Connection(self)
 
     async def _watch(self) -> None:
         while True:
@@ -130,3 +170,21 @@ class NbdServer:
                     connection.abort("the handshake took too long")
                 elif any(pool.contended for pool in self.pools) and connection.overdue(self.now_s):
                     connection.abort("it stalled while holding memory for which others wait")
+
+
+def _bind_private(listener: socket.socket, path: str) -> None:
+    previous = os.umask(0o177)
+    try:
+        listener.bind(path)
+    finally:
+        os.umask(previous)
+
+
+def _open_to(group: int, path: str) -> None:
+    """Let the members of a group connect to a socket that is its owner's alone; or remove it, and raise OSError."""
+    try:
+        os.chown(path, -1, group)  # before the mode lets anybody in
+        os.chmod(path, 0o660)
+    except OSError:
+        os.unlink(path)
+        raise

@@ -52,6 +52,8 @@ from urllib.parse import quote
 
 from lockstep.disk import probe
 from lockstep.errors import (
+    ActingNeedsRoot,
+    AttachedForAnother,
     AttachFailed,
     AttachNeedsRoot,
     AttachToolMissing,
@@ -61,7 +63,9 @@ from lockstep.errors import (
     FuseMissing,
     LockstepError,
     NotAttached,
+    UserNameInvalid,
 )
+from lockstep.nbd.identity import is_user_name
 
 READY_S = 30.0
 """For a server to answer the handshake."""
@@ -94,6 +98,8 @@ class Attachment:
     pid: int | None
     """nbdfuse, or the process that the nbd driver names for the device."""
     export: str
+    user: str | None = None
+    """On whose behalf; None: root's own."""
 
 
 class _StepFailed(Exception):
@@ -109,11 +115,13 @@ class _StepTimedOut(_StepFailed):
 class _Place:
     """The names of one export's pieces below the run directory."""
 
-    def __init__(self, run_dir: str, export: str) -> None:
+    def __init__(self, run_dir: str, export: str, user: str | None = None) -> None:
         if not export or export.startswith(".") or "/" in export or "\0" in export:
             raise AttachFailed(export=export, step="naming its files", reason="the name is not a file name")
         base = os.path.join(os.path.realpath(run_dir), export)
         self.export = export
+        self.user = user
+        self.name = f"{export}@{user}" if user else export  # what the server is asked for
         self.lock = os.path.join(os.path.dirname(base), ".attach.lock")
         self.record = f"{base}.attached"
         self.mountpoint = f"{base}.fuse"
@@ -125,18 +133,23 @@ class _Place:
 # --- the three verbs --------------------------------------------------------------------------------------
 
 
-def attach(uri_socket: str, export: str, run_dir: str, logical_sector_bytes: int) -> Attachment:
+def attach(
+    uri_socket: str, export: str, run_dir: str, logical_sector_bytes: int, user: str | None = None
+) -> Attachment:
     """Give the served export a block device. An attachment that works is returned as it is; a dead one is replaced.
 
-    `uri_socket` is the path of the server's unix socket. Raises AttachNeedsRoot, AttachToolMissing, FuseMissing,
-    AttachFailed, or DetachRefused and DetachStuck where a dead attachment is still in use or does not go away.
+    `uri_socket` is the path of the server's unix socket; `user` is on whose behalf, if not root's own. Raises
+    AttachNeedsRoot, AttachToolMissing, FuseMissing, AttachFailed, AttachedForAnother, or DetachRefused and DetachStuck
+    where a dead attachment is still in use or does not go away.
     """
     _require_root()
-    place = _Place(run_dir, export)
+    place = _Place(run_dir, export, user)
     os.makedirs(run_dir, exist_ok=True)
     with _alone(place):
         existing = _current(place)
         if existing is not None and _answers(existing):
+            if existing.user != user:
+                raise AttachedForAnother(export=export, device=existing.device, user=existing.user or "root itself")
             return existing
         _take_down(place, existing)
         way = _attach_nbd if _kernel_speaks_nbd() else _attach_fuse
@@ -171,6 +184,14 @@ def detach(run_dir: str, export: str) -> Attachment:
         if unflushed is not None:
             raise DetachUnflushed(device=gone.device, export=export, reason=unflushed)
         return gone
+
+
+def require_right_to_act_for(user: str) -> None:
+    """Raises UserNameInvalid, or ActingNeedsRoot unless this is root."""
+    if not is_user_name(user):
+        raise UserNameInvalid(user=user)
+    if os.geteuid() != 0:
+        raise ActingNeedsRoot(user=user)
 
 
 def current(run_dir: str, export: str) -> Attachment | None:
@@ -260,11 +281,11 @@ def _attach_nbd(socket: str, place: _Place, sector_bytes: int, undo: ExitStack) 
     device = _first_free_nbd()
     # Without -persist: a device that comes back under a mounted file system, perhaps with other content than
     # before, is worse than one that fails.
-    command = ["nbd-client", "-unix", socket, device, "-name", place.export, "-block-size", str(sector_bytes)]
+    command = ["nbd-client", "-unix", socket, device, "-name", place.name, "-block-size", str(sector_bytes)]
     undo.callback(_quietly, _disconnect_nbd, device)
     _run("nbd-client", command, READY_S)
     _wait_until("nbd-client", lambda: _nbd_pid(device) is not None and _size_sectors(device) > 0, READY_S)
-    return Attachment(device, None, _nbd_pid(device), place.export)
+    return Attachment(device, None, _nbd_pid(device), place.export, place.user)
 
 
 def _first_free_nbd() -> str:
@@ -312,13 +333,13 @@ def _attach_fuse(socket: str, place: _Place, sector_bytes: int, undo: ExitStack)
         command.append(f"--sizelimit={usable_bytes}")
     undo.callback(_quietly, _release_loops, place)
     _run("losetup", [*command, place.file], READY_S)
-    return Attachment(_loops_over(place)[0], place.mountpoint, pid, place.export)
+    return Attachment(_loops_over(place)[0], place.mountpoint, pid, place.export, place.user)
 
 
 def _start_nbdfuse(socket: str, place: _Place) -> int:
     """Start nbdfuse in a session of its own, where no Ctrl-C of ours reaches it, and wait until it serves."""
     os.makedirs(place.mountpoint, mode=0o700, exist_ok=True)
-    uri = f"nbd+unix:///{quote(place.export, safe='')}?socket={quote(socket)}"
+    uri = f"nbd+unix:///{quote(place.name, safe='')}?socket={quote(socket)}"
     command = ["nbdfuse", f"--connections={_CONNECTIONS}", f"--pidfile={place.pid_file}", place.file, uri]
     with open(place.log, "wb") as log:
         child = subprocess.Popen(
