@@ -14,12 +14,15 @@ from sqlalchemy.pool import NullPool
 
 from lockstep import errors
 from lockstep.registry import store
+from lockstep.registry.audit import Actor
 from lockstep.registry.models import Base
 from lockstep.registry.store import Registry
 
 URL = os.environ.get("LOCKSTEP_TEST_POSTGRESQL_URL", "")
 
 pytestmark = pytest.mark.skipif(not URL, reason="LOCKSTEP_TEST_POSTGRESQL_URL names no PostgreSQL database to test on")
+
+ADA = Actor("ada", "a test")
 
 
 @pytest.fixture
@@ -54,9 +57,9 @@ def _at_once(count: int, call: Callable[[int], object]) -> list[object]:
 
 
 def test_it_keeps_volumes_and_mirrors(registry: Registry) -> None:
-    added = registry.add_volume("b", target_path="/t1", size_bytes=1 << 44, sector_bytes=512)
-    registry.add_volume("B", target_path="/t2", size_bytes=1, sector_bytes=4096, on_denied="refuse")
-    mirror = registry.add_mirror("b", path="/m", header_path="/h", luks_uuid="u")
+    added = registry.add_volume("b", target_path="/t1", size_bytes=1 << 44, sector_bytes=512, actor=ADA)
+    registry.add_volume("B", target_path="/t2", size_bytes=1, sector_bytes=4096, on_denied="refuse", actor=ADA)
+    mirror = registry.add_mirror("b", path="/m", header_path="/h", luks_uuid="u", actor=ADA)
     registry.set_generation(mirror.id, 1 << 40)
     assert [volume.name for volume in registry.volumes()] == ["B", "b"]
     assert registry.volume("b").created_at == added.created_at
@@ -64,16 +67,16 @@ def test_it_keeps_volumes_and_mirrors(registry: Registry) -> None:
     assert abs(registry.volume("b").created_at - datetime.now(UTC)) < timedelta(minutes=5)
     assert [kept.generation for kept in registry.mirrors_of(added.id)] == [1 << 40]
     with pytest.raises(errors.MirrorTaken):
-        registry.add_volume("c", target_path="/m", size_bytes=1, sector_bytes=512)
-    registry.remove_volume("b")
+        registry.add_volume("c", target_path="/m", size_bytes=1, sector_bytes=512, actor=ADA)
+    registry.remove_volume("b", actor=ADA)
     assert registry.mirrors_of(added.id) == ()
 
 
 def test_constraints_are_the_referee(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.add_volume("a", target_path="/t", size_bytes=1, sector_bytes=512)
+    registry.add_volume("a", target_path="/t", size_bytes=1, sector_bytes=512, actor=ADA)
     monkeypatch.setattr(store, "_refuse_taken", lambda *_: None)
     with pytest.raises(errors.RegistryDamaged, match="uq_volumes_target_path"):
-        registry.add_volume("b", target_path="/t", size_bytes=1, sector_bytes=512)
+        registry.add_volume("b", target_path="/t", size_bytes=1, sector_bytes=512, actor=ADA)
 
 
 def test_a_fresh_registry_opened_by_many_at_once(fresh: None) -> None:
@@ -85,12 +88,12 @@ def test_a_fresh_registry_opened_by_many_at_once(fresh: None) -> None:
 
 
 def test_target_here_and_mirror_there_at_once_have_one_winner(registry: Registry) -> None:
-    registry.add_volume("a", target_path="/t", size_bytes=1, sector_bytes=512)
+    registry.add_volume("a", target_path="/t", size_bytes=1, sector_bytes=512, actor=ADA)
 
     def add(number: int) -> object:
         if number % 2:
-            return bool(registry.add_mirror("a", path="/x", luks_uuid=f"u{number}"))
-        return bool(registry.add_volume(f"v{number}", target_path="/x", size_bytes=1, sector_bytes=512))
+            return bool(registry.add_mirror("a", path="/x", luks_uuid=f"u{number}", actor=ADA))
+        return bool(registry.add_volume(f"v{number}", target_path="/x", size_bytes=1, sector_bytes=512, actor=ADA))
 
     outcomes = _at_once(6, add)
     assert outcomes.count(True) == 1
@@ -114,6 +117,6 @@ def test_a_locked_registry_says_so(registry: Registry, monkeypatch: pytest.Monke
     with engine.begin() as holder:
         holder.execute(text(opening[1]))
         with pytest.raises(errors.RegistryBusy):
-            registry.remove_volume("x")
+            registry.remove_volume("x", actor=ADA)
     with pytest.raises(errors.VolumeUnknown):
-        registry.remove_volume("x")
+        registry.remove_volume("x", actor=ADA)

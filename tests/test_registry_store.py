@@ -20,8 +20,10 @@ from sqlalchemy.orm import Session
 
 from lockstep import errors
 from lockstep.registry import store
+from lockstep.registry.audit import Actor
 from lockstep.registry.store import MirrorRecord, OnDenied, Registry, VolumeRecord, check_name
 
+ADA = Actor("ada", "a test")
 UUIDS = [f"00000000-0000-4000-8000-{number:012}" for number in range(4)]
 
 
@@ -37,15 +39,17 @@ def registry(file: Path) -> Iterator[Registry]:
 
 
 def _add(registry: Registry, name: str, target: str, on_denied: OnDenied = "hold") -> VolumeRecord:
-    return registry.add_volume(name, target_path=target, size_bytes=1 << 44, sector_bytes=512, on_denied=on_denied)
+    return registry.add_volume(
+        name, target_path=target, size_bytes=1 << 44, sector_bytes=512, on_denied=on_denied, actor=ADA
+    )
 
 
 @pytest.fixture
 def vm1(registry: Registry) -> VolumeRecord:
     """A volume with a plain mirror and one with a detached header."""
     _add(registry, "vm1", "/disks/t1")
-    registry.add_mirror("vm1", path="/disks/m1", luks_uuid=UUIDS[1])
-    registry.add_mirror("vm1", path="/disks/m2", luks_uuid=UUIDS[2], header_path="/disks/h2")
+    registry.add_mirror("vm1", path="/disks/m1", luks_uuid=UUIDS[1], actor=ADA)
+    registry.add_mirror("vm1", path="/disks/m2", luks_uuid=UUIDS[2], header_path="/disks/h2", actor=ADA)
     return registry.volume("vm1")
 
 
@@ -112,16 +116,16 @@ def test_the_generation_is_kept(registry: Registry, vm1: VolumeRecord) -> None:
 
 
 def test_removing_a_volume_removes_its_mirrors_and_frees_every_name(registry: Registry, vm1: VolumeRecord) -> None:
-    registry.remove_volume("vm1")
+    registry.remove_volume("vm1", actor=ADA)
     assert registry.volumes() == ()
     assert registry.mirrors_of(vm1.id) == ()
     again = _add(registry, "vm1", "/disks/m1")
-    registry.add_mirror("vm1", path="/disks/t1", header_path="/disks/m2", luks_uuid=UUIDS[1])
+    registry.add_mirror("vm1", path="/disks/t1", header_path="/disks/m2", luks_uuid=UUIDS[1], actor=ADA)
     assert again.id != vm1.id
 
 
 def test_removing_a_mirror_leaves_the_others(registry: Registry, vm1: VolumeRecord) -> None:
-    registry.remove_mirror("vm1", "/disks/m1")
+    registry.remove_mirror("vm1", "/disks/m1", actor=ADA)
     assert registry.volume("vm1").mirrors == vm1.mirrors[1:]
 
 
@@ -167,7 +171,9 @@ def test_a_mirror_is_refused_when_taken(
 ) -> None:
     vm2 = _add(registry, "vm2", "/disks/t2")
     uuid = UUIDS[1] if kind is errors.LuksUuidTaken else UUIDS[3]
-    _refused(kind, 1, words, lambda: registry.add_mirror("vm2", path=path, luks_uuid=uuid, header_path=header))
+    _refused(
+        kind, 1, words, lambda: registry.add_mirror("vm2", path=path, luks_uuid=uuid, header_path=header, actor=ADA)
+    )
     assert registry.volumes() == (vm1, vm2)
 
 
@@ -197,12 +203,14 @@ def test_a_constraint_that_no_check_explains_is_damage(registry: Registry) -> No
 def test_a_path_that_cannot_be_kept_is_a_usage_error(registry: Registry, vm1: VolumeRecord, path: str) -> None:
     kind = errors.RegistryPathInvalid
     _refused(kind, 2, "cannot be registered", lambda: _add(registry, "new", path))
-    _refused(kind, 2, "cannot be registered", lambda: registry.add_mirror("vm1", path=path, luks_uuid=UUIDS[3]))
+    _refused(
+        kind, 2, "cannot be registered", lambda: registry.add_mirror("vm1", path=path, luks_uuid=UUIDS[3], actor=ADA)
+    )
     _refused(
         kind,
         2,
         "cannot be registered",
-        lambda: registry.add_mirror("vm1", path="/disks/new", header_path=path, luks_uuid=UUIDS[3]),
+        lambda: registry.add_mirror("vm1", path="/disks/new", header_path=path, luks_uuid=UUIDS[3], actor=ADA),
     )
     assert registry.volumes() == (vm1,)
 
@@ -212,7 +220,7 @@ def test_a_mirror_is_not_its_own_header(registry: Registry, vm1: VolumeRecord) -
         errors.RegistryPathInvalid,
         2,
         "as the mirror and as its header",
-        lambda: registry.add_mirror("vm1", path="/disks/new", header_path="/disks/new", luks_uuid=UUIDS[3]),
+        lambda: registry.add_mirror("vm1", path="/disks/new", header_path="/disks/new", luks_uuid=UUIDS[3], actor=ADA),
     )
 
 
@@ -228,10 +236,12 @@ def test_an_unknown_volume_lists_near_names(registry: Registry, vm1: VolumeRecor
 
 def test_what_is_not_there_cannot_be_changed(registry: Registry, vm1: VolumeRecord) -> None:
     _add(registry, "vm2", "/disks/t2")
-    _refused(errors.VolumeUnknown, 1, "no volume x", lambda: registry.remove_volume("x"))
-    _refused(errors.VolumeUnknown, 1, "no volume x", lambda: registry.remove_mirror("x", "/disks/m1"))
-    _refused(errors.VolumeUnknown, 1, "no volume x", lambda: registry.add_mirror("x", path="/m", luks_uuid="u"))
-    _refused(errors.MirrorUnknown, 1, "/disks/m1", lambda: registry.remove_mirror("vm2", "/disks/m1"))
+    _refused(errors.VolumeUnknown, 1, "no volume x", lambda: registry.remove_volume("x", actor=ADA))
+    _refused(errors.VolumeUnknown, 1, "no volume x", lambda: registry.remove_mirror("x", "/disks/m1", actor=ADA))
+    _refused(
+        errors.VolumeUnknown, 1, "no volume x", lambda: registry.add_mirror("x", path="/m", luks_uuid="u", actor=ADA)
+    )
+    _refused(errors.MirrorUnknown, 1, "/disks/m1", lambda: registry.remove_mirror("vm2", "/disks/m1", actor=ADA))
     _refused(errors.MirrorUnknown, 1, "No mirror 17 is", lambda: registry.set_generation("17", 1))
     assert registry.volume("vm1") == vm1
 
@@ -246,7 +256,7 @@ _NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
 def test_every_valid_name_comes_back(registry: Registry, name: str) -> None:
     _add(registry, name, f"/disks/{name}")
     assert registry.volume(name).name == name
-    registry.remove_volume(name)
+    registry.remove_volume(name, actor=ADA)
 
 
 @given(
@@ -348,7 +358,10 @@ def test_postgresql_without_its_driver_says_what_to_install(monkeypatch: pytest.
 
 # Several processes
 
-_GATE = "import sys; from lockstep.registry.store import Registry; print('ready', flush=True); sys.stdin.readline()\n"
+_GATE = (
+    "import sys; from lockstep.registry.store import Registry; from lockstep.registry.audit import Actor; "
+    "ADA = Actor('ada', 'a test'); print('ready', flush=True); sys.stdin.readline()\n"
+)
 
 
 def _at_once(count: int, script: str, *arguments: str) -> list[str]:
@@ -382,7 +395,8 @@ def test_many_add_one_name_and_one_wins(registry: Registry, file: Path) -> None:
 from lockstep.errors import LockstepError
 with Registry.open(sys.argv[1]) as registry:
     try:
-        print(registry.add_volume("vm1", target_path="/t" + sys.argv[2], size_bytes=1, sector_bytes=512).target_path)
+        path = "/t" + sys.argv[2]
+        print(registry.add_volume("vm1", target_path=path, size_bytes=1, sector_bytes=512, actor=ADA).target_path)
     except LockstepError as error:
         print(type(error).__name__)
 """
@@ -396,7 +410,7 @@ def test_many_add_different_names_and_all_win(registry: Registry, file: Path) ->
 with Registry.open(sys.argv[1]) as registry:
     for number in range(10):
         name = f"vm{sys.argv[2]}-{number}"
-        registry.add_volume(name, target_path="/" + name, size_bytes=1, sector_bytes=512)
+        registry.add_volume(name, target_path="/" + name, size_bytes=1, sector_bytes=512, actor=ADA)
 """
     _at_once(4, script, f"sqlite:///{file}")
     assert len(registry.volumes()) == 40
@@ -410,9 +424,9 @@ from lockstep.errors import LockstepError
 with Registry.open(sys.argv[1]) as registry:
     try:
         if int(sys.argv[2]) % 2:
-            registry.add_mirror("vm1", path="/disks/x", luks_uuid="uuid" + sys.argv[2])
+            registry.add_mirror("vm1", path="/disks/x", luks_uuid="uuid" + sys.argv[2], actor=ADA)
         else:
-            registry.add_volume("vm" + sys.argv[2], target_path="/disks/x", size_bytes=1, sector_bytes=512)
+            registry.add_volume("vm" + sys.argv[2], target_path="/disks/x", size_bytes=1, sector_bytes=512, actor=ADA)
         print("won")
     except LockstepError as error:
         print(type(error).__name__)

@@ -1,4 +1,4 @@
-"""The registry's tables: volumes (a target each) and their mirrors.
+"""The registry's tables: volumes (a target each), their mirrors, who may update these, and the audit trail.
 
 A change here needs a revision in migrations/versions and the new `schema.REVISION`; a test compares the two.
 Rules that span both tables (one disk has one role) are the store's: no portable constraint can express them.
@@ -7,7 +7,17 @@ Rules that span both tables (one disk has one role) are the store's: no portable
 import uuid
 from datetime import UTC, datetime
 
-from sqlalchemy import BigInteger, CheckConstraint, DateTime, ForeignKey, MetaData, String
+from sqlalchemy import (
+    DDL,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    MetaData,
+    String,
+    UniqueConstraint,
+    event,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator
@@ -84,3 +94,66 @@ class Mirror(Base):
     luks_uuid: Mapped[str] = mapped_column(String(40), unique=True)
     generation: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime] = mapped_column(default=_now)
+
+
+class Grant(Base):
+    """A user's right to update a volume's mirrors. `windows` is a JSON list of texts; none means always."""
+
+    __tablename__ = "grants"
+    __table_args__ = (UniqueConstraint("volume_id", "user"),)
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True, default=_new_id)
+    volume_id: Mapped[str] = mapped_column(ForeignKey("volumes.id", ondelete="CASCADE"))
+    user: Mapped[str] = mapped_column(String(64))
+    windows: Mapped[str]
+    timezone: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(default=_now)
+
+
+class AuditRow(Base):
+    """A row of the audit trail; `audit.py` has its form. Triggers refuse to change or to delete one."""
+
+    __tablename__ = "audit"
+
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    at_us: Mapped[int] = mapped_column(BigInteger)
+    volume: Mapped[str] = mapped_column(String(64), index=True)
+    event: Mapped[str] = mapped_column(String(32))
+    user: Mapped[str] = mapped_column(String(64))
+    origin: Mapped[str]
+    reason: Mapped[str]
+    details: Mapped[str]
+    previous: Mapped[str] = mapped_column(String(64))
+    hash: Mapped[str] = mapped_column(String(64))
+
+
+class AuditHead(Base):
+    """The number and the hash of the trail's last row: one row, whose id is 1."""
+
+    __tablename__ = "audit_head"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    number: Mapped[int] = mapped_column(BigInteger)
+    hash: Mapped[str] = mapped_column(String(64))
+
+
+AUDIT_TRIGGERS = {
+    "sqlite": (
+        "CREATE TRIGGER audit_keeps_rows BEFORE DELETE ON audit "
+        "BEGIN SELECT RAISE(ABORT, 'the audit trail is append-only'); END",
+        "CREATE TRIGGER audit_keeps_content BEFORE UPDATE ON audit "
+        "BEGIN SELECT RAISE(ABORT, 'the audit trail is append-only'); END",
+        "CREATE TRIGGER audit_keeps_numbers BEFORE INSERT ON audit "
+        "WHEN EXISTS (SELECT 1 FROM audit WHERE number = NEW.number) "
+        "BEGIN SELECT RAISE(ABORT, 'the audit trail is append-only'); END",
+    ),
+    "postgresql": (
+        "CREATE FUNCTION audit_refuse() RETURNS trigger AS "
+        "$$ BEGIN RAISE EXCEPTION 'the audit trail is append-only'; END $$ LANGUAGE plpgsql",
+        "CREATE TRIGGER audit_keeps_rows BEFORE DELETE OR UPDATE OR TRUNCATE ON audit "
+        "FOR EACH STATEMENT EXECUTE FUNCTION audit_refuse()",
+    ),
+}
+for _dialect, _statements in AUDIT_TRIGGERS.items():
+    for _statement in _statements:
+        event.listen(AuditRow.__table__, "after_create", DDL(_statement).execute_if(dialect=_dialect))  # type: ignore[no-untyped-call]

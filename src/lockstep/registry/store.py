@@ -19,12 +19,14 @@ How the SQLite file is kept
   a second descriptor of the file would drop the locks that SQLite holds on it in this process.
 """
 
+import json
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
 from types import TracebackType
@@ -37,6 +39,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from sqlalchemy.pool import NullPool
 
 from lockstep.errors import (
+    GrantUnknown,
     HeaderTaken,
     LuksUuidTaken,
     MirrorTaken,
@@ -54,15 +57,17 @@ from lockstep.errors import (
     VolumeNameInvalid,
     VolumeUnknown,
 )
-from lockstep.registry import schema
-from lockstep.registry.models import Mirror, Volume
+from lockstep.registry import audit, models, schema, windows
+from lockstep.registry.access import Grant
+from lockstep.registry.audit import Actor, AuditCheck, AuditRecord
+from lockstep.registry.models import AuditHead, AuditRow, Mirror, Volume
 
 LOCK_TIMEOUT_S = 10.0
 """How long an operation waits for another process's."""
 
 OnDenied = Literal["hold", "refuse"]
 
-Row = TypeVar("Row", Volume, Mirror)
+Record = TypeVar("Record", "VolumeRecord", "MirrorRecord")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -193,20 +198,27 @@ class Registry:
             return tuple(map(_mirror_record, rows))
 
     def add_volume(
-        self, name: str, *, target_path: str, size_bytes: int, sector_bytes: int, on_denied: OnDenied = "hold"
+        self,
+        name: str,
+        *,
+        target_path: str,
+        size_bytes: int,
+        sector_bytes: int,
+        on_denied: OnDenied = "hold",
+        actor: Actor,
     ) -> VolumeRecord:
-        """Register a target, without mirrors yet.
+        """Register a target, without mirrors yet, and grant it to `actor`, to nobody else.
 
         Raises VolumeNameInvalid, RegistryPathInvalid, VolumeExists, TargetTaken, MirrorTaken, HeaderTaken.
         """
         check_name(name)
         _check_path(target_path)
 
-        def row(session: Session) -> Volume:
+        def insert(session: Session) -> VolumeRecord:
             if session.scalar(select(Volume.id).filter_by(name=name)):
                 raise VolumeExists(volume=name)
             _refuse_taken(session, target_path)
-            return Volume(
+            volume = Volume(
                 name=name,
                 target_path=target_path,
                 size_bytes=size_bytes,
@@ -214,16 +226,30 @@ class Registry:
                 on_denied=on_denied,
                 mirrors=[],
             )
+            session.add(volume)
+            session.flush()
+            session.add(models.Grant(volume_id=volume.id, user=actor.user, windows="[]", timezone="UTC"))
+            reason = f"{actor.user} created the volume {name}, and was granted it"
+            _append(session, "volume-added", actor, name, reason, {"target": target_path, "on_denied": on_denied})
+            return _volume_record(volume)
 
-        return _volume_record(self._insert(row))
+        return self._insert(insert)
 
-    def remove_volume(self, name: str) -> None:
-        """Forget a volume and its mirrors; the disks are not touched. Raises VolumeUnknown."""
+    def remove_volume(self, name: str, *, actor: Actor) -> None:
+        """Forget a volume, its mirrors and its grants; not its audit trail, and no disk. Raises VolumeUnknown."""
         with self._transaction(write=True) as session:
             session.execute(delete(Volume).filter_by(id=_find(session, name).id))
+            _append(session, "volume-removed", actor, name, f"{actor.user} removed the volume {name}", {})
 
     def add_mirror(
-        self, name: str, *, path: str, luks_uuid: str, header_path: str | None = None, generation: int = 0
+        self,
+        name: str,
+        *,
+        path: str,
+        luks_uuid: str,
+        header_path: str | None = None,
+        generation: int = 0,
+        actor: Actor,
     ) -> MirrorRecord:
         """Register a mirror of the volume `name`.
 
@@ -235,23 +261,104 @@ class Registry:
         if path == header_path:
             raise RegistryPathInvalid(path=path, reason="it is given as the mirror and as its header")
 
-        def row(session: Session) -> Mirror:
+        def insert(session: Session) -> MirrorRecord:
             volume = _find(session, name)
             _refuse_taken(session, *paths)
             if twin := session.scalar(select(Mirror).filter_by(luks_uuid=luks_uuid)):
                 raise LuksUuidTaken(path=path, luks_uuid=luks_uuid, registered=twin.path)
-            return Mirror(
+            mirror = Mirror(
                 volume_id=volume.id, path=path, header_path=header_path, luks_uuid=luks_uuid, generation=generation
             )
+            session.add(mirror)
+            session.flush()
+            reason = f"{actor.user} gave the volume {name} the mirror {path}"
+            _append(session, "mirror-added", actor, name, reason, {"path": path, "luks_uuid": luks_uuid})
+            return _mirror_record(mirror)
 
-        return _mirror_record(self._insert(row))
+        return self._insert(insert)
 
-    def remove_mirror(self, name: str, path: str) -> None:
+    def remove_mirror(self, name: str, path: str, *, actor: Actor) -> None:
         """Forget one mirror; the disk is not touched. Raises VolumeUnknown, MirrorUnknown."""
         with self._transaction(write=True) as session:
             volume = _find(session, name)
             if not _hit(session, delete(Mirror).filter_by(volume_id=volume.id, path=path)):
                 raise MirrorUnknown(mirror=path, where=f" with the volume {name}")
+            reason = f"{actor.user} took the mirror {path} from the volume {name}"
+            _append(session, "mirror-removed", actor, name, reason, {"path": path})
+
+    def set_on_denied(self, name: str, policy: OnDenied, *, actor: Actor) -> None:
+        """Say what becomes of updates that are denied. Raises VolumeUnknown."""
+        with self._transaction(write=True) as session:
+            _find(session, name).on_denied = policy
+            reason = f"{actor.user} set on-denied={policy}"
+            _append(session, "on-denied", actor, name, reason, {"on_denied": policy})
+
+    # --- who may update the mirrors ---
+
+    def grants(self, name: str) -> tuple[Grant, ...]:
+        """All grants of a volume, by user. Raises VolumeUnknown."""
+        with self._transaction() as session:
+            rows = session.scalars(select(models.Grant).filter_by(volume_id=_find(session, name).id))
+            return tuple(sorted(map(_grant, rows), key=lambda grant: grant.user))
+
+    def grant(self, name: str, grant: Grant, *, actor: Actor) -> None:
+        """Give a user, or everybody, the right to update the mirrors, in place of the old. Raises VolumeUnknown."""
+        texts = [str(window) for window in grant.windows]
+        with self._transaction(write=True) as session:
+            volume = _find(session, name)
+            session.execute(delete(models.Grant).filter_by(volume_id=volume.id, user=grant.user))
+            session.add(
+                models.Grant(volume_id=volume.id, user=grant.user, windows=json.dumps(texts), timezone=grant.timezone)
+            )
+            when = f" {', '.join(texts)} ({grant.timezone})" if texts else ""
+            reason = f"{actor.user} granted {grant.user} the mirrors of {name}{when}"
+            details = {"grantee": grant.user, "windows": texts, "timezone": grant.timezone}
+            _append(session, "granted", actor, name, reason, details)
+
+    def revoke(self, name: str, user: str, *, actor: Actor) -> None:
+        """Take a user's right away, or everybody's. Raises VolumeUnknown, GrantUnknown."""
+        with self._transaction(write=True) as session:
+            volume = _find(session, name)
+            if not _hit(session, delete(models.Grant).filter_by(volume_id=volume.id, user=user)):
+                raise GrantUnknown(user=user, volume=name)
+            reason = f"{actor.user} took the mirrors of {name} from {user}"
+            _append(session, "revoked", actor, name, reason, {"grantee": user})
+
+    # --- the audit trail ---
+
+    def audit(self, event: str, *, actor: Actor, volume: str, reason: str, details: Mapping[str, Any]) -> None:
+        """Append a row to the audit trail, durably."""
+        with self._transaction(write=True) as session:
+            _append(session, event, actor, volume, reason, details)
+
+    def audit_rows(
+        self,
+        *,
+        volume: str | None = None,
+        user: str | None = None,
+        since_s: float | None = None,
+        until_s: float | None = None,
+    ) -> tuple[AuditRecord, ...]:
+        """The rows of the audit trail, oldest first; times in seconds since 1970, the second one excluded."""
+        query = select(AuditRow).order_by(AuditRow.number)
+        if volume is not None:
+            query = query.filter_by(volume=volume)
+        if user is not None:
+            query = query.filter_by(user=user)
+        if since_s is not None:
+            query = query.where(AuditRow.at_us >= round(since_s * 1e6))
+        if until_s is not None:
+            query = query.where(AuditRow.at_us < round(until_s * 1e6))
+        with self._transaction() as session:
+            return tuple(map(_audit_record, session.scalars(query)))
+
+    def check_audit(self, head: str | None = None) -> AuditCheck:
+        """Prove that the audit trail is whole; `head`, a hash noted earlier, must still be in it."""
+        with self._transaction() as session:
+            last = session.get(AuditHead, 1)
+            rows = session.scalars(select(AuditRow).order_by(AuditRow.number).execution_options(yield_per=1000))
+            noted = (last.number, last.hash) if last else (0, audit.FIRST)
+            return audit.check(map(_audit_record, rows), noted, head)
 
     def set_generation(self, mirror_id: str, generation: int) -> None:
         """Keep the generation that was last seen on a mirror, durably. Raises MirrorUnknown."""
@@ -270,17 +377,16 @@ class Registry:
         except DBAPIError as error:
             raise _in_our_words(error, self._label) from error
 
-    def _insert(self, row: Callable[[Session], Row]) -> Row:
-        """Insert what `row` makes once its checks have passed.
+    def _insert(self, work: Callable[[Session], Record]) -> Record:
+        """Do what inserts a row, and return its record.
 
         A constraint that rejects what the checks let through means that somebody without our lock was quicker, or
-        damage. So the checks are made once more: they see the other's row and name it, or the error comes again.
+        damage. So it is done once more: the checks then see the other's row and name it, or the error comes again.
         """
 
-        def insert() -> Row:
+        def insert() -> Record:
             with self._transaction(write=True) as session:
-                session.add(new := row(session))
-            return new
+                return work(session)
 
         try:
             return insert()
@@ -329,6 +435,49 @@ def _refuse_taken(session: Session, *paths: str) -> None:
 def _hit(session: Session, statement: Delete | Update) -> bool:
     """Execute, and say whether there was a row to change."""
     return cast("CursorResult[Any]", session.execute(statement)).rowcount > 0
+
+
+def _append(session: Session, event: str, actor: Actor, volume: str, reason: str, details: Mapping[str, Any]) -> None:
+    """Add a row to the audit trail, in the transaction of what it tells of."""
+    last = session.get(AuditHead, 1)
+    if last is None:
+        last = AuditHead(id=1, number=0, hash=audit.FIRST)
+        session.add(last)
+    record = AuditRecord(
+        number=last.number + 1,
+        at_us=time.time_ns() // 1000,
+        volume=volume,
+        event=event,
+        user=_text(actor.user),
+        origin=_text(actor.origin),
+        reason=_text(reason),
+        details=json.loads(_text(json.dumps(details))),
+        previous=last.hash,
+        hash="",
+    )
+    sealed = replace(record, hash=audit.hash_of(record.members()))
+    columns = sealed.members() | {"at_us": sealed.at_us, "details": json.dumps(sealed.details), "hash": sealed.hash}
+    del columns["at"]
+    session.add(AuditRow(**columns))
+    last.number, last.hash = sealed.number, sealed.hash
+
+
+def _text(text: str) -> str:
+    """What every database can hold: a path may have bytes that are no UTF-8, or a NUL in a name that somebody sent."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
+def _audit_record(row: AuditRow) -> AuditRecord:
+    try:
+        details = json.loads(row.details)
+    except ValueError:
+        details = row.details  # altered by hand; the check says so
+    names = ("number", "at_us", "volume", "event", "user", "origin", "reason", "previous", "hash")
+    return AuditRecord(**{name: getattr(row, name) for name in names}, details=details)
+
+
+def _grant(row: models.Grant) -> Grant:
+    return Grant(row.user, tuple(map(windows.parse, json.loads(row.windows))), row.timezone)
 
 
 def _mirror_record(row: Mirror) -> MirrorRecord:
