@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.volume import intent
-from lockstep.volume.intent import PAGE_BYTES, Identity, IntentBitmap, load
+from lockstep.volume import pages
+from lockstep.volume.intent import Identity, IntentBitmap, load
+from lockstep.volume.pages import PAGE_BYTES
 from lockstep.volume.regions import region_bytes_for
 
 SIZE_BYTES = 700 << 20  # 11200 regions: three pages
@@ -75,20 +76,20 @@ def test_whatever_is_let_through_is_marked_after_a_power_cut(
         bitmap, path = fresh(Path(directory))
         medium = Medium(path)
         medium.sync()
-        write = intent._write
+        write = pages._write
 
         def recording_write(fd: int, data: bytes, offset: int) -> None:
             medium.unsynced.append((offset, data))
             write(fd, data, offset)
 
-        patch.setattr(intent, "_write", recording_write)
+        patch.setattr(pages, "_write", recording_write)
         patch.setattr(os, "fdatasync", lambda _fd: medium.sync())
         let_through: dict[tuple[int, int], None] = {}
 
         def look() -> None:
             """The invariant, at any moment."""
             path.with_name("cut").write_bytes(medium.after_power_cut(lambda number: bool(lost >> number % 16 & 1)))
-            marked = load(str(path.with_name("cut")), IDENTITY, 1, 0)
+            marked = load(str(path.with_name("cut")), IDENTITY, 1, 0).marked
             for start, end in let_through:
                 assert 0 not in marked[start // REGION_BYTES : -(-end // REGION_BYTES)]
 
@@ -121,7 +122,7 @@ def test_marks_survive_a_restart(regions: set[int]) -> None:
     marked = bytes(region in regions for region in range(COUNT))
     with tempfile.TemporaryDirectory() as directory:
         bitmap, path = fresh(Path(directory), marked)
-        assert load(str(path), IDENTITY, 1, 0) == marked == bitmap.marked()
+        assert load(str(path), IDENTITY, 1, 0).marked == marked == bitmap.marked()
         bitmap.close()
 
 
@@ -129,17 +130,17 @@ def test_only_a_bitmap_of_the_same_mirror_and_generation_counts(tmp_path: Path) 
     bitmap, path = fresh(tmp_path)
     bitmap.close()
     everything = b"\1" * COUNT
-    assert load(str(path), IDENTITY, 1, 0) == bytes(COUNT)
+    assert load(str(path), IDENTITY, 1, 0).marked == bytes(COUNT)
     for generation in (0, 2, 3):
-        assert load(str(path), IDENTITY, generation, 0) == everything
+        assert load(str(path), IDENTITY, generation, 0).marked == everything
     other = str(uuid.UUID(int=9))
     for identity in (
         Identity(other, IDENTITY.luks_uuid, SIZE_BYTES),
         Identity(IDENTITY.volume_id, other, SIZE_BYTES),
         Identity(IDENTITY.volume_id, IDENTITY.luks_uuid, SIZE_BYTES - REGION_BYTES),
     ):
-        assert set(load(str(path), identity, 1, 0)) == {1}
-    assert load(str(tmp_path / "none"), IDENTITY, 1, 0) == everything
+        assert set(load(str(path), identity, 1, 0).marked) == {1}
+    assert load(str(tmp_path / "none"), IDENTITY, 1, 0).marked == everything
 
 
 def test_a_claim_cut_off_before_or_after_the_token_fits_both_generations(tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_a_claim_cut_off_before_or_after_the_token_fits_both_generations(tmp_pat
     bitmap.claim(1, 2, bytes(COUNT))
     bitmap.close()
     for generation, fits in ((0, False), (1, True), (2, True), (3, False)):
-        assert (load(str(path), IDENTITY, generation, 0) == bytes(COUNT)) is fits
+        assert (load(str(path), IDENTITY, generation, 0).marked == bytes(COUNT)) is fits
 
 
 @given(position=st.integers(0, PAGE_BYTES * 4 - 1), flip=st.integers(1, 255))
@@ -158,31 +159,31 @@ def test_a_damaged_byte_marks_its_whole_page(position: int, flip: int) -> None:
         content = bytearray(path.read_bytes())
         content[position] ^= flip
         path.write_bytes(content)
-        marked = load(str(path), IDENTITY, 1, 0)
+        marked = load(str(path), IDENTITY, 1, 0).marked
         page = position // PAGE_BYTES - 1
         if page < 0:
             assert set(marked) == {1}
         else:
-            start = page * intent.PAGE_REGIONS
-            assert set(marked[start : start + intent.PAGE_REGIONS]) == {1}
-            assert sum(marked) == len(marked[start : start + intent.PAGE_REGIONS])
+            start = page * pages.PAGE_BITS
+            assert set(marked[start : start + pages.PAGE_BITS]) == {1}
+            assert sum(marked) == len(marked[start : start + pages.PAGE_BITS])
 
 
 def test_a_target_written_since_an_orderly_end_is_noticed(tmp_path: Path) -> None:
     bitmap, path = fresh(tmp_path)
     bitmap.settle(1, written_ns=5)
     bitmap.close()
-    assert load(str(path), IDENTITY, 1, 5) == bytes(COUNT)
-    assert load(str(path), IDENTITY, 1, 6) == b"\1" * COUNT
+    assert load(str(path), IDENTITY, 1, 5).marked == bytes(COUNT)
+    assert load(str(path), IDENTITY, 1, 6).marked == b"\1" * COUNT
 
 
 def test_a_mark_that_cannot_be_written_is_an_error_and_lets_nothing_through(tmp_path: Path) -> None:
     bitmap, _path = fresh(tmp_path)
-    bitmap._fd, real = 1 << 20, bitmap._fd  # no such descriptor
+    bitmap._pages._fd, real = 1 << 20, bitmap._pages._fd  # no such descriptor
     with pytest.raises(OSError, match="Bad file descriptor"):
         asyncio.run(bitmap.mark(0, 1))
     assert not bitmap.covers(0, 1)
-    bitmap._fd = real
+    bitmap._pages._fd = real
     bitmap.close()
 
 

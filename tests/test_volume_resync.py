@@ -5,12 +5,16 @@ Disks are byte arrays here, so that a test can stop one in the middle of a read.
 
 import asyncio
 import threading
+import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import pytest
 
+from lockstep.volume.gate import Ruling
+from lockstep.volume.held import HeldRecord
+from lockstep.volume.intent import Identity
 from lockstep.volume.link import MirrorLink
 from lockstep.volume.regions import RegionMap
 from lockstep.volume.resync import Resync
@@ -18,6 +22,7 @@ from lockstep.volume.write_path import WritePath
 
 SIZE_BYTES: Final = 64 << 10
 SECTOR_BYTES: Final = 512
+IDENTITY: Final = Identity(str(uuid.UUID(int=1)), str(uuid.UUID(int=2)), SIZE_BYTES)
 
 
 class Disk:
@@ -39,7 +44,7 @@ class Disk:
         self.was_read.set()
         assert self.go_on.wait(10)
 
-    def write(self, offset: int, data: memoryview, *, durable: bool) -> None:
+    def write(self, offset: int, data: memoryview, durable: bool = False) -> None:
         self.content[offset : offset + len(data)] = data
 
     def flush(self) -> None:
@@ -73,6 +78,19 @@ class Silent:
         raise AssertionError(self)
 
 
+class Open:
+    """A gate through which everybody may go."""
+
+    def __call__(self, user: str) -> Ruling:
+        return Ruling.UPDATE
+
+    def anyone(self) -> bool:
+        return True
+
+    def denied(self, user: str, ruling: Ruling, length: int) -> None:
+        raise AssertionError(user)
+
+
 class Stage:
     """A target, a mirror that differs all over, and what joins them."""
 
@@ -81,10 +99,11 @@ class Stage:
         mirror: Any = self.mirror
         target: Any = self.target
         intent: Any = AllMarked()
-        self.link = MirrorLink("mirror", "uuid", mirror, RegionMap(SIZE_BYTES, b"\1"), intent, Silent())
+        held = HeldRecord("/nowhere/record", IDENTITY, asyncio.to_thread, expected=False)
+        self.link = MirrorLink("mirror", "uuid", mirror, RegionMap(SIZE_BYTES, b"\1"), intent, held, Silent())
         self.mirror.link = self.link
-        self.path = WritePath(target, (self.link,), lambda _user: True, SECTOR_BYTES, workers)
-        self.resync = Resync(self.path, self.link, mirror, workers)
+        self.path = WritePath(target, (self.link,), Open(), SECTOR_BYTES, workers)
+        self.resync = Resync(self.path, self.link, mirror, Open(), workers)
 
 
 def play(scene: Callable[[Stage], Awaitable[None]]) -> Stage:
@@ -104,7 +123,7 @@ def play(scene: Callable[[Stage], Awaitable[None]]) -> Stage:
 def test_a_late_copy_never_overwrites_what_a_client_wrote_meanwhile(offset: int, length: int) -> None:
     async def scene(stage: Stage) -> None:
         stage.target.go_on.clear()
-        copying = asyncio.create_task(stage.resync.run())
+        copying = asyncio.create_task(stage.resync.copy())
         await asyncio.to_thread(stage.target.was_read.wait, 10)
         # The copy has read the old data, and has not written it to the mirror yet.
         data = memoryview(b"c" * length)
@@ -125,7 +144,7 @@ def test_a_late_copy_never_overwrites_what_a_client_wrote_meanwhile(offset: int,
 
 def test_a_mirror_is_called_in_sync_only_when_its_copy_is_durable() -> None:
     async def scene(stage: Stage) -> None:
-        await stage.resync.run()
+        await stage.resync.copy()
 
     stage = play(scene)
     assert stage.mirror.states[0] == "syncing"

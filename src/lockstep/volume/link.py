@@ -3,8 +3,10 @@
     state      means                                                    left by
     syncing    regions differ and are being copied                      the flush after the last -> in-sync
     in-sync    no region differs; every write goes to both disks        a failed mirror write  -> degraded,
-                                                                        a failed target write  -> behind
-    behind     regions differ, and nothing is copying them              the next start         -> syncing
+                                                                        a held update, a failed
+                                                                        target write           -> behind
+    behind     regions differ, and nothing is copying them: they are    a window's opening, a
+               held, nobody may update the mirror, or the target failed sync, the next start   -> syncing
     degraded   the mirror failed and is not written any more            the next start         -> syncing
 
 The state is never stored: it is derived from what is known of the regions and of the failure.
@@ -14,14 +16,17 @@ marks are cleared only after both disks were flushed; so when one of them fails,
 marked regions, and these are what differs.
 """
 
+import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from lockstep.disk.encrypted import EncryptedDisk
+from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import IntentBitmap
-from lockstep.volume.regions import RegionMap
+from lockstep.volume.regions import RegionMap, positions
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +34,8 @@ IN_SYNC: Final = "in-sync"
 SYNCING: Final = "syncing"
 BEHIND: Final = "behind"
 DEGRADED: Final = "degraded"
+FROZEN: Final = "frozen"
+"""What the mirror's own token says in place of `behind` while the mirror is the disk as it was at one moment."""
 
 
 @dataclass
@@ -67,16 +74,20 @@ class MirrorLink:
         disk: EncryptedDisk,
         regions: RegionMap,
         intent: IntentBitmap,
+        held: HeldRecord,
         keeper: Keeper,
     ) -> None:
         self.path = path
         self.uuid = uuid
         self.regions = regions
         self.intent = intent
+        self.held = held
         self._keeper = keeper
         self.sync: SyncProgress | None = None
         self.error: str | None = None  # why the mirror is not followed any more
         self.target_error: str | None = None  # why the target cannot be copied from
+        self.waiting = held.frozen_since_s is not None  # nothing may be copied now
+        self._first_hold = asyncio.Lock()
         self._disk = disk
 
     @property
@@ -84,9 +95,21 @@ class MirrorLink:
         """One of the four states in the table above."""
         if self.error is not None:
             return DEGRADED
-        if not self.regions.dirty_bytes and self.sync is None:  # a copy is over when it is durable
-            return IN_SYNC
-        return BEHIND if self.target_error else SYNCING
+        if self.sync is None and not self.regions.dirty_bytes and not self.regions.held_bytes:
+            return IN_SYNC  # a copy is over when it is durable
+        if self.target_error or self.waiting or (self.sync is None and not self.regions.dirty_bytes):
+            return BEHIND
+        return SYNCING
+
+    @property
+    def consistent(self) -> bool:
+        """Whether the mirror alone is the whole disk as it was at one moment: now, or when it was frozen."""
+        return self.error is None and (self.state == IN_SYNC or self.held.frozen_since_s is not None)
+
+    @property
+    def token_state(self) -> str:
+        """What the mirror says of itself, for whoever restores from it alone."""
+        return FROZEN if self.state == BEHIND and self.consistent else self.state
 
     async def forget(self, regions: list[int]) -> None:
         """Clear the marks of regions that are equal and flushed, unless somebody asked to write there meanwhile.
@@ -99,19 +122,53 @@ class MirrorLink:
 
     async def announce(self, state: str | None = None) -> None:
         """Have the mirror itself say how it stands, so that a restore from it alone knows."""
-        await self._keeper.announce(state or self.state)
+        await self._keeper.announce(state or self.token_state)
 
     async def record(self, start: int, end: int) -> None:
-        """Have [start, end) marked durably, before it is written anywhere.
+        """Have [start, end) marked durably, before it is written anywhere; a frozen mirror is so no more.
 
         If that fails, the mirror is dropped and disowned; raises OSError when it cannot even be disowned, since then
         the next start would take it for equal.
         """
         try:
+            await self.held.thaw()
             await self.intent.mark(start, end)
         except OSError as failure:
             self.drop("recording the writes to", failure)
             await self._keeper.disown()
+
+    async def hold(self, start: int, end: int, user: str, kind: str, in_worker: Callable[..., Awaitable[None]]) -> None:
+        """Have [start, end) recorded durably as what `user` writes to the target without updating the mirror.
+
+        Raises OSError when it cannot be: such a write must not reach the target, since nothing would keep it from
+        being copied.
+        """
+        async with self._first_hold:  # others wait until it is on record whether the mirror was equal
+            if self.state == IN_SYNC:
+                self.regions.hold(start, end - start)
+                await in_worker(self.flush)
+                await self.held.hold(start, end, user, kind, equal=self.error is None)
+        self.regions.hold(start, end - start)
+        await self.held.hold(start, end, user, kind, equal=False)
+
+    async def release(self, regions: bytes) -> None:
+        """Have these regions, a byte each, copied, as far as they are held. Raises OSError."""
+        await self.held.thaw()
+        self.regions.release(regions)
+        self.waiting = False
+
+    async def forget_released(self) -> None:
+        """Clear the record of what was held, released, copied and flushed. Raises OSError."""
+        done = [region for region in positions(self.held.regions()) if self.regions.clean(region)]
+        if done:
+            await self.held.forget(done)
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """Fill `into` with what the mirror holds, whole sectors; a failure drops the mirror and is not the writer's."""
+        try:
+            self._disk.read(offset, into)
+        except OSError as failure:
+            self.drop("reading", failure)
 
     def update(self, offset: int, data: memoryview, *, durable: bool) -> None:
         """Carry an update to the mirror, whole sectors; a failure drops the mirror and is not the writer's."""

@@ -2,7 +2,7 @@
 
 A region is clean only when the two disks are known to be equal there. While it is being copied it counts as
 dirty; a mark that arrives meanwhile is not lost when the copy ends, because finishing clears only regions that
-nobody has marked since.
+nobody has marked since. A region that is held differs as well, and is not copied before it is released.
 
 A region is one byte, so that finding, counting and marking are single operations of the interpreter. Marks come from
 any thread: a lock keeps them out while the end of a copy looks at a region and then clears it.
@@ -15,8 +15,10 @@ SMALLEST_REGION_BYTES: Final = 64 << 10
 LARGEST_REGION_BYTES: Final = 16 << 20
 REGIONS_WANTED: Final = 1 << 20
 
-_CLEAN, _DIRTY, _COPYING = 0, 1, 2
-_AS_DIRTY: Final = bytes([0, 1, 1]).ljust(256, b"\1")
+_CLEAN, _DIRTY, _COPYING, _HELD = 0, 1, 2, 3
+# What each state is to those who ask, or becomes.
+_AS_DIRTY: Final = bytes([0, 1, 1, 0]).ljust(256, b"\1")
+_MARKED: Final = bytes([_DIRTY, _DIRTY, _DIRTY, _HELD]).ljust(256, b"\1")
 
 
 def region_bytes_for(size_bytes: int) -> int:
@@ -28,36 +30,65 @@ def region_bytes_for(size_bytes: int) -> int:
 class RegionMap:
     """Clean or dirty, for each region of a disk of `size_bytes`."""
 
-    def __init__(self, size_bytes: int, dirty: bytes | bytearray) -> None:
-        """`dirty` has a byte for each region: 1 if it may differ, 0 if it is equal."""
+    def __init__(self, size_bytes: int, dirty: bytes | bytearray, held: bytes = b"") -> None:
+        """`dirty` and `held` have a byte for each region: 1 if it may differ, 0 if it is equal."""
         self.size_bytes = size_bytes
         self.region_bytes = region_bytes_for(size_bytes)
         self._lock = threading.Lock()
         self._states = bytearray(dirty)
+        for region in positions(held):
+            self._states[region] = _HELD
 
     @property
     def dirty_bytes(self) -> int:
-        """How much of the disk is not known to be equal."""
-        dirty = len(self._states) - self._states.count(_CLEAN)
-        if self._states and self._states[-1] != _CLEAN:
-            return dirty * self.region_bytes - (len(self._states) * self.region_bytes - self.size_bytes)
-        return dirty * self.region_bytes
+        """How much of the disk is not known to be equal, and may be copied."""
+        return self._bytes_in(_DIRTY) + self._bytes_in(_COPYING)
+
+    @property
+    def held_bytes(self) -> int:
+        """How much of the disk is held."""
+        return self._bytes_in(_HELD)
+
+    def _bytes_in(self, state: int) -> int:
+        total = self._states.count(state) * self.region_bytes
+        if self._states and self._states[-1] == state:
+            total -= len(self._states) * self.region_bytes - self.size_bytes
+        return total
 
     def mark(self, offset: int, length: int) -> None:
-        """The content of this range is unknown."""
-        first, end = offset // self.region_bytes, -(-(offset + length) // self.region_bytes)
+        """The content of this range is unknown; what is held stays so."""
+        part = self._slice(offset, length)
         with self._lock:
-            self._states[first:end] = bytes([_DIRTY]) * (end - first)
+            self._states[part] = self._states[part].translate(_MARKED)
 
     def mark_regions(self, regions: bytes) -> None:
-        """The content of these regions, a byte each, is unknown."""
+        """The content of these regions, a byte each, is unknown; what is held stays so."""
         with self._lock:
-            for region in range(len(regions)):
-                if regions[region]:
+            for region in positions(regions):
+                self._states[region] = _MARKED[self._states[region]]
+
+    def hold(self, offset: int, length: int) -> None:
+        """Keep this range from being copied, also where it is being copied already."""
+        part = self._slice(offset, length)
+        with self._lock:
+            self._states[part] = bytes([_HELD]) * (part.stop - part.start)
+
+    def held(self, offset: int, length: int) -> bool:
+        """Whether any of this range is held."""
+        return _HELD in self._states[self._slice(offset, length)]
+
+    def release(self, regions: bytes) -> None:
+        """Have these regions, a byte each, copied, as far as they are held."""
+        with self._lock:
+            for region in positions(regions):
+                if self._states[region] == _HELD:
                     self._states[region] = _DIRTY
 
+    def _slice(self, offset: int, length: int) -> slice:
+        return slice(offset // self.region_bytes, -(-(offset + length) // self.region_bytes))
+
     def dirty(self) -> bytes:
-        """Which regions may differ, a byte each."""
+        """Which regions may differ and are not held, a byte each."""
         return bytes(self._states).translate(_AS_DIRTY)
 
     def clean(self, region: int) -> bool:
@@ -81,3 +112,12 @@ class RegionMap:
         with self._lock:
             if self._states[region] == _COPYING:
                 self._states[region] = _CLEAN if equal else _DIRTY
+
+
+def positions(states: bytes | bytearray) -> list[int]:
+    """Where the ones are."""
+    found, at = [], states.find(1)
+    while at >= 0:
+        found.append(at)
+        at = states.find(1, at + 1)
+    return found

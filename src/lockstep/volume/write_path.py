@@ -1,12 +1,12 @@
 """The write path: every update of a target, from its interception to both disks.
 
-The steps, in the order in which they stand in `_update`, by the numbers of the method:
+The steps, in the order in which they are taken, by the numbers of the method:
 
-    101/501/601  intercept       a write request arrives that a client meant for the target
+    101/501/601  intercept       `write_now`, `write`: a write request arrives that a client meant for the target
     502          look up         does this target have a mirror? If not: 505 alone
-    602          gate            may this user update the mirror, and now? If not, end
-    102/503      encrypt         the data that the request carries
-    (record)     the intent     where the two disks are about to differ, durably
+    602          gate            may this user update the mirror, and now? If not: it is held, 505 alone; or refused
+    (record)     the intent      where the two disks are about to differ, durably
+    102/503      encrypt         `_update`: the data that the request carries
     103/504      mirror          the ciphertext, at the position given by offset and length
     103/505      target          the plaintext, at the same position
 
@@ -15,12 +15,14 @@ Rules:
 1. A request is answered after the target and every mirror that is followed took it. A mirror that fails is
    dropped, and the request goes on; a target that fails fails the request.
 2. `decrypt(mirror) == target` for every clean region, whatever the alignment: an update smaller than the
-   encryption sector is first merged with the *target's* plaintext around it.
+   encryption sector is first merged with the *target's* plaintext around it. Where something is held, it is merged with
+   the mirror's: what surrounds it on the target may be what the mirror must not be given.
 3. Overlapping updates reach both disks in one order. Small aligned ones are carried out at once on the loop,
    alone by construction, unless their sectors are held; all others hold their sectors (`Ranges`), and so does
    each piece of a resync.
-4. A region is marked in the intent bitmap, durably, before either disk is written there. So a small write is carried
-   out at once only inside the hot set, where the marks are already; and marks are cleared by `tidy` alone.
+4. A region is marked in the intent bitmap, durably, before either disk is written there; a held one in the record of
+   what is held. So a small write is carried out at once only inside the hot set, where the marks are already; and
+   marks are cleared by `tidy` alone.
 5. A hole on the target is zeroes on a clean mirror, so clearing what is a hole already costs the mirror nothing.
 6. FLUSH covers what was answered before it began, on the target and on every followed mirror.
 """
@@ -30,11 +32,13 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from typing import Final
 
 from lockstep.disk.plain import PlainDisk
+from lockstep.volume.gate import UPDATE, Gate, Ruling
+from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW
 from lockstep.volume.link import MirrorLink
 from lockstep.volume.ranges import Ranges
 from lockstep.volume.rounds import Rounds
@@ -44,15 +48,15 @@ log = logging.getLogger(__name__)
 INLINE_BYTES: Final = 128 << 10  # an update up to this size delays the other clients less than a thread would
 CLEAR_PIECE_BYTES: Final = 8 << 20
 
-Gate = Callable[[str], bool]
+Mirrors = tuple[MirrorLink, ...]
+
+_KINDS: Final = {Ruling.UNTIL_WINDOW: OUTSIDE_WINDOW, Ruling.UNTIL_RELEASED: NO_RIGHT}
 
 
 class WritePath:
     """The updates of one target. Offsets and lengths are bytes within the target; failures are OSErrors."""
 
-    def __init__(
-        self, target: PlainDisk, mirrors: tuple[MirrorLink, ...], gate: Gate, sector_bytes: int, workers: Executor
-    ) -> None:
+    def __init__(self, target: PlainDisk, mirrors: Mirrors, gate: Gate, sector_bytes: int, workers: Executor) -> None:
         """Serve `target`; `mirrors` is what the registry says of it; `sector_bytes` suits all of them."""
         self.target = target
         self.mirrors = mirrors
@@ -71,16 +75,19 @@ class WritePath:
         end = offset + length
         if length > INLINE_BYTES or (offset | length) & self._sector_mask or not self.ranges.free(offset, end):
             return False
-        for mirror in self.mirrors:
-            if not mirror.intent.covers(offset, end):
+        mirrors = self.mirrors  # 502
+        if mirrors and self._gate(user) is not UPDATE:  # 602
+            return False
+        for mirror in mirrors:
+            if mirror.held.frozen_since_s is not None or not mirror.intent.covers(offset, end):
                 return False
-        self._update(user, offset, data)
+        self._update(mirrors, offset, data)
         return True
 
     async def write(self, user: str, offset: int, data: memoryview, *, durable: bool) -> None:
         """Carry out any write; `durable` has it on the medium of every disk before it is answered."""
-        async with self._hold(offset, len(data)):
-            await self._in_worker(self._update, user, offset, data, durable)
+        async with self._hold(user, offset, len(data)) as mirrors:
+            await self._in_worker(self._update, mirrors, offset, data, durable)
         if durable:
             await self._announce_faults()
 
@@ -91,8 +98,8 @@ class WritePath:
         end = offset + length
         while offset < end:
             stop = min(end, (offset // CLEAR_PIECE_BYTES + 1) * CLEAR_PIECE_BYTES)
-            async with self._hold(offset, stop - offset):
-                await self._in_worker(self._clear, user, offset, stop - offset, allocate)
+            async with self._hold(user, offset, stop - offset) as mirrors:
+                await self._in_worker(self._clear, mirrors, offset, stop - offset, allocate)
             offset = stop
         if durable:
             await self.flush()
@@ -128,50 +135,62 @@ class WritePath:
         start = region * mirror.regions.region_bytes
         return mirror.regions.clean(region) and self.ranges.free(start, start + mirror.regions.region_bytes)
 
-    @contextlib.asynccontextmanager
-    async def _hold(self, offset: int, length: int) -> AsyncIterator[None]:
-        """Have the range's sectors to oneself, marked for every mirror."""
-        start, end = self._sectors(offset, length)
-        async with self.ranges.hold(start, end):
-            for mirror in self.mirrors:
-                await mirror.record(start, min(end, self.target.size_bytes))
-            yield
-
     # --- the method ---
 
-    def _update(self, user: str, offset: int, data: memoryview, durable: bool = False) -> None:
+    @contextlib.asynccontextmanager
+    async def _hold(self, user: str, offset: int, length: int) -> AsyncIterator[Mirrors]:
+        """Have the range's sectors to oneself, on record; yields the mirrors that `user` may update now.
+
+        Raises PermissionError where such updates are refused, and OSError when what is held cannot be recorded.
+        """
+        start, end = self._sectors(offset, length)
+        async with self.ranges.hold(start, end):
+            mirrors = self.mirrors  # 502
+            ruling, recorded = self._gate(user) if mirrors else UPDATE, None  # 602
+            while recorded is not ruling:  # again where the ruling changed while it was being recorded
+                recorded = ruling
+                await self._record(user, recorded, start, min(end, self.target.size_bytes))
+                ruling = self._gate(user) if mirrors else UPDATE
+            if ruling is not UPDATE:
+                self._gate.denied(user, ruling, length)
+            yield mirrors if ruling is UPDATE else ()
+
+    async def _record(self, user: str, ruling: Ruling, start: int, end: int) -> None:
+        """Have it on record, durably, what is about to happen to [start, end)."""
+        if ruling is Ruling.REFUSE:
+            self._gate.denied(user, ruling, end - start)
+            raise PermissionError(errno.EPERM, f"{user} may not update the mirror")
+        for mirror in self.mirrors:
+            if ruling in _KINDS:
+                await mirror.hold(start, end, user, _KINDS[ruling], self._in_worker)
+            else:
+                await mirror.record(start, end)
+            if ruling is Ruling.FALL_BEHIND:
+                mirror.regions.mark(start, end - start)
+
+    def _update(self, mirrors: Mirrors, offset: int, data: memoryview, durable: bool = False) -> None:
         self.updates += 1
-        mirrors = self.mirrors  # 502
-        if mirrors:
-            self._permit(user)  # 602
-            start, sectors = offset, data
-            if (offset | len(data)) & self._sector_mask:
-                start, sectors = self._whole_sectors(offset, data)
-            for mirror in mirrors:
-                mirror.update(start, sectors, durable=durable)  # 102/503 encrypt, 103/504 write
+        whole = not (offset | len(data)) & self._sector_mask
+        for mirror in mirrors:
+            start, sectors = (offset, data) if whole else self._whole_sectors(mirror, offset, data)
+            mirror.update(start, sectors, durable=durable)  # 102/503 encrypt, 103/504 write
         try:
             self.target.write(offset, data, durable=durable)  # 103/505
         except OSError as failure:
             self._target_failed(failure)
             raise
 
-    def _clear(self, user: str, offset: int, length: int, allocate: bool) -> None:
+    def _clear(self, mirrors: Mirrors, offset: int, length: int, allocate: bool) -> None:
         """Like `_update`, for zeroes, which have no payload to encrypt."""
         self.updates += 1
-        mirrors = self.mirrors  # 502
-        if mirrors:
-            self._permit(user)  # 602
-            for start, count in self._data_within(offset, length):
-                self._clear_mirrors(mirrors, start, count)  # 102/503, 103/504
+        for mirror in mirrors:
+            for start, count in self._data_within(mirror, offset, length):
+                self._clear_mirror(mirror, start, count)  # 102/503, 103/504
         try:
             self.target.zero(offset, length, allocate=allocate)  # 103/505
         except OSError as failure:
             self._target_failed(failure)
             raise
-
-    def _permit(self, user: str) -> None:
-        if not self._gate(user):
-            raise PermissionError(errno.EPERM, f"{user} may not update the mirror")
 
     # --- whole sectors ---
 
@@ -180,24 +199,27 @@ class WritePath:
         mask = self._sector_mask
         return offset & ~mask, (offset + length + mask) & ~mask
 
-    def _whole_sectors(self, offset: int, data: memoryview) -> tuple[int, memoryview]:
-        """Return `data` with the target's plaintext round it, so that it begins and ends on a sector."""
+    def _whole_sectors(self, mirror: MirrorLink, offset: int, data: memoryview) -> tuple[int, memoryview]:
+        """Return `data` with the plaintext round it, so that it begins and ends on a sector."""
         length = len(data)
         start, end = self._sectors(offset, length)
+        read = mirror.read if mirror.regions.held(start, end - start) else self.target.read
         whole = memoryview(bytearray(end - start))
         sector = self._sector_mask + 1
         if start < offset:
-            self.target.read(start, whole[:sector])
+            read(start, whole[:sector])
         if offset + length < end and (end - start > sector or start == offset):
-            self.target.read(end - sector, whole[-sector:])
+            read(end - sector, whole[-sector:])
         whole[offset - start : offset - start + length] = data
         return start, whole
 
-    def _data_within(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """The parts of a range whose sectors are not all holes of the target, in order: (offset, length).
+    def _data_within(self, mirror: MirrorLink, offset: int, length: int) -> list[tuple[int, int]]:
+        """The parts of a range whose sectors are not all zeroes on the mirror already, in order: (offset, length).
 
         Rounded to sectors and joined, so that no sector is merged twice: the target still holds its old content.
         """
+        if mirror.regions.held(offset, length):  # the target's holes say nothing of it
+            return [(offset, length)]
         parts: list[tuple[int, int]] = []  # [start, end)
         for at, count, data in self.target.extents(offset, length):
             if data:
@@ -208,23 +230,21 @@ class WritePath:
         clipped = ((max(start, offset), min(end, offset + length)) for start, end in parts)
         return [(start, end - start) for start, end in clipped]
 
-    def _clear_mirrors(self, mirrors: Sequence[MirrorLink], offset: int, length: int) -> None:
+    def _clear_mirror(self, mirror: MirrorLink, offset: int, length: int) -> None:
         mask = self._sector_mask
         first, last = (offset + mask) & ~mask, (offset + length) & ~mask
         if first >= last:  # within one sector, or two halves
-            self._merge_zeroes(mirrors, offset, length)
+            self._merge_zeroes(mirror, offset, length)
             return
         if offset < first:
-            self._merge_zeroes(mirrors, offset, first - offset)
-        for mirror in mirrors:
-            mirror.clear(first, last - first)
+            self._merge_zeroes(mirror, offset, first - offset)
+        mirror.clear(first, last - first)
         if last < offset + length:
-            self._merge_zeroes(mirrors, last, offset + length - last)
+            self._merge_zeroes(mirror, last, offset + length - last)
 
-    def _merge_zeroes(self, mirrors: Sequence[MirrorLink], offset: int, length: int) -> None:
-        start, sectors = self._whole_sectors(offset, memoryview(bytes(length)))
-        for mirror in mirrors:
-            mirror.update(start, sectors, durable=False)
+    def _merge_zeroes(self, mirror: MirrorLink, offset: int, length: int) -> None:
+        start, sectors = self._whole_sectors(mirror, offset, memoryview(bytes(length)))
+        mirror.update(start, sectors, durable=False)
 
     # --- durability and failure ---
 
@@ -236,7 +256,7 @@ class WritePath:
     async def _announce_faults(self) -> None:
         """Nothing that a mirror has missed is answered as durable before the mirror says that it misses something."""
         for mirror in self.mirrors:
-            if mirror.error is not None or mirror.target_error is not None:
+            if mirror.error is not None or mirror.target_error is not None or mirror.regions.held_bytes:
                 await mirror.announce()
 
     def _flush_target(self) -> None:

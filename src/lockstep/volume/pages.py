@@ -1,0 +1,175 @@
+"""Bits on disk, in pages that are each written whole: what the records of a mirror's differences are made of.
+
+A file is one header page, which belongs to its owner, and then the bits, little-endian, in pages of 512 bytes, the unit
+that a disk writes whole:
+
+    offset  bytes
+    0       4      CRC-32 of the rest of the page
+    4       508    one bit each, the lowest bit of the first byte first
+
+Whoever waits for a bit to be durable shares one write and one sync with all others who wait (`Rounds`).
+"""
+
+import contextlib
+import errno
+import os
+import zlib
+from collections.abc import Awaitable, Callable, Iterable
+from struct import Struct
+from typing import Final
+
+from lockstep.volume.rounds import Rounds
+
+PAGE_BYTES: Final = 512
+CRC: Final = Struct("<I")
+BODY_BYTES: Final = PAGE_BYTES - CRC.size
+PAGE_BITS: Final = BODY_BYTES * 8
+
+# Byte -> its eight bits, a byte each, and back.
+_SPREAD: Final = [bytes(value >> bit & 1 for bit in range(8)) for value in range(256)]
+_GATHER: Final = {spread: value for value, spread in enumerate(_SPREAD)}
+
+
+def sealed(body: bytes) -> bytes:
+    """Return a page with its checksum; `body` is at most BODY_BYTES long."""
+    body = body.ljust(BODY_BYTES, b"\0")
+    return CRC.pack(zlib.crc32(body)) + body
+
+
+def intact(page: bytes) -> bool:
+    """Whether a page is whole and its checksum right."""
+    return len(page) == PAGE_BYTES and page == sealed(page[CRC.size :])
+
+
+def unpack(content: bytes, count: int) -> tuple[bytearray, list[int]]:
+    """Return `count` bits of a file's content, a byte each, and the numbers of the pages that are damaged.
+
+    The bits of a damaged or missing page are ones.
+    """
+    states, damaged = bytearray(), []
+    for number in range(1, 2 + (count - 1) // PAGE_BITS):
+        page = content[PAGE_BYTES * number : PAGE_BYTES * (number + 1)]
+        if intact(page):
+            states += b"".join(map(_SPREAD.__getitem__, page[CRC.size :]))
+        else:
+            damaged.append(number)
+            states += b"\1" * PAGE_BITS
+    return states[:count], damaged
+
+
+class PagedBits:
+    """`count` bits in a file. Calls come from the loop's thread, but for those of its life, which block."""
+
+    def __init__(self, path: str, count: int, in_worker: Callable[..., Awaitable[None]]) -> None:
+        """Nothing is on disk before `create`; `in_worker` runs a blocking function with its arguments."""
+        self.durable = bytearray(count)  # what the file is known to say, a byte each
+        self._path = path
+        self._in_worker = in_worker
+        self._bits = bytearray(-(-count // PAGE_BITS) * BODY_BYTES)  # what the file shall say
+        self._pages: set[int] = set()  # pages whose bits have changed
+        self._marks: set[int] = set()  # bits that become durable with them
+        self._rounds = Rounds(self._write_changes)
+        self._fd = -1
+
+    # --- life ---
+
+    def create(self, header: bytes, states: bytes | bytearray) -> None:
+        """Write the whole file anew, durably, in place of the old one: `header`, a page, and a bit for each byte."""
+        padded = bytes(states).ljust(len(self._bits) * 8, b"\0")
+        self._bits[:] = bytes(_GATHER[padded[at : at + 8]] for at in range(0, len(padded), 8))
+        body = b"".join(self._page(page) for page in range(len(self._bits) // BODY_BYTES))
+        temporary = self._path + ".new"
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            _write(fd, header + body, 0)
+            os.fsync(fd)
+            os.replace(temporary, self._path)
+            sync_directory(self._path)
+        except BaseException:
+            os.close(fd)
+            raise
+        self.close()
+        self._fd = fd
+        self.durable[:] = states
+
+    def write_header(self, header: bytes) -> None:
+        """Replace the header, durably."""
+        _write(self._fd, header, 0)
+        os.fdatasync(self._fd)
+
+    def discard(self) -> None:
+        """Take the file away, durably."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        sync_directory(self._path)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    # --- bits ---
+
+    def marked(self) -> bytes:
+        """Which bits are set, or are about to be, a byte each."""
+        count = len(self.durable)
+        wanted = int.from_bytes(b"".join(map(_SPREAD.__getitem__, self._bits))[:count], "little")
+        return (wanted | int.from_bytes(self.durable, "little")).to_bytes(count, "little")
+
+    async def mark(self, numbers: Iterable[int]) -> None:
+        """Set bits, and return when the file says so, unless they were cleared meanwhile. Raises OSError."""
+        for number in numbers:
+            if not self.durable[number]:
+                self._bits[number >> 3] |= 1 << (number & 7)
+                self._pages.add(number // PAGE_BITS)
+                self._marks.add(number)
+        await self._rounds.join()
+
+    async def clear(self, numbers: Iterable[int]) -> None:
+        """Clear bits; they count as cleared at once, unless somebody marks them meanwhile. Raises OSError."""
+        for number in numbers:
+            self.durable[number] = 0
+            self._bits[number >> 3] &= ~(1 << (number & 7))
+            self._pages.add(number // PAGE_BITS)
+        if self._pages:
+            await self._rounds.join()
+
+    # --- pages ---
+
+    async def _write_changes(self) -> None:
+        """One round: write the changed pages, sync once, and then rely on the marks in them."""
+        pages, self._pages = self._pages, set()
+        marks, self._marks = self._marks, set()
+        try:
+            await self._in_worker(self._write_pages, {page: self._page(page) for page in sorted(pages)})
+        except BaseException:
+            self._pages |= pages
+            self._marks |= marks
+            raise
+        for number in marks:
+            if self._bits[number >> 3] >> (number & 7) & 1:  # not cleared meanwhile
+                self.durable[number] = 1
+
+    def _write_pages(self, pages: dict[int, bytes]) -> None:
+        for page, content in pages.items():
+            _write(self._fd, content, PAGE_BYTES * (1 + page))
+        os.fdatasync(self._fd)
+
+    def _page(self, page: int) -> bytes:
+        return sealed(bytes(self._bits[page * BODY_BYTES : (page + 1) * BODY_BYTES]))
+
+
+def sync_directory(path: str) -> None:
+    """Make the name `path` durable, or its absence."""
+    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write(fd: int, data: bytes, offset: int) -> None:
+    written = os.pwrite(fd, data, offset)
+    if written != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
