@@ -50,8 +50,92 @@ class AddressInvalid(UsageError):
     """Data: address, reason."""
 
     happened = "The address {address} cannot be served: {reason}."
-    cause = "Without TLS, NBD carries the plaintext of the disk, so it is served on loopback addresses only."
-    next_step = "Give --tcp 127.0.0.1:10809 or --tcp [::1]:10809; from elsewhere, tunnel to it or use the unix socket."
+    cause = "It is misspelt; an IPv6 address stands in brackets."
+    next_step = "Give --tcp 127.0.0.1:10809, --tcp [::1]:10809, or with --tls-dir any address of this machine."
+
+
+class WindowInvalid(UsageError):
+    """Data: window, reason."""
+
+    happened = "The window {window!r} cannot be read: {reason}."
+    cause = "A window is days and two times of the day."
+    next_step = "Write it like one of these: 'mon-fri 22:00-06:00', 'sat,sun 00:00-24:00', 'daily 01:30-03:00'."
+
+
+class TimezoneUnknown(UsageError):
+    """Data: timezone."""
+
+    happened = "There is no time zone {timezone!r}."
+    cause = "It is misspelt, or not an IANA name."
+    next_step = "Give one like Europe/Berlin, America/New_York or UTC."
+
+
+class UserInvalid(UsageError):
+    """Data: user."""
+
+    happened = "{user!r} cannot be the name of a user."
+    cause = "It has 1 to 64 printable characters, and no space at either end."
+    next_step = "Give an account's name, the name in a client's certificate, or '*' for everybody."
+
+
+class SettingInvalid(UsageError):
+    """Data: setting."""
+
+    happened = "There is no setting {setting!r}."
+    cause = "It is misspelt: the setting is on-denied, and its values are hold and refuse."
+    next_step = "Write for example `lockstep set NAME on-denied=refuse`."
+
+
+class TimeInvalid(UsageError):
+    """Data: time."""
+
+    happened = "{time!r} is not a time."
+    cause = "It is misspelt."
+    next_step = "Write it like 2026-12-24T18:00, or with a zone, 2026-12-24T18:00+01:00."
+
+
+class TlsRequired(UsageError):
+    """Data: address."""
+
+    happened = "The address {address} is not served without TLS."
+    cause = "Plain NBD carries the plaintext of the disk, for everybody who reaches the address to read and to write."
+    next_step = (
+        "Run `lockstep tls init DIR --host HOST`, HOST being how clients reach this machine, and for each client "
+        "`lockstep tls client DIR NAME`; then serve with --tls-dir DIR. For this machine alone, --tcp 127.0.0.1:10809 "
+        "or the unix socket will do."
+    )
+
+
+class TcpMissing(UsageError):
+    """--tls-dir without an address."""
+
+    happened = "The TLS directory (--tls-dir) is for TCP, and there is no --tcp."
+    cause = "The unix socket needs no TLS: the kernel knows who connects."
+    next_step = "Add --tcp HOST:PORT, or leave --tls-dir out."
+
+
+class GroupUnknown(UsageError):
+    """Data: group."""
+
+    happened = "There is no group {group}."
+    cause = "The name is misspelt, or the group was not created on this machine."
+    next_step = "See `getent group`, or create it (`groupadd {group}`), then run this again."
+
+
+class UserNameInvalid(UsageError):
+    """Data: user."""
+
+    happened = "{user!r} cannot be the name of a user."
+    cause = "A name has 1 to 64 printable characters, no space at its ends, and is not *, which means everybody."
+    next_step = "Choose another name."
+
+
+class HostInvalid(UsageError):
+    """Data: host."""
+
+    happened = "{host!r} is neither a host name nor an IP address."
+    cause = "It has a port, a space or another character that no host name has."
+    next_step = "Give --host the name or address alone by which clients reach the server."
 
 
 class SectorSizeInvalid(UsageError):
@@ -92,10 +176,54 @@ class DifferencesFound(LockstepError):
     exit_code = 3
 
 
+class AuditDamaged(DifferencesFound):
+    """Data: reason, rows."""
+
+    happened = "The audit trail is not whole: {reason}."
+    cause = (
+        "Somebody who can write the registry changed it, or put it back from a backup. The {rows} rows before are good."
+    )
+    next_step = "Compare it with what was shipped elsewhere (lockstep audit --json), and find out who could write it."
+
+
+class StillBehind(DifferencesFound):
+    """Data: mirror, state, reason, volume."""
+
+    happened = "The mirror {mirror} is {state}: {reason}."
+    cause = "What is held is copied only when its writer's window opens, or with --include-held; a failed disk never."
+    next_step = "See lockstep status {volume} and lockstep grants {volume}; repeat the command when the cause is gone."
+
+
 class NotPermitted(LockstepError):
     """Exit code 4."""
 
     exit_code = 4
+
+
+class NotManager(NotPermitted):
+    """Data: user, action, path."""
+
+    happened = "{user} may not {action}."
+    cause = "The state directory {path} belongs to somebody else: it takes its owner, or root, to manage volumes."
+    next_step = "Run the command with sudo, or use a state directory of your own with --state-dir."
+
+
+class MayNotRelease(NotPermitted):
+    """Data: user, volume, reason."""
+
+    happened = "What is held from the mirrors of {volume} was not released: {reason}."
+    cause = "Releasing writes it to the mirrors, and {user} may not update them now."
+    next_step = (
+        "Have somebody do it who may (`lockstep whocan {volume}`), or grant it (`lockstep grant {volume} {user}`)."
+    )
+
+
+class ActingNeedsRoot(NotPermitted):
+    """Data: user."""
+
+    happened = "Only root may attach a volume on behalf of {user}."
+    cause = "Whoever does so updates the mirrors with the rights of {user}."
+    next_step = "Run this with `sudo`."
 
 
 class RegistryError(LockstepError):
@@ -182,6 +310,14 @@ class MirrorUnknown(RegistryError):
     happened = "No mirror {mirror} is registered{where}."
     cause = "It was removed, belongs to another volume, or was registered under another path."
     next_step = "See `lockstep list`."
+
+
+class GrantUnknown(RegistryError):
+    """Data: user, volume."""
+
+    happened = "{user} has no grant for the volume {volume}."
+    cause = "The name is misspelt, or the grant was revoked already; `*` is everybody's."
+    next_step = "Look at `lockstep grants {volume}`."
 
 
 class RegistryUnreadable(RegistryError):
@@ -586,6 +722,14 @@ class AttachFailed(ServiceError):
     next_step = "Check with `lockstep status {export}` that it is served, then run this again."
 
 
+class AttachedForAnother(ServiceError):
+    """Data: export, device, user (on whose behalf it is attached, in words)."""
+
+    happened = "{export} is attached already, as {device}, on behalf of {user}."
+    cause = "A device has one user, from attaching to detaching."
+    next_step = "Run `lockstep detach {export}` first."
+
+
 class NotAttached(ServiceError):
     """There is no device to take away."""
 
@@ -664,6 +808,22 @@ class AddressUnusable(ServiceError):
     happened = "The server cannot listen on {address}: {reason}."
     cause = "Another program listens there, or the address is not this machine's."
     next_step = "Give another address with --tcp, or stop the other program."
+
+
+class TlsDirUnusable(ServiceError):
+    """Data: path, reason."""
+
+    happened = "The TLS directory {path} cannot be used: {reason}."
+    cause = "It was not made by `lockstep tls init`, files were moved or have expired, or this account may not read it."
+    next_step = "Look at it with `lockstep tls show {path}`; `lockstep tls init` makes what is missing, or a new one."
+
+
+class TlsFilesExist(ServiceError):
+    """Data: path."""
+
+    happened = "{path} exists already, and certificates and keys are never overwritten."
+    cause = "They were made before; whoever uses them would lose access."
+    next_step = "Use them, give another directory, or move the old files away first."
 
 
 class StateDirUnusable(ServiceError):

@@ -26,7 +26,15 @@ _COMMANDS = {
     "attach": "serving",
     "detach": "serving",
     "status": "status",
+    "sync": "syncing",
     "restore": "restoring",
+    "grant": "granting",
+    "revoke": "granting",
+    "grants": "granting",
+    "whocan": "granting",
+    "set": "granting",
+    "audit": "auditing",
+    "tls": "tls",
     "demo": "demo",
 }
 
@@ -40,9 +48,11 @@ class _Commands(TyperGroup):
     def get_command(self, ctx: object, cmd_name: str) -> Any:  # noqa: ARG002
         if cmd_name not in _COMMANDS:
             return None
-        module = importlib.import_module(f"lockstep.cli.{_COMMANDS[cmd_name]}")
+        found = importlib.import_module(f"lockstep.cli.{_COMMANDS[cmd_name]}").COMMANDS[cmd_name]
+        if isinstance(found, typer.Typer):
+            return get_command(found)
         single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-        single.command(cmd_name)(module.COMMANDS[cmd_name])
+        single.command(cmd_name)(found)
         return get_command(single)
 
 

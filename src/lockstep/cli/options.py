@@ -5,11 +5,12 @@ import getpass
 import re
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from typing import Annotated
 
 import typer
 
-from lockstep.errors import KeyFileUnreadable, PassphraseMissing
+from lockstep.errors import KeyFileUnreadable, PassphraseMissing, TimeInvalid
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The volume's name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -34,6 +35,14 @@ def size_bytes(text: str) -> int:
     if match is None:
         raise typer.BadParameter(f"{text!r} is not a size; write 4096, 64K, 1M or 2G")
     return int(match[1]) * _UNITS[match[2]]
+
+
+def moment(text: str) -> float:
+    """Read a time, local unless it says otherwise; seconds since 1970. Raises TimeInvalid."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError) as error:
+        raise TimeInvalid(time=text) from error
 
 
 def passphrase_from(key_file: str | None, what: str, *, confirm: bool = False) -> Callable[[], bytes]:

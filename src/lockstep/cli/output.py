@@ -4,11 +4,14 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.text import Text
 
 from lockstep.errors import LockstepError
 
@@ -42,6 +45,16 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} {_UNITS[-1]}"
+
+
+def human_moment(at_s: float, timezone: str | None = None) -> str:
+    """Return a moment for people, on the clock of a time zone or this machine's: 2026-11-24 22:00:00."""
+    return f"{datetime.fromtimestamp(at_s, ZoneInfo(timezone) if timezone else None):%Y-%m-%d %H:%M:%S}"
+
+
+def plain(text: str) -> Text:
+    """Return text that somebody else chose, with nothing in it that a terminal would obey."""
+    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 def human_seconds(count: float) -> str:

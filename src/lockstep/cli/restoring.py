@@ -7,10 +7,13 @@ import typer
 
 from lockstep.cli.options import Header, Json, KeyFile, passphrase_from
 from lockstep.cli.output import human_bytes, print_json, progress_bar
+from lockstep.cli.state import state_of
+from lockstep.service.recovery import note_restore
 from lockstep.service.recovery import restore as restore_mirror
 
 
 def restore(
+    context: typer.Context,
     mirror: Annotated[str, typer.Argument(metavar="MIRROR", help="The mirror: a block device or an image file.")],
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Where the data goes: a device, or a new file.")],
     header: Header = None,
@@ -39,12 +42,24 @@ def restore(
             incomplete=incomplete,
             on_progress=note,
         )
+    note_restore(state_of(context, None), mirror, done)
     elapsed_s = time.monotonic() - (began_s or 0)
     if as_json:
-        print_json({"restored_bytes": done.size_bytes, "volume": done.volume_name, "output": done.output})
+        print_json(
+            {
+                "restored_bytes": done.size_bytes,
+                "volume": done.volume_name,
+                "output": done.output,
+                "frozen": done.frozen,
+            }
+        )
         return
     rate = human_bytes(done.size_bytes / elapsed_s)
     typer.echo(f"Restored {human_bytes(done.size_bytes)} of {done.volume_name} to {done.output} ({rate}/s).")
+    if done.frozen:
+        typer.echo(
+            "It is the disk as it was when the mirror froze: what was written since, without permission, is not in it."
+        )
 
 
 COMMANDS = {"restore": restore}

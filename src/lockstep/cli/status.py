@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterator
 from typing import Annotated, Any, Final
 
 import typer
@@ -12,12 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from lockstep.cli.options import Json
-from lockstep.cli.output import console, human_bytes, human_seconds, print_json
+from lockstep.cli.output import console, human_bytes, human_moment, human_seconds, plain, print_json
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import NotServed, ServerSilent
 from lockstep.service.control_client import ask_status
 from lockstep.service.state import State
 from lockstep.service.status import at_rest
+from lockstep.volume.held import OUTSIDE_WINDOW
 
 WATCH_INTERVAL_S: Final = 1.0
 _STYLES: Final = {"in-sync": "green", "syncing": "cyan", "behind": "yellow", "degraded": "red"}
@@ -80,12 +82,14 @@ def _render_volume(volume: dict[str, Any]) -> RenderableType:
     table.add_row("  target", volume["target"]["path"])
     table.add_row("  serving", volume["uri"] or "no")
     for client in volume["clients"]:
-        table.add_row("  client", f"{client['user']} ({client['verdict']})")
+        table.add_row("  client", plain(f"{client['user']} ({client['verdict']}): {client['reason']}"))
     if not volume["mirrors"]:
         table.add_row("  mirror", "none: writes go to the target alone")
     for mirror in volume["mirrors"]:
         table.add_row("  mirror", mirror["path"])
         table.add_row("", _render_state(mirror))
+        for row in _render_held(mirror):
+            table.add_row("", row)
         if mirror["sync"]:
             table.add_row("", _render_progress(mirror["sync"]))
         if mirror["error"]:
@@ -97,7 +101,20 @@ def _render_state(mirror: dict[str, Any]) -> Text:
     text = Text(mirror["state"], _STYLES[mirror["state"]])
     if mirror["dirty_bytes"]:
         text.append(f", {human_bytes(mirror['dirty_bytes'])} differ or may differ", "default")
+    if mirror["held_bytes"]:
+        text.append(f", {human_bytes(mirror['held_bytes'])} held", "default")
     return text
+
+
+def _render_held(mirror: dict[str, Any]) -> Iterator[Text]:
+    """Who holds back what, and of which moment the mirror is."""
+    for each in mirror["held"]:
+        until = "until the window opens" if each["kind"] == OUTSIDE_WINDOW else "until sync --include-held"
+        yield plain(f"held {until}: what {each['user']} wrote since {human_moment(each['since'])} ({each['kind']})")
+    if mirror["frozen_since"] is not None:
+        yield Text(f"frozen: the disk as it was at {human_moment(mirror['frozen_since'])}")
+    elif not mirror["consistent"]:
+        yield Text("not the whole disk of any one moment")
 
 
 def _render_progress(sync: dict[str, Any]) -> RenderableType:

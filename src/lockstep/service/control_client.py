@@ -7,7 +7,9 @@ import os
 import socket
 from typing import Any, Final
 
-from lockstep.errors import NotServed, ServerSilent
+from lockstep import errors
+from lockstep.errors import NotManager, NotServed, ServerSilent
+from lockstep.nbd.identity import account
 
 ANSWER_TIMEOUT_S: Final = 10.0
 _LONGEST_PATH: Final = 107  # unix(7): nobody can listen on a longer one
@@ -28,18 +30,30 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def ask_status(path: str, volume: str) -> dict[str, Any]:
-    """Ask the server behind the control socket at `path`. Raises NotServed, or ServerSilent when it hangs."""
+    """Ask the server behind the control socket at `path` how its volume stands; errors as for `ask`."""
+    return ask(path, volume, "GET", "/v1/status")
+
+
+def ask(path: str, volume: str, method: str, resource: str, **body: object) -> dict[str, Any]:
+    """Have the server behind the control socket at `path` answer; `body` is sent as JSON.
+
+    Raises NotServed, ServerSilent when it hangs, and the error that it answers with.
+    """
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise NotServed(volume=volume)
     with contextlib.closing(_UnixConnection(path)) as connection:
         try:
-            connection.request("GET", "/v1/status")
+            connection.request(method, resource, json.dumps(body) if body else None)
             answer = connection.getresponse()
-            described = json.load(answer)
+            content = json.load(answer)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise NotServed(volume=volume) from error
+        except PermissionError as error:
+            raise NotManager(user=account(os.geteuid()), action="ask the server", path=os.path.dirname(path)) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ServerSilent(volume=volume, reason=str(error) or type(error).__name__) from error
-    if answer.status != http.HTTPStatus.OK or not isinstance(described, dict):
+    if answer.status == http.HTTPStatus.CONFLICT and isinstance(kind := getattr(errors, content["error"], None), type):
+        raise kind(**content["data"])
+    if answer.status != http.HTTPStatus.OK or not isinstance(content, dict):
         raise ServerSilent(volume=volume, reason=f"HTTP status {answer.status}")
-    return described
+    return content

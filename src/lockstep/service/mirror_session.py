@@ -4,7 +4,7 @@ The header's token and the local intent bitmap carry a generation. It grows when
 mirror, by a step that nobody can guess: so the two agree only if nothing else happened to the mirror since, and two
 copies of one mirror that went different ways never come to the same generation.
 
-    start   bitmap of the token's generation?  the marked regions are dirty; else all are
+    start   bitmap of the token's generation?  the marked regions are dirty; else all are; but what is held is held
     claim   bitmap: generation g, following h, dirty regions;  token: h;  bitmap: settled
     serve   token: state, whenever it changes; "in-sync" only after a flush
             before marks are cleared: a new generation, in the same three steps
@@ -32,8 +32,9 @@ from lockstep.errors import LockstepError, MirrorOfAnotherVolume, NoToken, State
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.state import State
 from lockstep.volume import intent
+from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import IntentBitmap
-from lockstep.volume.link import IN_SYNC, MirrorLink
+from lockstep.volume.link import BEHIND, FROZEN, IN_SYNC, MirrorLink
 from lockstep.volume.regions import RegionMap
 
 log = logging.getLogger(__name__)
@@ -70,9 +71,13 @@ class MirrorSession:
         identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
         self._state_dir = state.path
         self._intent = IntentBitmap(path, identity, self._in_worker)
-        marked = intent.load(path, identity, self._token.generation, target.written_ns())
-        regions = RegionMap(volume.size_bytes, marked)
-        self.link = MirrorLink(mirror.path, mirror.luks_uuid, self.disk, regions, self._intent, self)
+        loaded = intent.load(path, identity, self._token.generation, target.written_ns())
+        tells = self._token.state in (BEHIND, FROZEN)
+        self._held = HeldRecord(state.held(mirror.luks_uuid), identity, self._in_worker, expected=tells)
+        if not loaded.fits:
+            self._held.frozen_since_s = None  # it is another mirror than the one that was frozen
+        regions = RegionMap(volume.size_bytes, loaded.marked, self._held.regions())
+        self.link = MirrorLink(mirror.path, mirror.luks_uuid, self.disk, regions, self._intent, self._held, self)
 
     @property
     def generation(self) -> int:
@@ -103,13 +108,15 @@ class MirrorSession:
     def close(self) -> None:
         """Close the disk, which gives up its lock."""
         self._intent.close()
+        self._held.close()
         self.link.close()
 
     def _claim(self, marked: bytes, written_ns: int) -> None:
         try:
+            self._held.claim()
             following = self._following()
             self._intent.claim(self._token.generation, following, marked)
-            self._write_token(following, self.link.state)
+            self._write_token(following, self.link.token_state)
             self._intent.settle(self._token.generation, written_ns)
         except OSError as error:
             raise StateDirUnusable(path=self._state_dir, reason=error.strerror or str(error)) from error
@@ -139,7 +146,7 @@ class MirrorSession:
             await self._in_worker(self._intent.discard)
         except OSError as failure:
             try:
-                await self._in_worker(self._write_token, self._following(), self.link.state)
+                await self._in_worker(self._write_token, self._following(), self.link.token_state)
             except LockstepError as error:
                 raise OSError(failure.errno, f"neither the bitmap nor the mirror can be written: {error}") from error
             self._intent.ignore()

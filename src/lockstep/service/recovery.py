@@ -1,6 +1,7 @@
 """Restoring from a mirror alone: no registry, no target, only the mirror, its header and a passphrase."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,15 +15,20 @@ from lockstep.disk.probe import Disk, holds_data, inspect, overlap, signatures, 
 from lockstep.errors import (
     DiskBusy,
     DiskFailed,
+    LockstepError,
     MirrorIncomplete,
     NoToken,
     OutputExists,
     OutputIsMirror,
     OutputTooSmall,
 )
+from lockstep.service.managing import commander
 from lockstep.service.secrecy import protect_memory
-from lockstep.volume.link import IN_SYNC
+from lockstep.service.state import State
+from lockstep.volume.link import FROZEN, IN_SYNC
 from lockstep.volume.restore import copy_out
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Restored:
     volume_name: str
     output: str
     size_bytes: int
-    state: str
+    luks_uuid: str
+    frozen: bool  # it is the disk as it was when writes began that the mirror was not given
 
 
 def restore(
@@ -58,7 +65,7 @@ def restore(
         token = header.token
         if token is None:
             raise NoToken(path=mirror_path)
-        if token.state != IN_SYNC and not incomplete:
+        if token.state not in (IN_SYNC, FROZEN) and not incomplete:
             raise MirrorIncomplete(path=mirror_path, state=token.state)
         size_bytes = token.target_size_bytes
         _refuse_same_storage(mirror_path, header_path, output_path)
@@ -73,7 +80,26 @@ def restore(
             stack.callback(mirror.close)
             _copy(mirror, mirror_path, output, size_bytes, made, on_progress)
             undo.pop_all()
-    return Restored(token.volume_name, output_path, size_bytes, token.state)
+    return Restored(token.volume_name, output_path, size_bytes, header.uuid, token.state == FROZEN)
+
+
+def note_restore(state: State, mirror_path: str, done: Restored) -> None:
+    """Put a restore into the audit trail of the state directory, if that knows the mirror.
+
+    A restore needs no registry, and one that is absent or broken is no reason to fail afterwards: the log says so.
+    """
+    if not os.path.exists(state.registry_path):
+        return
+    try:
+        with state.registry() as registry:
+            known = {mirror.luks_uuid: volume.name for volume in registry.volumes() for mirror in volume.mirrors}
+            if done.luks_uuid in known:
+                actor, path = commander(), os.path.abspath(mirror_path)
+                reason = f"{actor.user} restored the mirror {path} to {done.output}"
+                details = {"mirror": path, "output": done.output, "bytes": done.size_bytes, "frozen": done.frozen}
+                registry.audit("restore", actor=actor, volume=known[done.luks_uuid], reason=reason, details=details)
+    except LockstepError as error:
+        log.warning("the restore is not in the audit trail: %s", error)
 
 
 def _copy(

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import grp
 import ipaddress
 import logging
 import os
@@ -20,10 +21,10 @@ import resource
 import signal
 import socket
 import stat
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -38,36 +39,42 @@ from lockstep.errors import (
     AlreadyServed,
     DiskBusy,
     DiskFailed,
+    GroupUnknown,
     LockstepError,
     SocketUnusable,
     TargetResized,
+    TlsRequired,
 )
 from lockstep.nbd.server import NbdServer
-from lockstep.registry import access
-from lockstep.registry.store import VolumeRecord
+from lockstep.registry.audit import Actor
+from lockstep.registry.store import Registry, VolumeRecord
 from lockstep.service import status
+from lockstep.service.background import Background
+from lockstep.service.certificates import Terms
+from lockstep.service.clients import Clients
 from lockstep.service.control import control_interface
 from lockstep.service.export import VolumeExport
+from lockstep.service.gate import VolumeGate
 from lockstep.service.mirror_session import MirrorSession
 from lockstep.service.secrecy import protect_memory
 from lockstep.service.state import State
+from lockstep.service.trail import Trail
 from lockstep.volume.resync import Resync
 from lockstep.volume.write_path import WritePath
 
 log = logging.getLogger(__name__)
 
 WORKERS: Final = 16
-TOKEN_INTERVAL_S: Final = 1.0
-TIDY_INTERVAL_S: Final = 30.0
-VERDICT_AGE_S: Final = 1.0
 
 
 @dataclass(frozen=True)
 class Listen:
-    """Where clients connect: a unix socket, and if wanted a loopback TCP address."""
+    """Where clients connect: a unix socket, and if wanted a TCP address; without TLS terms a loopback one."""
 
     socket: str
     tcp: tuple[str, int] | None = None
+    tls: Terms | None = None
+    group: int | None = None  # whose members may connect to the unix socket too
 
 
 @dataclass(frozen=True)
@@ -92,31 +99,37 @@ def serve(
     protect_memory()
     _raise_limits()
     self_test()
-    with state.registry() as registry:
+    with contextlib.ExitStack() as stack:
+        registry = stack.enter_context(state.registry())
         volume = registry.volume(name)
-    with state.volume_lock(name) as mine:
-        if not mine:
+        if not stack.enter_context(state.volume_lock(name)):
             raise AlreadyServed(volume=name)
-        with (
-            ThreadPoolExecutor(WORKERS, "lockstep-worker") as workers,
-            _opened(state, volume, passphrase, workers) as opened,
-        ):
-            uvloop.run(_serve(state, opened, listen, on_ready, workers))
+        workers = stack.enter_context(ThreadPoolExecutor(WORKERS, "lockstep-worker"))
+        opened = stack.enter_context(_opened(state, volume, passphrase, workers))
+        uvloop.run(_serve(state, registry, opened, listen, on_ready, workers))
 
 
-def parse_tcp(address: str) -> tuple[str, int]:
-    """Split HOST:PORT. Raises AddressInvalid unless the host is a loopback address."""
+def parse_tcp(address: str, *, tls: bool = False) -> tuple[str, int]:
+    """Split HOST:PORT. Raises AddressInvalid; and TlsRequired where the host is no loopback address, without TLS."""
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not port.isdecimal() or int(port) > 65535:
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise AddressInvalid(address=address, reason="it is not HOST:PORT")
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = False
-    if not loopback:
-        raise AddressInvalid(address=address, reason="it is not a loopback address")
+    if not loopback and not tls:
+        raise TlsRequired(address=address)
     return host, int(port)
+
+
+def group_id(name: str) -> int:
+    """Return the id of a group. Raises GroupUnknown."""
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError as error:
+        raise GroupUnknown(group=name) from error
 
 
 # --- open ---
@@ -160,6 +173,7 @@ def _raise_limits() -> None:
 
 async def _serve(
     state: State,
+    registry: Registry,
     opened: _OpenVolume,
     listen: Listen,
     on_ready: Callable[[list[str]], None],
@@ -168,48 +182,53 @@ async def _serve(
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    in_worker = functools.partial(_in_worker, workers)
     volume = opened.record
-    links = tuple(session.link for session in opened.mirrors)
+    gate = VolumeGate(volume.name, volume.on_denied, registry.grants(volume.name))
+    trail = Trail(registry, volume.name, gate, in_worker)
+    clients = Clients(gate, trail)
     sector_bytes = max((session.disk.sector_bytes for session in opened.mirrors), default=1)
-    path = WritePath(opened.target, links, _Gate(volume.name), sector_bytes, workers)
-    server = NbdServer(VolumeExport(volume.name, path, workers))
+    path = WritePath(opened.target, tuple(session.link for session in opened.mirrors), gate, sector_bytes, workers)
+    resyncs = tuple(Resync(path, session.link, session.disk, gate, workers) for session in opened.mirrors)
+    warnings = listen.tls.warnings if listen.tls else tuple
+    background = Background(volume.name, path, resyncs, gate, clients, trail, registry, warnings, in_worker)
+    server = NbdServer(VolumeExport(volume.name, path, workers), watcher=clients)
     async with _listening(server, listen, volume.name) as uris:
-        describe = functools.partial(_describe, opened, server, uris[0])
-        async with control_interface(state.control(volume.name), describe):
-            await _in_worker(workers, _claim, state, opened)
+        commands = _Commands(opened, server, gate, trail, background, uris[0])
+        async with control_interface(state.control(volume.name), commands, state.require_manager):
+            await in_worker(_claim, state, opened)
             await server.accept()
-            async with _background(opened, path, workers):
+            async with background.running():
                 on_ready(uris)
                 await stop.wait()
                 log.info("stopping")
                 await server.drain()
-    await _in_worker(workers, _retire, state, opened)
+    await in_worker(_retire, state, opened)
 
 
-class _Gate:
-    """Step 602, as the write path asks it: a verdict that is never older than VERDICT_AGE_S."""
+@dataclass(frozen=True)
+class _Commands:
+    """What the control interface may ask."""
 
-    def __init__(self, volume_name: str) -> None:
-        self._volume_name = volume_name
-        self._verdicts: dict[str, tuple[float, bool]] = {}
+    opened: _OpenVolume
+    server: NbdServer
+    gate: VolumeGate
+    trail: Trail
+    background: Background
+    uri: str
 
-    def __call__(self, user: str) -> bool:
-        """Whether `user` may update the mirrors now."""
-        now_s = time.monotonic()
-        known = self._verdicts.get(user)
-        if known is None or now_s - known[0] > VERDICT_AGE_S:
-            known = self._verdicts[user] = (now_s, access.decide(user, self._volume_name, time.time()).allowed)
-        return known[1]
+    def describe(self) -> dict[str, Any]:
+        """Return the volume as `status --json` prints it."""
+        clients = [status.of_client(user, self.gate.verdict(user)) for user in self.server.clients()]
+        mirrors = [status.of_link(session.link) for session in self.opened.mirrors]
+        for mirror in mirrors:
+            mirror["error"] = mirror["error"] or self.trail.error
+        uri = self.uri if self.server.accepting else None
+        return status.of_volume(self.opened.record, mirrors, uri=uri, clients=clients)
 
-
-def _describe(opened: _OpenVolume, server: NbdServer, uri: str) -> dict[str, Any]:
-    now_s = time.time()
-    clients = [
-        {"user": user, "verdict": "allowed" if access.decide(user, opened.record.name, now_s).allowed else "denied"}
-        for user in server.clients()
-    ]
-    mirrors = [status.of_link(session.link) for session in opened.mirrors]
-    return status.of_volume(opened.record, mirrors, uri=uri if server.accepting else None, clients=clients)
+    async def sync(self, actor: Actor, *, include_held: bool) -> None:
+        """Have what differs copied. Raises MayNotRelease."""
+        await self.background.sync(actor, include_held=include_held)
 
 
 @contextlib.asynccontextmanager
@@ -218,22 +237,41 @@ async def _listening(server: NbdServer, listen: Listen, name: str) -> AsyncItera
     _clear_stale_socket(listen.socket)
     uris = [f"nbd+unix:///{name}?socket={quote(listen.socket)}"]
     try:
-        await server.listen_unix(listen.socket)
+        await server.listen_unix(listen.socket, listen.group)
     except OSError as error:
         raise SocketUnusable(path=listen.socket, reason=error.strerror or str(error)) from error
     try:
+        if listen.group is not None:
+            _warn_of_closed_directories(listen.socket, listen.group)
         if listen.tcp is not None:
-            host, port = listen.tcp
-            try:
-                port = await server.listen_tcp(host, port)
-            except OSError as error:
-                raise AddressUnusable(address=f"{host}:{port}", reason=error.strerror or str(error)) from error
-            uris.append(f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{name}")
+            uris.append(f"{await _listen_tcp(server, listen.tcp, listen.tls)}/{name}")
         yield uris
     finally:
         await server.drain()  # also where it never came to serving
         with contextlib.suppress(FileNotFoundError):
             os.unlink(listen.socket)
+
+
+async def _listen_tcp(server: NbdServer, address: tuple[str, int], tls: Terms | None) -> str:
+    """Claim the address; return the beginning of its URI."""
+    host, port = address
+    try:
+        bound, port = await server.listen_tcp(host, port, tls.context if tls else None)
+    except OSError as error:
+        raise AddressUnusable(address=f"{host}:{port}", reason=error.strerror or str(error)) from error
+    if tls is None:
+        host = bound  # with TLS, the name that was given is the one that the certificate has
+    return f"{'nbds' if tls else 'nbd'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _warn_of_closed_directories(path: str, group: int) -> None:
+    """The socket's mode lets the group in; so must every directory above it. What has an ACL is not judged."""
+    for directory in Path(path).parents:
+        found = os.stat(directory)
+        open_to_group = found.st_gid == group and found.st_mode & stat.S_IXGRP
+        if open_to_group or found.st_mode & stat.S_IXOTH or "system.posix_acl_access" in os.listxattr(directory):
+            continue
+        log.warning("the group that may connect to %s cannot reach it: %s is closed to the group", path, directory)
 
 
 def _clear_stale_socket(path: str) -> None:
@@ -251,46 +289,6 @@ def _clear_stale_socket(path: str) -> None:
     if code != errno.ECONNREFUSED:
         raise SocketUnusable(path=path, reason="another program is listening on it")
     os.unlink(path)
-
-
-@contextlib.asynccontextmanager
-async def _background(opened: _OpenVolume, path: WritePath, workers: Executor) -> AsyncIterator[None]:
-    """Bring the mirrors in sync and keep their tokens true; at the end each stops after the step that it is at."""
-    stopping = asyncio.Event()
-    resyncs = [Resync(path, session.link, session.disk, workers) for session in opened.mirrors]
-
-    async def announce_states() -> None:
-        for session in opened.mirrors:
-            await session.link.announce()
-
-    work = [
-        _repeat(announce_states, TOKEN_INTERVAL_S, stopping),
-        _repeat(path.tidy, TIDY_INTERVAL_S, stopping),
-        *(resync.run() for resync in resyncs),
-    ]
-    tasks = [asyncio.create_task(_reported(each)) for each in work]
-    try:
-        yield
-    finally:
-        stopping.set()
-        for resync in resyncs:
-            resync.stop()
-        await asyncio.gather(*tasks)
-
-
-async def _reported(work: Coroutine[Any, Any, None]) -> None:
-    try:
-        await work
-    except Exception:
-        log.exception("a background task failed; the mirror stays as far behind as it is")
-
-
-async def _repeat(work: Callable[[], Awaitable[None]], interval_s: float, stopping: asyncio.Event) -> None:
-    while not stopping.is_set():
-        with contextlib.suppress(OSError):  # of a disk: whoever met it has said so, and the state shows it
-            await work()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stopping.wait(), interval_s)
 
 
 # --- claim and retire ---

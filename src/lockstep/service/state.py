@@ -2,6 +2,7 @@
 
 registry.db                      volumes and their mirrors
 intent/LUKS-UUID.intent          for each mirror, where it may differ from its target
+held/LUKS-UUID.held, .writers    for each mirror, what it must not be given by itself, and whose it is
 run/NAME.lock                    held by the server of the volume NAME for as long as it runs
 run/NAME.sock                    the NBD server
 run/NAME.control                 the control interface
@@ -17,7 +18,8 @@ from typing import Final
 
 import platformdirs
 
-from lockstep.errors import StateDirUnusable
+from lockstep.errors import NotManager, StateDirUnusable
+from lockstep.nbd.identity import account
 from lockstep.registry.store import Registry
 
 ENVIRONMENT: Final = "LOCKSTEP_STATE_DIR"
@@ -41,15 +43,29 @@ class State:
     def registry(self) -> Registry:
         """Open the registry, making the directory if need be. Raises StateDirUnusable and registry errors."""
         self.prepare()
-        return Registry.open(f"sqlite:///{self.path}/registry.db")
+        return Registry.open(f"sqlite:///{self.registry_path}")
 
     def prepare(self) -> None:
         """Make what is missing of the directory, for its owner alone. Raises StateDirUnusable."""
         try:
-            for directory in (self.path, self.run_dir, self._intent_dir):
+            for directory in (self.path, self.run_dir, self._intent_dir, self._held_dir):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
         except OSError as error:
             raise StateDirUnusable(path=self.path, reason=error.strerror) from error
+
+    def require_manager(self, uid: int, action: str) -> None:
+        """Let root pass, and the directory's owner. Raises NotManager, and StateDirUnusable."""
+        try:
+            owner = os.stat(self.path).st_uid
+        except OSError as error:
+            raise StateDirUnusable(path=self.path, reason=error.strerror) from error
+        if uid not in (0, owner):
+            raise NotManager(user=account(uid), action=action, path=self.path)
+
+    @property
+    def registry_path(self) -> str:
+        """Where the registry is."""
+        return f"{self.path}/registry.db"
 
     @property
     def run_dir(self) -> str:
@@ -59,6 +75,10 @@ class State:
     @property
     def _intent_dir(self) -> str:
         return f"{self.path}/intent"
+
+    @property
+    def _held_dir(self) -> str:
+        return f"{self.path}/held"
 
     def socket(self, name: str) -> str:
         """The default NBD socket of a volume."""
@@ -71,6 +91,15 @@ class State:
     def intent(self, luks_uuid: str) -> str:
         """The intent bitmap of a mirror."""
         return f"{self._intent_dir}/{luks_uuid}.intent"
+
+    def held(self, luks_uuid: str) -> str:
+        """The record of what is held from a mirror, without the suffixes of its files."""
+        return f"{self._held_dir}/{luks_uuid}"
+
+    def records(self, luks_uuid: str) -> tuple[str, ...]:
+        """All files that are kept about a mirror."""
+        held = self.held(luks_uuid)
+        return self.intent(luks_uuid), f"{held}.held", f"{held}.writers"
 
     @contextlib.contextmanager
     def volume_lock(self, name: str) -> Iterator[bool]:

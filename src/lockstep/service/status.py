@@ -1,13 +1,16 @@
 """The status of a volume as plain data: what `status --json` prints and the terminal's table is drawn from."""
 
+import asyncio
 import os
 from typing import Any
 
 from lockstep.crypto import luks
 from lockstep.errors import LockstepError
+from lockstep.registry.access import Verdict
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.state import State
 from lockstep.volume import intent
+from lockstep.volume.held import HeldRecord
 from lockstep.volume.link import BEHIND, IN_SYNC, MirrorLink
 from lockstep.volume.regions import RegionMap
 
@@ -17,7 +20,7 @@ def of_volume(
     mirrors: list[dict[str, Any]],
     *,
     uri: str | None = None,
-    clients: list[dict[str, str]] | None = None,
+    clients: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """One volume; `uri` is None when it is not served."""
     return {
@@ -28,6 +31,16 @@ def of_volume(
         "uri": uri,
         "clients": clients or [],
         "mirrors": mirrors,
+    }
+
+
+def of_client(user: str, verdict: Verdict) -> dict[str, Any]:
+    """One client; `until` is when its verdict changes, in seconds since 1970."""
+    return {
+        "user": user,
+        "verdict": "allowed" if verdict.allowed else "denied",
+        "reason": verdict.reason,
+        "until": verdict.until_s,
     }
 
 
@@ -44,13 +57,12 @@ def of_link(link: MirrorLink) -> dict[str, Any]:
             "rate_bytes_s": round(rate),
             "eta_s": round(left_bytes / rate, 1) if rate else None,
         }
-    return _mirror(
-        link.path, link.uuid, link.state, link.regions.dirty_bytes, sync=progress, error=link.error or link.target_error
-    )
+    described = _mirror(link.path, link.uuid, link.state, link.regions, link.held)
+    return described | {"consistent": link.consistent, "sync": progress, "error": link.error or link.target_error}
 
 
 def at_rest(state: State, volume: VolumeRecord, error: str | None = None) -> dict[str, Any]:
-    """A volume that nobody serves, from its intent bitmaps; or one whose server does not answer, which is `error`."""
+    """A volume that nobody serves, from its own records; or one whose server does not answer, which is `error`."""
     mirrors = [_mirror_at_rest(state, volume, mirror) for mirror in volume.mirrors]
     for described in mirrors:
         described["error"] = error or described["error"]
@@ -58,36 +70,39 @@ def at_rest(state: State, volume: VolumeRecord, error: str | None = None) -> dic
 
 
 def _mirror_at_rest(state: State, volume: VolumeRecord, mirror: MirrorRecord) -> dict[str, Any]:
-    """A mirror that nobody follows: what its header and its intent bitmap say together."""
-    error, regions = None, None
+    """A mirror that nobody follows: what its header, its intent bitmap and the record of what is held say together."""
+    identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
+    held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=False)
+    everything = b"\1" * len(held.regions())
     try:
         header = luks.read_header(mirror.header_path or mirror.path)
+        error = None
     except LockstepError as failure:
-        error = str(failure)
+        loaded, error = intent.Loaded(bytearray(everything), fits=False), str(failure)
     else:
         if header.token is not None and (header.token.volume_id, header.uuid) == (volume.id, mirror.luks_uuid):
-            identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
             written_ns = os.stat(volume.target_path).st_mtime_ns if os.path.isfile(volume.target_path) else 0
-            marked = intent.load(state.intent(mirror.luks_uuid), identity, header.token.generation, written_ns)
-            regions = RegionMap(volume.size_bytes, marked)
+            loaded = intent.load(state.intent(mirror.luks_uuid), identity, header.token.generation, written_ns)
         else:
-            error = "another disk has taken its place"
-    dirty_bytes = volume.size_bytes if regions is None else regions.dirty_bytes
-    return _mirror(
-        mirror.path, mirror.luks_uuid, BEHIND if error or dirty_bytes else IN_SYNC, dirty_bytes, sync=None, error=error
-    )
+            loaded, error = intent.Loaded(bytearray(everything), fits=False), "another disk has taken its place"
+    if not loaded.fits:
+        held.frozen_since_s = None
+    regions = RegionMap(volume.size_bytes, loaded.marked, held.regions())
+    equal = error is None and not regions.dirty_bytes and not regions.held_bytes
+    described = _mirror(mirror.path, mirror.luks_uuid, IN_SYNC if equal else BEHIND, regions, held)
+    return described | {"consistent": equal or held.frozen_since_s is not None, "error": error}
 
 
-def _mirror(
-    path: str, uuid: str, state: str, dirty_bytes: int, *, sync: dict[str, Any] | None, error: str | None
-) -> dict[str, Any]:
+def _mirror(path: str, uuid: str, state: str, regions: RegionMap, held: HeldRecord) -> dict[str, Any]:
     return {
         "path": path,
         "uuid": uuid,
         "state": state,
-        "dirty_bytes": dirty_bytes,
-        "held_bytes": 0,
+        "dirty_bytes": regions.dirty_bytes,
+        "held_bytes": regions.held_bytes,
         "consistent": state == IN_SYNC,
-        "sync": sync,
-        "error": error,
+        "sync": None,
+        "error": None,
+        "held": [{"user": user, "kind": kind, "since": since_s} for (user, kind), since_s in held.writers.items()],
+        "frozen_since": held.frozen_since_s,
     }

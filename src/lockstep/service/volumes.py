@@ -24,8 +24,10 @@ from lockstep.errors import (
     TargetEmpty,
     TargetTaken,
 )
+from lockstep.registry.audit import Actor
 from lockstep.registry.store import OnDenied, Registry, VolumeRecord
 from lockstep.service import attach
+from lockstep.service.managing import manager
 from lockstep.service.secrecy import protect_memory
 from lockstep.service.state import State
 from lockstep.volume.link import SYNCING
@@ -46,8 +48,12 @@ class MirrorPlan:
 def create_volume(
     state: State, name: str, target_path: str, mirror: MirrorPlan | None, on_denied: OnDenied = "hold"
 ) -> VolumeRecord:
-    """Register a volume, and format its mirror. Raises registry, disk and LUKS errors; then nothing was registered."""
+    """Register a volume, and format its mirror. Raises NotManager, and registry, disk and LUKS errors.
+
+    After an error nothing is registered.
+    """
     protect_memory()
+    actor = manager(state, f"create the volume {name}")
     target = inspect(target_path)
     if not target.size_bytes:
         raise TargetEmpty(path=target.path)
@@ -65,12 +71,13 @@ def create_volume(
             size_bytes=target.size_bytes,
             sector_bytes=target.logical_sector_bytes,
             on_denied=on_denied,
+            actor=actor,
         )
         if mirror is not None:
             try:
-                _add_mirror(registry, volume, target, mirror)
+                _add_mirror(registry, volume, target, mirror, actor)
             except BaseException:
-                registry.remove_volume(name)
+                registry.remove_volume(name, actor=actor)
                 raise
         return registry.volume(name)
 
@@ -87,11 +94,11 @@ def _refuse_taken(registry: Registry, paths: list[str]) -> None:
                 raise taken(path=path, volume=volume.name)
 
 
-def _add_mirror(registry: Registry, volume: VolumeRecord, target: Disk, plan: MirrorPlan) -> None:
+def _add_mirror(registry: Registry, volume: VolumeRecord, target: Disk, plan: MirrorPlan, actor: Actor) -> None:
     path = os.path.abspath(plan.path)
     header_path = os.path.abspath(plan.header) if plan.header else None
     luks_uuid = str(uuid.uuid4())
-    registry.add_mirror(volume.name, path=path, luks_uuid=luks_uuid, header_path=header_path, generation=1)
+    registry.add_mirror(volume.name, path=path, luks_uuid=luks_uuid, header_path=header_path, generation=1, actor=actor)
     made = [each for each in (path, header_path) if each and not os.path.lexists(each)]
     header = make_mirror(
         target,
@@ -115,6 +122,7 @@ def _add_mirror(registry: Registry, volume: VolumeRecord, target: Disk, plan: Mi
 
 def remove_volume(state: State, name: str) -> VolumeRecord:
     """Forget a volume. The disks keep what is on them. Raises StillServed, StillAttached, VolumeUnknown."""
+    actor = manager(state, f"remove the volume {name}")
     with state.registry() as registry:
         volume = registry.volume(name)
         with state.volume_lock(name) as mine:
@@ -123,8 +131,9 @@ def remove_volume(state: State, name: str) -> VolumeRecord:
             attachment = attach.current(state.run_dir, name)
             if attachment is not None:
                 raise StillAttached(volume=name, device=attachment.device)
-            registry.remove_volume(name)
+            registry.remove_volume(name, actor=actor)
             for mirror in volume.mirrors:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(state.intent(mirror.luks_uuid))
+                for path in state.records(mirror.luks_uuid):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path)
     return volume

@@ -1,0 +1,55 @@
+"""audit: who did what, when and why; and the proof that nothing of it was removed or altered."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from lockstep.cli.options import Json, moment
+from lockstep.cli.output import console, human_moment, plain, print_json
+from lockstep.cli.state import StateDir, state_of
+from lockstep.errors import AuditDamaged
+
+
+def audit(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A volume. Default: all.")] = None,
+    user: Annotated[str | None, typer.Option(metavar="USER", help="Only what USER did.")] = None,
+    since: Annotated[str | None, typer.Option(metavar="TIME", help="Only from TIME on: 2026-12-24T18:00.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="TIME", help="Only before TIME.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Prove that no row was removed or altered.")] = False,
+    head: Annotated[
+        str | None, typer.Option(metavar="HASH", help="With --check: a last hash that was noted earlier.")
+    ] = None,
+    as_json: Json = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Show the audit trail; with --json a line for each row."""
+    with state_of(context, state_dir).registry() as registry:
+        if check:
+            found = registry.check_audit(head)
+            if found.reason is not None:
+                raise AuditDamaged(reason=found.reason, rows=found.rows)
+            if as_json:
+                print_json({"rows": found.rows, "head": found.head})
+            else:
+                typer.echo(f"{found.rows} rows, none removed or altered. The last hash is {found.head}")
+            return
+        rows = registry.audit_rows(
+            volume=name,
+            user=user,
+            since_s=moment(since) if since else None,
+            until_s=moment(until) if until else None,
+        )
+    if as_json:
+        for row in rows:
+            print_json(row.to_json())
+        return
+    table = Table("Time", "Volume", "User", "Event", "What happened", "From", box=None, pad_edge=False)
+    for row in rows:
+        when = human_moment(row.at_us / 1e6)
+        table.add_row(when, row.volume, plain(row.user), row.event, plain(row.reason), plain(row.origin))
+    console().print(table)
+
+
+COMMANDS = {"audit": audit}

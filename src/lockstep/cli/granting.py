@@ -1,0 +1,156 @@
+"""grant, revoke, grants, whocan, set: who may update a volume's mirrors, when, and what becomes of the rest."""
+
+import time
+from typing import Annotated, Any
+
+import typer
+import tzlocal
+from rich.table import Table
+from rich.text import Text
+
+from lockstep.cli.options import Json, Name, moment
+from lockstep.cli.output import console, human_moment, plain, print_json
+from lockstep.cli.state import StateDir, state_of
+from lockstep.errors import SettingInvalid, UserInvalid
+from lockstep.nbd.identity import is_user_name
+from lockstep.registry import windows
+from lockstep.registry.access import ANYBODY, Grant, decide
+from lockstep.service.managing import manager
+
+User = Annotated[str, typer.Argument(metavar="USER", help="An account, a certificate's name, or '*' for everybody.")]
+
+
+def grant(
+    context: typer.Context,
+    name: Name,
+    user: User,
+    window: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WINDOW", help="When: 'mon-fri 22:00-06:00', 'daily 01:30-03:00'. Default: always."),
+    ] = None,
+    timezone: Annotated[
+        str | None, typer.Option(metavar="ZONE", help="Whose clock the windows are read on. Default: this machine's.")
+    ] = None,
+    state_dir: StateDir = None,
+) -> None:
+    """Give a user the right to update the mirrors of a volume. It replaces what the user had."""
+    state = state_of(context, state_dir)
+    actor = manager(state, f"grant the mirrors of {name}")
+    if user != ANYBODY and not is_user_name(user):
+        raise UserInvalid(user=user)
+    zone = timezone or tzlocal.get_localzone_name() or "UTC"
+    windows.zone(zone)
+    granted = Grant(user, tuple(map(windows.parse, window or [])), zone)
+    with state.registry() as registry:
+        registry.grant(name, granted, actor=actor)
+    typer.echo(f"Granted. {_verdict_of(granted, name).reason}.")
+
+
+def revoke(context: typer.Context, name: Name, user: User, state_dir: StateDir = None) -> None:
+    """Take a user's right to update the mirrors of a volume away."""
+    state = state_of(context, state_dir)
+    actor = manager(state, f"revoke the mirrors of {name}")
+    with state.registry() as registry:
+        registry.revoke(name, user, actor=actor)
+        left = registry.grants(name)
+    typer.echo(f"Revoked. {decide(user, name, left, time.time()).reason}.")
+
+
+def grants(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A volume. Default: all.")] = None,
+    as_json: Json = False,
+    state_dir: StateDir = None,
+) -> None:
+    """List who may update which mirrors, when, and whether they may now."""
+    with state_of(context, state_dir).registry() as registry:
+        volumes = [registry.volume(name)] if name else registry.volumes()
+        found = [(volume.name, grant) for volume in volumes for grant in registry.grants(volume.name)]
+    if as_json:
+        print_json({"grants": [_as_json(volume, grant) for volume, grant in found]})
+        return
+    table = Table("Volume", "User", "Windows", "Time zone", "Now", "Changes", box=None, pad_edge=False)
+    for volume, grant in found:
+        verdict = _verdict_of(grant, volume)
+        table.add_row(
+            volume,
+            plain(grant.user),
+            ", ".join(map(str, grant.windows)) or "always",
+            grant.timezone if grant.windows else "",
+            Text("yes", "green") if verdict.allowed else Text("no", "yellow"),
+            human_moment(verdict.until_s, grant.timezone) if verdict.until_s else "never",
+        )
+    console().print(table if found else "Nobody may update any mirror. Let somebody: lockstep grant NAME USER")
+
+
+def whocan(
+    context: typer.Context,
+    name: Name,
+    at: Annotated[
+        str | None, typer.Option(metavar="TIME", help="As if it were TIME: 2026-12-24T18:00, local time. Default: now.")
+    ] = None,
+    as_json: Json = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Explain who may update the mirrors of a volume, and why."""
+    at_s = moment(at) if at else time.time()
+    with state_of(context, state_dir).registry() as registry:
+        found = registry.grants(name)
+    named = [grant.user for grant in found if grant.user != ANYBODY]
+    verdicts = [(user, decide(user, name, found, at_s)) for user in [*named, "anybody else"]]
+    if as_json:
+        rows = [
+            {
+                "user": user,
+                "allowed": verdict.allowed,
+                "kind": verdict.kind,
+                "reason": verdict.reason,
+                "until": verdict.until_s,
+            }
+            for user, verdict in verdicts
+        ]
+        print_json({"volume": name, "at": at_s, "users": rows})
+        return
+    for _user, verdict in verdicts:
+        mark = ("yes  ", "green") if verdict.allowed else ("no   ", "yellow")
+        console().print(Text.assemble(mark, plain(verdict.reason)))
+
+
+def set_(
+    context: typer.Context,
+    name: Name,
+    setting: Annotated[
+        str,
+        typer.Argument(metavar="SETTING", help="on-denied=hold or on-denied=refuse: what becomes of denied updates."),
+    ],
+    state_dir: StateDir = None,
+) -> None:
+    """Change a setting of a volume; while it is served, too."""
+    state = state_of(context, state_dir)
+    actor = manager(state, f"change the settings of {name}")
+    key, _, value = setting.partition("=")
+    if key != "on-denied" or value not in ("hold", "refuse"):
+        raise SettingInvalid(setting=setting)
+    with state.registry() as registry:
+        registry.set_on_denied(name, "hold" if value == "hold" else "refuse", actor=actor)
+    typer.echo(f"{name}: on-denied={value}")
+
+
+def _verdict_of(grant: Grant, volume: str) -> Any:
+    user = "everybody" if grant.user == ANYBODY else grant.user
+    return decide(user, volume, (Grant(user, grant.windows, grant.timezone),), time.time())
+
+
+def _as_json(volume: str, grant: Grant) -> dict[str, Any]:
+    verdict = _verdict_of(grant, volume)
+    return {
+        "volume": volume,
+        "user": grant.user,
+        "windows": [str(window) for window in grant.windows],
+        "timezone": grant.timezone,
+        "allowed_now": verdict.allowed,
+        "next_change": verdict.until_s,
+    }
+
+
+COMMANDS = {"grant": grant, "revoke": revoke, "grants": grants, "whocan": whocan, "set": set_}

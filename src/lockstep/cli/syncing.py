@@ -1,0 +1,56 @@
+"""sync: bring the mirrors of a served volume in sync, now."""
+
+import os
+import time
+from typing import Annotated, Any, Final
+
+import typer
+
+from lockstep.cli.options import Json, Name
+from lockstep.cli.output import print_json
+from lockstep.cli.state import StateDir, state_of
+from lockstep.errors import StillBehind
+from lockstep.service.control_client import ask, ask_status
+
+POLL_S: Final = 0.2
+
+
+def sync(
+    context: typer.Context,
+    name: Name,
+    include_held: Annotated[
+        bool,
+        typer.Option(
+            "--include-held", help="Also what users wrote who had no right to update the mirror, or not at that time."
+        ),
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when it is done.")] = False,
+    as_json: Json = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Have copied to the mirrors of a served volume what they lack."""
+    state = state_of(context, state_dir)
+    state.require_manager(os.geteuid(), f"sync {name}")
+    control = state.control(name)
+    ask(control, name, "POST", "/v1/sync", include_held=include_held)
+    volume = ask_status(control, name)
+    while wait and any(mirror["state"] == "syncing" for mirror in volume["mirrors"]):
+        time.sleep(POLL_S)
+        volume = ask_status(control, name)
+    if as_json:
+        print_json(volume)
+    else:
+        for mirror in volume["mirrors"]:
+            typer.echo(f"{mirror['path']}: {mirror['state']}")
+    if wait:
+        _require_in_sync(name, volume)
+
+
+def _require_in_sync(name: str, volume: dict[str, Any]) -> None:
+    for mirror in volume["mirrors"]:
+        if mirror["state"] != "in-sync":
+            reason = mirror["error"] or f"{mirror['held_bytes']} bytes of it are held"
+            raise StillBehind(mirror=mirror["path"], state=mirror["state"], reason=reason, volume=name)
+
+
+COMMANDS = {"sync": sync}

@@ -1,0 +1,91 @@
+"""The audit trail as a served volume writes it: in order, by one task, beside the work that it tells of.
+
+If a row cannot be written, it is tried again until it can be, and meanwhile no mirror is updated: what nobody could
+account for is recorded as different, and copied afterwards. The target goes on.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from lockstep.errors import LockstepError
+from lockstep.registry.audit import Actor
+from lockstep.registry.store import Registry
+from lockstep.service.gate import VolumeGate
+
+log = logging.getLogger(__name__)
+
+RETRY_S: Final = 1.0
+MAX_WAITING: Final = 10_000
+
+
+class Trail:
+    """What happens to one volume, on its way to the registry. Calls come from the loop's thread."""
+
+    def __init__(
+        self, registry: Registry, volume_name: str, gate: VolumeGate, in_worker: Callable[..., Awaitable[None]]
+    ) -> None:
+        self.error: str | None = None  # why rows cannot be written
+        self._registry = registry
+        self._volume_name = volume_name
+        self._gate = gate
+        self._in_worker = in_worker
+        self._rows: deque[tuple[str, Actor, str, dict[str, Any]]] = deque()
+        self._lost = 0
+        self._something = asyncio.Event()
+        self._written = asyncio.Event()
+        self._written.set()
+
+    def note(self, event: str, actor: Actor, reason: str, **details: Any) -> None:
+        """Have a row written soon. Past MAX_WAITING rows, those that come are counted only."""
+        if len(self._rows) >= MAX_WAITING:
+            self._lost += 1
+            return
+        self._rows.append((event, actor, reason, details))
+        self._written.clear()
+        self._something.set()
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until every row is written, or `timeout_s` have passed."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._written.wait(), timeout_s)
+        if self._rows:
+            log.error("%d events of the volume could not be written to the audit trail", len(self._rows) + self._lost)
+
+    async def run(self) -> None:
+        """Write rows as they come, until cancelled."""
+        while True:
+            await self._something.wait()
+            self._something.clear()
+            while self._rows:
+                if await self._write(*self._rows[0]):
+                    self._rows.popleft()
+                else:
+                    await asyncio.sleep(RETRY_S)
+            if self._lost:
+                lost, self._lost = self._lost, 0
+                reason = f"{lost} events came faster than they could be written, and are not in the trail"
+                self.note("events-lost", Actor("lockstep", "server"), reason, count=lost)
+            else:
+                self._written.set()
+
+    async def _write(self, event: str, actor: Actor, reason: str, details: dict[str, Any]) -> bool:
+        def append() -> None:
+            self._registry.audit(event, actor=actor, volume=self._volume_name, reason=reason, details=details)
+
+        try:
+            await self._in_worker(append)
+        except LockstepError as failure:
+            if self.error is None:
+                log.error("the audit trail cannot be written, so the mirrors are not updated: %s", failure)
+            self.error = f"the audit trail cannot be written: {failure}"
+            self._gate.suspend(True)
+            return False
+        if self.error is not None:
+            log.info("the audit trail can be written again")
+            self.error = None
+            self._gate.suspend(False)
+        return True
