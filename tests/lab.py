@@ -5,6 +5,7 @@ import http.client
 import importlib
 import importlib.util
 import json
+import mmap
 import os
 import random
 import re
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import UUID
@@ -91,13 +93,14 @@ class Lab:
         self.state = home / "state"
         self.key = home / "key"
         self.key.write_bytes(PASSPHRASE)
+        self.environment: dict[str, str] = {}  # added to our own, for commands and servers
 
     def lockstep(
         self, *arguments: object, stdin: bytes | None = None, environment: dict[str, str] | None = None
     ) -> Result:
-        """Run a command to its end; `environment` is added to our own."""
+        """Run a command to its end; `environment` is added to the lab's."""
         command = [sys.executable, "-m", "lockstep", "--state-dir", str(self.state), *map(str, arguments)]
-        surroundings = {**os.environ, **(environment or {})}
+        surroundings = {**os.environ, **self.environment, **(environment or {})}
         return Result(
             subprocess.run(
                 command, input=stdin or b"", capture_output=True, check=False, timeout=PATIENCE_S, env=surroundings
@@ -141,6 +144,24 @@ class Lab:
         return volume
 
 
+class Clock:
+    """The wall clock of a lab's commands and servers (clock.c); clocks that only measure time go on as ever."""
+
+    def __init__(self, lab: Lab, shows: datetime) -> None:
+        library, file = lab.home / "clock.so", lab.home / "clock"
+        run("gcc", "-shared", "-fPIC", "-O1", "-o", str(library), str(Path(__file__).with_name("clock.c")), "-ldl")
+        file.write_bytes(bytes(8))
+        with file.open("rb+") as opened:
+            self._moved_ns = mmap.mmap(opened.fileno(), 8)
+        self.set(shows)
+        lab.environment |= {"LD_PRELOAD": str(library), "LAB_CLOCK": str(file)}
+
+    def set(self, shows: datetime) -> None:
+        """Step it."""
+        moved_s = (shows - datetime.now(UTC)).total_seconds()
+        self._moved_ns[:] = round(moved_s * 1e9).to_bytes(8, "little", signed=True)
+
+
 class Volume:
     """A volume with its two disks."""
 
@@ -164,6 +185,10 @@ class Volume:
                 served.stop()
         finally:
             served.kill()
+
+    def grant(self, user: str, *options: object) -> None:
+        """Let a user update the mirror; a server that runs knows within a second."""
+        self.lab.lockstep("grant", self.name, user, *options).ok()
 
     def decrypted(self) -> bytes:
         """The mirror's data as an independent LUKS2 reader sees it, as long as the target."""
@@ -201,6 +226,7 @@ class Served:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
+                env={**os.environ, **volume.lab.environment},
             )
         self.uris: list[str] = []
 
@@ -232,19 +258,23 @@ class Served:
         assert isinstance(volume, dict)
         return volume
 
-    def mirror(self) -> dict[str, Any]:
-        """What the status says of its only mirror: asked without starting a command, to be polled often."""
+    def now(self) -> dict[str, Any]:
+        """The status of its volume: asked without starting a command, to be polled often."""
         with contextlib.closing(http.client.HTTPConnection("localhost")) as connection:
             connection.sock = socket.socket(socket.AF_UNIX)
             connection.sock.settimeout(PATIENCE_S)
             try:
                 connection.sock.connect(str(self.volume.lab.state / "run" / f"{self.volume.name}.control"))
             except (FileNotFoundError, ConnectionRefusedError):
-                status = self.status()
-            else:
-                connection.request("GET", "/v1/status")
-                status = json.load(connection.getresponse())
-        (mirror,) = status["mirrors"]
+                return self.status()
+            connection.request("GET", "/v1/status")
+            status = json.load(connection.getresponse())
+            assert isinstance(status, dict)
+            return status
+
+    def mirror(self) -> dict[str, Any]:
+        """What the status says of its only mirror."""
+        (mirror,) = self.now()["mirrors"]
         assert isinstance(mirror, dict)
         return mirror
 

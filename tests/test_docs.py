@@ -25,12 +25,13 @@ from lockstep import errors
 from lockstep.cli.main import app
 from lockstep.crypto import luks
 from lockstep.disk.probe import FILE_SECTOR_BYTES
-from lockstep.nbd import connection, negotiation, payload, server, transmission, wire
+from lockstep.nbd import connection, identity, negotiation, payload, server, tls, transmission, wire
 from lockstep.registry import models, schema
 from lockstep.registry.store import VolumeRecord
-from lockstep.service import serve, status
+from lockstep.service import background, serve, status
 from lockstep.service.state import ENVIRONMENT, SYSTEM_DIRECTORY, State
-from lockstep.volume import intent, link, regions, write_path
+from lockstep.volume import intent, link, pages, regions, write_path
+from lockstep.volume.held import HeldRecord
 from lockstep.volume.regions import RegionMap
 
 ROOT: Final = Path(__file__).parent.parent
@@ -95,10 +96,19 @@ def spans(cell: str) -> list[str]:
 
 @functools.cache
 def commands() -> dict[str, Any]:
-    """Name -> the parser's command."""
+    """Name -> the parser's command; those of a group as "group command", in the place of the group."""
     root: Any = get_command(app)
+    found: dict[str, Any] = {}
     with root.make_context("lockstep", ["list"]) as context:
-        return {name: root.get_command(context, name) for name in root.list_commands(context)}
+        for name in root.list_commands(context):
+            command = root.get_command(context, name)
+            own = getattr(command, "commands", None)
+            found |= {f"{name} {each}": own[each] for each in own} if own else {name: command}
+    return found
+
+
+def groups() -> set[str]:
+    return {name.partition(" ")[0] for name in commands() if " " in name}
 
 
 def options(command: Any) -> dict[str, bool]:
@@ -129,6 +139,10 @@ def complaint(words: list[str]) -> str | None:
     for word in waiting:
         spelling = word.partition("=")[0]
         if not spelling.startswith("-") or spelling == "-":
+            if word in groups():
+                word = f"{word} {next(waiting, '')}".rstrip()
+                if word in groups():
+                    return None
             if word not in commands():
                 return f"there is no command {word}"
             own = options(commands()[word]) | {"--help": False}
@@ -152,6 +166,9 @@ def test_the_command_lines_are_found() -> None:
     assert complaint(["serve", "web", "--no-such"]) == "serve has no option --no-such"
     assert complaint(["--no-such", "serve"]) == "there is no option --no-such"
     assert complaint(["verify", "web"]) == "there is no command verify"
+    assert complaint(["tls", "init", "DIR", "--no-such"]) == "tls init has no option --no-such"
+    assert complaint(["tls", "verify"]) == "there is no command tls verify"
+    assert complaint(["tls", "init", "DIR", "--host", "h"]) is None
     assert complaint(["--state-dir", "DIR", "status", "--json"]) is None
 
 
@@ -160,6 +177,8 @@ def test_operations_has_every_command_and_option_and_no_other() -> None:
     for command, given, _meaning in table(doc("operations.md"), "command", "option", "meaning"):
         (words,) = spans(command)
         name, *metavars = words.split()
+        if name in groups():
+            name = f"{name} {metavars.pop(0)}"
         if name != "lockstep":
             assert metavars == arguments(commands()[name]), command
         for span in spans(given):
@@ -309,7 +328,7 @@ def test_operations_and_formats_know_the_same_states() -> None:
     in_operations = table(doc("operations.md"), "state", "meaning", "what to do")
     assert {spans(row[0])[0] for row in in_operations} == states
     in_formats = table(doc("formats.md"), "state", "what `lockstep restore` gives back")
-    assert {spans(row[0])[0] for row in in_formats} == states
+    assert {spans(row[0])[0] for row in in_formats} == states | {link.FROZEN}
 
 
 # --- formats ----------------------------------------------------------------------------------------------
@@ -387,7 +406,7 @@ def test_an_intent_bitmap_can_be_read_by_its_description(tmp_path: Path) -> None
         bits += part
     assert [at for at in range(8 * len(bits)) if bits[at // 8] >> at % 8 & 1] == [3, 4064, 4800]
     assert len(rest) == 2
-    assert f"{intent.PAGE_REGIONS} regions" in doc("formats.md")
+    assert f"{pages.PAGE_BITS} regions" in doc("formats.md")
 
 
 def test_the_region_sizes_are_those_of_the_code() -> None:
@@ -417,7 +436,7 @@ def test_the_constants_are_those_of_the_code() -> None:
     for name, value, _ in rows:
         holders = [
             each
-            for each in (wire, payload, negotiation, connection, server, write_path, serve)
+            for each in (wire, payload, identity, negotiation, connection, tls, server, write_path, serve)
             if hasattr(each, spans(name)[0])
         ]
         assert holders, name
@@ -426,7 +445,7 @@ def test_the_constants_are_those_of_the_code() -> None:
 
 
 def test_the_intervals_are_those_of_the_code() -> None:
-    assert f"every {serve.TIDY_INTERVAL_S:.0f} s" in doc("architecture.md")
+    assert f"every {background.TIDY_INTERVAL_S:.0f} s" in doc("architecture.md")
     assert f"for {intent.GROUP_REGIONS} regions at a time" in doc("architecture.md")
     assert f"with {serve.WORKERS} worker threads" in doc("architecture.md")
 
@@ -486,7 +505,10 @@ def test_the_status_example_has_the_members_of_the_status() -> None:
     (volume,) = example["volumes"]
     (mirror,) = volume["mirrors"]
     nothing: Any = None
-    followed = link.MirrorLink("/mirror", "uuid", nothing, RegionMap(1 << 20, b"\1" * 16), nothing, nothing)
+    held = HeldRecord(
+        "/nowhere/record", intent.Identity(str(uuid.uuid4()), str(uuid.uuid4()), 1 << 20), in_worker, expected=False
+    )
+    followed = link.MirrorLink("/mirror", "uuid", nothing, RegionMap(1 << 20, b"\1" * 16), nothing, held, nothing)
     followed.sync = link.SyncProgress(1 << 20, 0.0)
     described = status.of_link(followed)
     assert list(described) == list(mirror)

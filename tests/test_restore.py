@@ -188,7 +188,7 @@ def test_progress_for_programs(scene: Scene, there: Elsewhere, tmp_path: Path) -
     output = tmp_path / "output"
     lines = [json.loads(line) for line in there.restore(scene.inline.mirror, output, "--json").ok().splitlines()]
     *progress, result = lines
-    assert result == {"restored_bytes": SIZE_BYTES, "volume": "inline", "output": str(output)}
+    assert result == {"restored_bytes": SIZE_BYTES, "volume": "inline", "output": str(output), "frozen": False}
     done = [each["done_bytes"] for each in progress]
     assert done == sorted(set(done))
     assert done[-1] == SIZE_BYTES

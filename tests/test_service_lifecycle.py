@@ -241,7 +241,7 @@ def test_what_status_calls_in_sync_can_be_restored_at_that_moment(lab: Lab) -> N
 # DESIGN section 5, as types.
 NUMBER = (int, float)
 SYNC = {"done_bytes": int, "total_bytes": int, "rate_bytes_s": NUMBER, "eta_s": (*NUMBER, type(None))}
-CLIENT = {"user": str, "verdict": str}
+CLIENT = {"user": str, "verdict": str, "reason": str, "until": (*NUMBER, type(None))}
 MIRROR = {
     "path": str,
     "uuid": str,
@@ -251,6 +251,8 @@ MIRROR = {
     "consistent": bool,
     "sync": (dict, type(None)),
     "error": (str, type(None)),
+    "held": list,
+    "frozen_since": (*NUMBER, type(None)),
 }
 VOLUME = {
     "name": str,
@@ -315,7 +317,8 @@ def test_status_json_is_what_the_contract_says(lab: Lab) -> None:
         with contextlib.closing(Client(server.socket)):
             (served,) = status_conforms(lab.lockstep("status", "vol", "--json").ok())
         assert served["uri"] == server.uri == f"nbd+unix:///vol?socket={lab.state}/run/vol.sock"
-        assert served["clients"] == [{"user": "root", "verdict": "allowed"}]
+        (client,) = served["clients"]
+        assert (client["user"], client["verdict"], client["until"]) == ("root", "allowed", None)
         assert (served["mirrors"][0]["sync"], served["mirrors"][0]["dirty_bytes"]) == (None, 0)
         text = lab.lockstep("status", "vol").ok()
         assert server.uri in text

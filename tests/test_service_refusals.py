@@ -38,6 +38,7 @@ from lockstep.errors import (
     DiskMissing,
     DiskReadOnly,
     EmptyPassphrase,
+    GroupUnknown,
     HeaderDamaged,
     HeaderUnreadable,
     KeyFileUnreadable,
@@ -53,6 +54,9 @@ from lockstep.errors import (
     SocketUnusable,
     StateDirUnusable,
     TargetResized,
+    TcpMissing,
+    TlsDirUnusable,
+    TlsRequired,
     VolumeUnknown,
     WrongPassphrase,
 )
@@ -584,24 +588,21 @@ def test_a_state_directory_whose_path_is_too_long_for_a_socket(tmp_path: Path) -
     assert "no" in lab.lockstep("status", "vol").ok(), "it is not served, and status must say so"
 
 
-@pytest.mark.parametrize(
-    ("address", "reason"),
-    [
-        ("0.0.0.0:10809", "it is not a loopback address"),
-        ("192.0.2.1:10809", "it is not a loopback address"),
-        ("[::]:10809", "it is not a loopback address"),
-        ("example.org:10809", "it is not a loopback address"),
-        (":10809", "it is not a loopback address"),
-        ("127.0.0.1", "it is not HOST:PORT"),
-        ("127.0.0.1:", "it is not HOST:PORT"),
-        ("127.0.0.1:70000", "it is not HOST:PORT"),
-        ("127.0.0.1:-1", "it is not HOST:PORT"),
-    ],
-)
-def test_plain_tcp_is_for_loopback_addresses_only(address: str, reason: str) -> None:
-    with pytest.raises(AddressInvalid) as caught:
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "::", "example.org"])
+def test_plain_tcp_is_for_loopback_addresses_only(host: str) -> None:
+    address = f"[{host}]:10809" if ":" in host else f"{host}:10809"
+    with pytest.raises(TlsRequired) as caught:
         parse_tcp(address)
-    assert caught.value.data == {"address": address, "reason": reason}
+    assert caught.value.data == {"address": address}
+    assert parse_tcp(address, tls=True) == (host, 10809)
+
+
+@pytest.mark.parametrize("address", [":10809", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:-1"])
+@pytest.mark.parametrize("tls", [False, True])
+def test_what_is_no_address_is_refused(address: str, tls: bool) -> None:
+    with pytest.raises(AddressInvalid) as caught:
+        parse_tcp(address, tls=tls)
+    assert caught.value.data == {"address": address, "reason": "it is not HOST:PORT"}
 
 
 @pytest.mark.parametrize(
@@ -613,9 +614,13 @@ def test_loopback_addresses_are_understood(address: str, parsed: tuple[str, int]
 
 
 def test_a_tcp_address_that_is_refused_or_occupied(scene: Scene) -> None:
-    error = AddressInvalid(address="0.0.0.0:10809", reason="it is not a loopback address")
+    error = TlsRequired(address="0.0.0.0:10809")
     assert error.exit_code == 2
     scene.refuses(error, scene.inline, "--tcp", "0.0.0.0:10809")
+    scene.refuses(TcpMissing(), scene.inline, "--tls-dir", scene.lab.home)
+    missing = TlsDirUnusable(path=scene.lab.home, reason="server-cert.pem is missing or cannot be read")
+    scene.refuses(missing, scene.inline, "--tls-dir", scene.lab.home, "--tcp", "0.0.0.0:10809")
+    scene.refuses(GroupUnknown(group="no-such-group"), scene.inline, "--socket-group", "no-such-group")
     with socket.create_server(("127.0.0.1", 0)) as occupied:
         address = f"127.0.0.1:{occupied.getsockname()[1]}"
         before = everything_below(scene.lab.home)

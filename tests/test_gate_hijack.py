@@ -1,0 +1,69 @@
+"""A hijacked account: without the right it overwrites the whole target with noise. The mirror still has the data."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.lab import MIB, Lab, Served, Volume, is_root, run, wait_until
+
+pytestmark = pytest.mark.skipif(not is_root(), reason="root acts on behalf of users here")
+
+SIZE = 4 * MIB
+
+
+def overwrite(served: Served, user: str, path: Path) -> None:
+    """Copy a file over the whole disk, as this user."""
+    uri = served.uri.replace("///vol", f"///vol%40{user}")
+    run("nbdcopy", "--flush", str(path), uri)
+
+
+def test_what_a_hijacked_account_writes_never_reaches_the_mirror_by_itself(lab: Lab) -> None:
+    volume = lab.volume("vol", SIZE)
+    good, noise = lab.home / "good", lab.home / "noise"
+    good.write_bytes(random.Random(1).randbytes(SIZE))
+    noise.write_bytes(random.Random(2).randbytes(SIZE))
+    volume.grant("alice")
+
+    with volume.served() as served:
+        overwrite(served, "alice", good)
+        volume.assert_equal_disks()
+        overwrite(served, "mallory", noise)
+        status = served.mirror()
+        assert (status["state"], status["held_bytes"], status["consistent"]) == ("behind", SIZE, True)
+        assert [each["user"] for each in status["held"]] == ["mallory"]
+        served.kill()
+    keeps(volume, good, "a crash")
+
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: served.mirror()["state"] == "behind", "the restarted server to leave it alone")
+        lab.lockstep("sync", "vol", "--wait").failed(3, "is behind")
+        volume.grant("mallory")  # a right that is given afterwards does not release what came before
+        wait_until(lambda: "mallory" in lab.lockstep("whocan", "vol").ok(), "the grant")
+        served.stop()
+    keeps(volume, good, "a restart, a sync and a grant")
+
+    for record in (lab.state / "held").iterdir():
+        record.unlink()
+    lab.lockstep("revoke", "vol", "mallory").ok()
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: served.mirror()["held_bytes"] == SIZE, "all of the disk to wait for a release")
+        served.stop()
+    keeps(volume, good, "the loss of the records")
+
+    rows = [json.loads(line) for line in lab.lockstep("audit", "vol", "--user", "mallory", "--json").ok().splitlines()]
+    assert "denied" in {row["event"] for row in rows}
+    assert volume.target.read_bytes() == noise.read_bytes()
+
+
+def keeps(volume: Volume, good: Path, after: str) -> None:
+    """A restore from the mirror gives the data from before."""
+    output = volume.lab.home / "output"
+    output.unlink(missing_ok=True)
+    incomplete = ["--incomplete"] if "records" in after else []
+    said = volume.restore(output, *incomplete).ok()
+    assert output.read_bytes() == good.read_bytes(), f"the mirror has lost the data after {after}"
+    assert incomplete or "frozen" in said or "froze" in said
+    last = json.loads(volume.lab.lockstep("audit", "vol", "--json").ok().splitlines()[-1])
+    assert (last["event"], last["user"]) == ("restore", "root")
