@@ -1,19 +1,22 @@
-"""The one thing pyproject.toml cannot say yet: the native kernel, which may fail to build.
+"""The one thing pyproject.toml cannot say yet: the native inner loops, which may fail to build.
 
-Without a compiler or the OpenSSL headers the package installs all the same and encrypts
-through the `cryptography` package, more slowly; `lockstep --version` says which is in use.
+Without a compiler or the OpenSSL headers the package installs all the same, encrypts through the `cryptography`
+package and serves writes one by one, more slowly; `lockstep --version` says what encrypts.
 """
 
 from setuptools import Extension, setup
 
+NATIVE = {"lockstep.crypto._xts": ["crypto"], "lockstep.disk._runs": [], "lockstep.nbd._frames": []}
+
 setup(
     ext_modules=[
         Extension(
-            "lockstep.crypto._xts",
-            ["src/lockstep/crypto/_xts.pyx"],
-            libraries=["crypto"],
+            name,
+            [f"src/{name.replace('.', '/')}.pyx"],
+            libraries=libraries,
             extra_compile_args=["-O2", "-Wall"],
             optional=True,
         )
+        for name, libraries in NATIVE.items()
     ]
 )

@@ -15,6 +15,7 @@ import errno
 import logging
 import os
 import socket
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
@@ -130,21 +131,24 @@ class MemoryExport:
         into[:] = self.content[offset : offset + len(into)]
         return True
 
-    def write_now(self, user: str, offset: int, data: memoryview) -> bool:
-        self._check(offset, len(data))
-        if self._slow():
-            return False
-        self._may_fail()
-        self.content[offset : offset + len(data)] = data
-        return True
+    def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
+        done = self._choices.number(count + 1) if self._slow() else count
+        self._take(data, run, done)
+        return done
 
     async def read(self, offset: int, into: memoryview) -> None:
         await self._work(offset, len(into))
         into[:] = self.content[offset : offset + len(into)]
 
-    async def write(self, user: str, offset: int, data: memoryview, *, durable: bool) -> None:
-        await self._work(offset, len(data))
-        self.content[offset : offset + len(data)] = data
+    async def write(self, user: str, data: memoryview, run: "array[int]", count: int, *, durable: bool) -> None:
+        await self._work(0, 0)
+        self._take(data, run, count)
+
+    def _take(self, data: memoryview, run: "array[int]", count: int) -> None:
+        for at in range(count):
+            offset, length, position = run[4 * at : 4 * at + 3]
+            self._check(offset, length)
+            self.content[offset : offset + length] = data[position : position + length]
 
     async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool, fast: bool) -> None:
         if fast and self._choices.number(2):

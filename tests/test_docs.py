@@ -32,6 +32,7 @@ from lockstep.service import background, serve, status
 from lockstep.service.state import ENVIRONMENT, SYSTEM_DIRECTORY, State
 from lockstep.volume import intent, link, pages, regions, write_path
 from lockstep.volume.held import HeldRecord
+from lockstep.volume.progress import SyncProgress
 from lockstep.volume.regions import RegionMap
 
 ROOT: Final = Path(__file__).parent.parent
@@ -508,12 +509,12 @@ def test_the_status_example_has_the_members_of_the_status() -> None:
     held = HeldRecord(
         "/nowhere/record", intent.Identity(str(uuid.uuid4()), str(uuid.uuid4()), 1 << 20), in_worker, expected=False
     )
-    followed = link.MirrorLink("/mirror", "uuid", nothing, RegionMap(1 << 20, b"\1" * 16), nothing, held, nothing)
-    followed.sync = link.SyncProgress(1 << 20, 0.0)
+    followed = link.MirrorLink("/mirror", "uuid", RegionMap(1 << 20, b"\1" * 16), nothing, held, nothing)
+    followed.sync = SyncProgress(1 << 20)
     described = status.of_link(followed)
     assert list(described) == list(mirror)
     assert list(described["sync"]) == list(mirror["sync"])
-    real = VolumeRecord("id", "web", "/target", 1 << 20, 512, "hold", nothing, ())
+    real = VolumeRecord("id", "web", "/target", 1 << 20, 512, "hold", None, nothing, ())
     assert list(status.of_volume(real, [described])) == list(volume)
     documented = {span for row in table(doc("operations.md"), "member", "meaning") for span in spans(row[0])}
     assert {"serving", "uri", "clients"} <= documented

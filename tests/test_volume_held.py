@@ -10,9 +10,7 @@ import random
 import tempfile
 import uuid
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -23,6 +21,7 @@ from lockstep.crypto.luks import Segment
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import inspect
+from lockstep.disk.runs import run_of
 from lockstep.volume.gate import Ruling
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW, UNKNOWN_USER, HeldRecord
 from lockstep.volume.intent import Identity, IntentBitmap
@@ -30,6 +29,7 @@ from lockstep.volume.link import MirrorLink
 from lockstep.volume.pages import PAGE_BYTES
 from lockstep.volume.regions import RegionMap
 from lockstep.volume.resync import Resync
+from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
 
 REGION = 64 << 10
@@ -78,7 +78,7 @@ class Stage:
         self.directory = directory
         self.sector_bytes = sector_bytes
         self.gate = Table()
-        self.workers = ThreadPoolExecutor(4)
+        self.workers = Workers("stage", 4)
         self.cipher = XtsCipher(KEY, sector_bytes)
         content = random.Random(1).randbytes(SIZE)
         (directory / "target").write_bytes(content)
@@ -94,14 +94,15 @@ class Stage:
         fd = os.open(self.directory / "mirror", os.O_RDWR)
         segment = Segment(0, self.sector_bytes, 0, "aes-xts-plain64", None)
         self.mirror = EncryptedDisk(fd, segment, self.cipher, SIZE)
-        intent = IntentBitmap(str(self.directory / "intent"), IDENTITY, self.in_worker)
+        intent = IntentBitmap(str(self.directory / "intent"), IDENTITY, self.workers.run)
         intent.claim(1, 1, dirty)
-        self.held = HeldRecord(str(self.directory / "record"), IDENTITY, self.in_worker, expected=False)
+        self.held = HeldRecord(str(self.directory / "record"), IDENTITY, self.workers.run, expected=False)
         self.held.claim()
         regions = RegionMap(SIZE, dirty, self.held.regions())
-        self.link = MirrorLink("mirror", "uuid", self.mirror, regions, intent, self.held, Silent())
+        self.link = MirrorLink("mirror", "uuid", regions, intent, self.held, Silent())
+        self.link.admit(self.mirror, Workers("mirror", 2, 30))
         self.path = WritePath(self.target, (self.link,), self.gate, self.sector_bytes, self.workers)
-        self.resync = Resync(self.path, self.link, self.mirror, self.gate, self.workers)
+        self.resync = Resync(self.path, self.link, self.gate, self.workers)
 
     def crash(self) -> None:
         """End as a killed server does: the records are what they are on disk, and all marks count."""
@@ -115,12 +116,10 @@ class Stage:
         self.held.close()
         self.target.close()
 
-    async def in_worker(self, work: Callable[..., Any], *arguments: object) -> None:
-        await asyncio.get_running_loop().run_in_executor(self.workers, work, *arguments)
-
     async def write(self, user: str, offset: int, data: bytes) -> None:
-        if not self.path.write_now(user, offset, memoryview(data)):
-            await self.path.write(user, offset, memoryview(data), durable=False)
+        run = run_of(offset, len(data))
+        if not self.path.write_run(user, memoryview(data), run, 1):
+            await self.path.write(user, memoryview(data), run, 1, durable=False)
 
     async def catch_up(self) -> None:
         """One look of the resync."""
@@ -143,7 +142,7 @@ def play(scene: Callable[[Stage], Awaitable[None]], sector_bytes: int = 512) -> 
             asyncio.run(asyncio.wait_for(scene(stage), 60))
         finally:
             stage.close()
-            stage.workers.shutdown()
+            stage.workers.close()
 
 
 USERS = {"alice": Ruling.UPDATE, "bob": Ruling.UNTIL_WINDOW, "mallory": Ruling.UNTIL_RELEASED}
@@ -285,7 +284,7 @@ def test_a_ruling_that_changes_while_it_is_recorded_counts_as_it_is_then() -> No
             "Closing", (Table,), {"__call__": lambda _self, _user: next(rulings, Ruling.UNTIL_RELEASED)}
         )
         before = stage.on_mirror()
-        await stage.path.write("alice", 0, memoryview(b"late"), durable=False)
+        await stage.path.write("alice", memoryview(b"late"), run_of(0, 4), 1, durable=False)
         assert stage.on_mirror() == before
         assert stage.on_target()[:4] == b"late"
         assert stage.held.users(NO_RIGHT) == ["alice"]

@@ -94,7 +94,7 @@ def test_whatever_is_let_through_is_marked_after_a_power_cut(
                 assert 0 not in marked[start // REGION_BYTES : -(-end // REGION_BYTES)]
 
         async def mark(span: tuple[int, int]) -> None:
-            await bitmap.mark(*span)
+            await bitmap.mark([span])
             let_through[span] = None  # it is being written from here on
             look()
 
@@ -181,7 +181,7 @@ def test_a_mark_that_cannot_be_written_is_an_error_and_lets_nothing_through(tmp_
     bitmap, _path = fresh(tmp_path)
     bitmap._pages._fd, real = 1 << 20, bitmap._pages._fd  # no such descriptor
     with pytest.raises(OSError, match="Bad file descriptor"):
-        asyncio.run(bitmap.mark(0, 1))
+        asyncio.run(bitmap.mark([(0, 1)]))
     assert not bitmap.covers(0, 1)
     bitmap._pages._fd = real
     bitmap.close()
@@ -191,7 +191,7 @@ def test_steady_work_in_a_hot_set_writes_nothing(tmp_path: Path) -> None:
     bitmap, path = fresh(tmp_path)
 
     async def play() -> None:
-        await bitmap.mark(0, 8 << 20)
+        await bitmap.mark([(0, 8 << 20)])
         before = path.stat().st_mtime_ns
         for round_ in range(1000):
             assert bitmap.covers(round_ * 4096, round_ * 4096 + 4096)

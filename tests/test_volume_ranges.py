@@ -54,7 +54,7 @@ class Crowd:
         assert self.ranges.free(me.start, me.start + me.length) == (not before_me)
         me.state = "asked"
         try:
-            async with self.ranges.hold(me.start, me.start + me.length):
+            async with self.ranges.hold([(me.start, me.start + me.length)]):
                 assert not [other for other in before_me if other.state in ("asked", "in")]
                 assert not self.of("in", overlapping=me)
                 me.state = "in"
@@ -95,12 +95,12 @@ def test_overlapping_holders_take_turns_in_the_order_of_asking(holders: list[Hol
 def test_who_overlaps_nobody_has_the_range_at_once() -> None:
     async def check() -> None:
         ranges = Ranges()
-        async with ranges.hold(0, 10):
+        async with ranges.hold([(0, 10)]):
             for start, end in ((10, 20), (20, 21)):
-                hold = ranges.hold(start, end).__aenter__()
+                hold = ranges.hold([(start, end)]).__aenter__()
                 with pytest.raises(StopIteration):  # entered without giving control away
                     hold.send(None)
-            waiting = ranges.hold(9, 10).__aenter__()
+            waiting = ranges.hold([(9, 10)]).__aenter__()
             waiting.send(None)
             waiting.close()
 

@@ -1,8 +1,8 @@
-"""Which regions differ: the map follows its model, and no mark is lost, whichever thread makes it."""
+"""Which regions differ: the map follows its model, and no mark is lost."""
 
-import threading
-from collections.abc import Callable, Iterable
-from typing import Any, Final
+import itertools
+from collections.abc import Iterable
+from typing import Final
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +28,7 @@ def test_regions_follow_their_model(size_bytes: int, dirty: bool, operations: li
     count = -(-size_bytes // REGION_BYTES)
     regions = RegionMap(size_bytes, bytes([dirty]) * count)
     marked, copying = (set(range(count)) if dirty else set()), set[int]()
+    at = 0  # where the next copy looks first
 
     def bytes_of(numbers: Iterable[int]) -> int:
         return sum(min(REGION_BYTES, size_bytes - number * REGION_BYTES) for number in numbers)
@@ -39,20 +40,25 @@ def test_regions_follow_their_model(size_bytes: int, dirty: bool, operations: li
             marked |= set(range(number // REGION_BYTES, (number + length - 1) // REGION_BYTES + 1))
             copying -= marked
         elif what == "begin":
-            begun = regions.begin_copy(number)
-            wanted = min(marked, key=lambda region: (region < number // REGION_BYTES, region), default=None)
+            limit_bytes = number // 8
+            begun = regions.begin_copy(limit_bytes)
+            wanted = min(marked, key=lambda region: (region < at, region), default=None)
             if wanted is None:
                 assert begun is None
-            else:
-                assert begun == (wanted * REGION_BYTES, bytes_of([wanted]))
-                marked.discard(wanted)
-                copying.add(wanted)
-        elif what == "finish" and number < size_bytes:  # also of a region that was marked since, or never begun
-            region = number // REGION_BYTES
-            regions.finish_copy(number, equal=bool(value % 2))
-            if region in copying and not value % 2:
-                marked.add(region)
-            copying.discard(region)
+                continue
+            most = range(wanted, wanted + max(1, limit_bytes // REGION_BYTES))
+            stretch = list(itertools.takewhile(marked.__contains__, most))
+            assert begun == (wanted * REGION_BYTES, bytes_of(stretch))
+            marked -= set(stretch)
+            copying |= set(stretch)
+            at = stretch[-1] + 1
+        elif what == "finish" and number < size_bytes:  # also of regions that were marked since, or never begun
+            length = min(1 + number // 16, size_bytes - number)
+            regions.finish_copy(number, length, equal=bool(value % 2))
+            over = set(range(number // REGION_BYTES, (number + length - 1) // REGION_BYTES + 1))
+            if not value % 2:
+                marked |= copying & over
+            copying -= over
         elif what == "several":
             chosen = {region for region in range(count) if number >> region % 20 & 1}
             regions.mark_regions(bytes(region in chosen for region in range(count)))
@@ -61,37 +67,6 @@ def test_regions_follow_their_model(size_bytes: int, dirty: bool, operations: li
         assert regions.dirty_bytes == bytes_of(marked | copying)
         assert regions.dirty() == bytes(region in marked | copying for region in range(count))
         assert [regions.clean(region) for region in range(count)] == [not dirty for dirty in regions.dirty()]
-
-
-class _Interrupted(bytearray):
-    """States that somebody else changes right after one of them was looked at."""
-
-    meanwhile: Callable[[], Any]
-
-    def __getitem__(self, key: Any) -> Any:
-        value = super().__getitem__(key)
-        self.meanwhile()
-        return value
-
-
-def test_a_mark_from_another_thread_is_not_lost_when_the_copy_ends() -> None:
-    regions = RegionMap(16 * REGION_BYTES, b"\1" * 16)
-    assert regions.begin_copy() == (0, REGION_BYTES)
-    marker = threading.Thread(target=regions.mark, args=(0, 1))
-
-    def meanwhile() -> None:
-        if marker.ident is None:
-            marker.start()
-            marker.join(0.2)  # until it has marked, or waits for its turn
-
-    states = _Interrupted(regions._states)
-    states.meanwhile = meanwhile
-    regions._states = states
-    regions.finish_copy(0, equal=True)
-    if marker.ident is None:
-        marker.start()
-    marker.join()
-    assert not regions.clean(0), "a region that was marked while its copy ended is called clean"
 
 
 @given(st.integers(1, 1 << 60))

@@ -6,18 +6,20 @@ Disks are byte arrays here, so that a test can stop one in the middle of a read.
 import asyncio
 import threading
 import uuid
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from array import array
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
 import pytest
 
+from lockstep.disk.runs import run_of
 from lockstep.volume.gate import Ruling
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import Identity
 from lockstep.volume.link import MirrorLink
 from lockstep.volume.regions import RegionMap
 from lockstep.volume.resync import Resync
+from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
 
 SIZE_BYTES: Final = 64 << 10
@@ -44,8 +46,16 @@ class Disk:
         self.was_read.set()
         assert self.go_on.wait(10)
 
-    def write(self, offset: int, data: memoryview, durable: bool = False) -> None:
-        self.content[offset : offset + len(data)] = data
+    prompt = True
+
+    def write_run(self, data: memoryview, run: "array[int]", count: int) -> int:
+        self.write_all(data, run, count)
+        return count
+
+    def write_all(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> None:
+        for at in range(count):
+            offset, length, position = run[4 * at : 4 * at + 3]
+            self.content[offset : offset + length] = data[position : position + length]
 
     def flush(self) -> None:
         if self.link is not None:
@@ -55,10 +65,10 @@ class Disk:
 class AllMarked:
     """An intent bitmap in which nothing needs to be marked any more."""
 
-    def covers(self, start: int, end: int) -> bool:
-        return True
+    def covers_run(self, run: "array[int]", count: int) -> int:
+        return count
 
-    async def mark(self, start: int, end: int) -> None:
+    async def mark(self, extents: Iterable[tuple[int, int]]) -> None:
         pass
 
     def idle(self) -> list[int]:
@@ -94,27 +104,27 @@ class Open:
 class Stage:
     """A target, a mirror that differs all over, and what joins them."""
 
-    def __init__(self, workers: ThreadPoolExecutor) -> None:
+    def __init__(self, workers: Workers) -> None:
         self.target, self.mirror = Disk(b"t" * SIZE_BYTES), Disk(b"m" * SIZE_BYTES)
         mirror: Any = self.mirror
         target: Any = self.target
         intent: Any = AllMarked()
         held = HeldRecord("/nowhere/record", IDENTITY, asyncio.to_thread, expected=False)
-        self.link = MirrorLink("mirror", "uuid", mirror, RegionMap(SIZE_BYTES, b"\1"), intent, held, Silent())
+        self.link = MirrorLink("mirror", "uuid", RegionMap(SIZE_BYTES, b"\1"), intent, held, Silent())
+        self.link.admit(mirror, Workers("mirror", 2, 30))
         self.mirror.link = self.link
         self.path = WritePath(target, (self.link,), Open(), SECTOR_BYTES, workers)
-        self.resync = Resync(self.path, self.link, mirror, Open(), workers)
+        self.resync = Resync(self.path, self.link, Open(), workers)
 
 
 def play(scene: Callable[[Stage], Awaitable[None]]) -> Stage:
     async def on_stage() -> Stage:
-        with ThreadPoolExecutor(4) as workers:
-            stage = Stage(workers)
-            try:
-                await asyncio.wait_for(scene(stage), 10)
-            finally:
-                stage.target.go_on.set()
-            return stage
+        stage = Stage(Workers("stage", 4))
+        try:
+            await asyncio.wait_for(scene(stage), 10)
+        finally:
+            stage.target.go_on.set()
+        return stage
 
     return asyncio.run(on_stage())
 
@@ -126,10 +136,10 @@ def test_a_late_copy_never_overwrites_what_a_client_wrote_meanwhile(offset: int,
         copying = asyncio.create_task(stage.resync.copy())
         await asyncio.to_thread(stage.target.was_read.wait, 10)
         # The copy has read the old data, and has not written it to the mirror yet.
-        data = memoryview(b"c" * length)
+        data, run = memoryview(b"c" * length), run_of(offset, length)
         writing = None
-        if not stage.path.write_now("user", offset, data):
-            writing = asyncio.create_task(stage.path.write("user", offset, data, durable=False))
+        if not stage.path.write_run("user", data, run, 1):
+            writing = asyncio.create_task(stage.path.write("user", data, run, 1, durable=False))
         for _ in range(5):
             await asyncio.sleep(0)
         stage.target.go_on.set()

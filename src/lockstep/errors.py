@@ -82,8 +82,8 @@ class SettingInvalid(UsageError):
     """Data: setting."""
 
     happened = "There is no setting {setting!r}."
-    cause = "It is misspelt: the setting is on-denied, and its values are hold and refuse."
-    next_step = "Write for example `lockstep set NAME on-denied=refuse`."
+    cause = "It is misspelt: on-denied is hold or refuse, and scrub is a weekly window or off."
+    next_step = "Write for example `lockstep set NAME on-denied=refuse` or `lockstep set NAME 'scrub=sun 03:00-06:00'`."
 
 
 class TimeInvalid(UsageError):
@@ -190,8 +190,16 @@ class StillBehind(DifferencesFound):
     """Data: mirror, state, reason, volume."""
 
     happened = "The mirror {mirror} is {state}: {reason}."
-    cause = "What is held is copied only when its writer's window opens, or with --include-held; a failed disk never."
+    cause = "What is held waits for its writer's window or for --include-held; a failed mirror, for its return."
     next_step = "See lockstep status {volume} and lockstep grants {volume}; repeat the command when the cause is gone."
+
+
+class MirrorsDiffer(DifferencesFound):
+    """Data: mirror, places, bytes, volume."""
+
+    happened = "The mirror {mirror} differs from its target in {places} places, {bytes} bytes in all."
+    cause = "One of the two disks lost or changed data by itself, or somebody wrote to it while it was not served."
+    next_step = "Find out which disk is right; if the target is, run `lockstep verify {volume} --repair`."
 
 
 class NotPermitted(LockstepError):
@@ -768,6 +776,30 @@ class AlreadyServed(ServiceError):
     happened = "The volume {volume} is being served already."
     cause = "Another `lockstep serve {volume}` runs on this state directory."
     next_step = "Use that one (`lockstep status {volume}` shows its address), or stop it first."
+
+
+class VerifyIncomplete(ServiceError):
+    """Data: mirror, reason, volume."""
+
+    happened = "The mirror {mirror} was not compared to the end: {reason}."
+    cause = "It is away or failed meanwhile, the target cannot be read, or somebody stopped the comparison."
+    next_step = "See `lockstep status {volume}`, and run this again when the cause is gone."
+
+
+class AlreadyVerifying(ServiceError):
+    """Data: volume."""
+
+    happened = "The mirrors of {volume} are being compared already."
+    cause = "Somebody runs `lockstep verify {volume}`, or its weekly scrub is under way."
+    next_step = "Wait until that is over; `lockstep verify {volume} --history` shows what it found."
+
+
+class MemoryNotLockable(ServiceError):
+    """Data: reason."""
+
+    happened = "The server's memory cannot be locked: {reason}."
+    cause = "This account may not lock that much memory (RLIMIT_MEMLOCK), or there is too little."
+    next_step = "Serve as root, raise the limit (LimitMEMLOCK=infinity in the unit), or leave --mlock away."
 
 
 class StillServed(ServiceError):

@@ -15,6 +15,7 @@ from lockstep.errors import SettingInvalid, UserInvalid
 from lockstep.nbd.identity import is_user_name
 from lockstep.registry import windows
 from lockstep.registry.access import ANYBODY, Grant, decide
+from lockstep.registry.windows import Schedule
 from lockstep.service.managing import manager
 
 User = Annotated[str, typer.Argument(metavar="USER", help="An account, a certificate's name, or '*' for everybody.")]
@@ -121,19 +122,33 @@ def set_(
     name: Name,
     setting: Annotated[
         str,
-        typer.Argument(metavar="SETTING", help="on-denied=hold or on-denied=refuse: what becomes of denied updates."),
+        typer.Argument(
+            metavar="SETTING",
+            help="on-denied=hold or on-denied=refuse: what becomes of denied updates. scrub='sun 03:00-06:00': compare "
+            "the mirrors with the target in this window of each week; scrub=off.",
+        ),
     ],
+    timezone: Annotated[
+        str | None, typer.Option(metavar="ZONE", help="Whose clock the window is read on. Default: this machine's.")
+    ] = None,
     state_dir: StateDir = None,
 ) -> None:
     """Change a setting of a volume; while it is served, too."""
     state = state_of(context, state_dir)
     actor = manager(state, f"change the settings of {name}")
     key, _, value = setting.partition("=")
-    if key != "on-denied" or value not in ("hold", "refuse"):
-        raise SettingInvalid(setting=setting)
     with state.registry() as registry:
-        registry.set_on_denied(name, "hold" if value == "hold" else "refuse", actor=actor)
-    typer.echo(f"{name}: on-denied={value}")
+        if key == "on-denied" and value in ("hold", "refuse"):
+            registry.set_on_denied(name, "hold" if value == "hold" else "refuse", actor=actor)
+        elif key == "scrub":
+            zone = timezone or tzlocal.get_localzone_name() or "UTC"
+            windows.zone(zone)
+            schedule = None if value == "off" else Schedule(windows.parse(value), zone)
+            registry.set_scrub(name, schedule, actor=actor)
+            value = str(schedule or "off")
+        else:
+            raise SettingInvalid(setting=setting)
+    typer.echo(f"{name}: {key}={value}")
 
 
 def _verdict_of(grant: Grant, volume: str) -> Any:

@@ -27,6 +27,7 @@ _COMMANDS = {
     "detach": "serving",
     "status": "status",
     "sync": "syncing",
+    "verify": "verifying",
     "restore": "restoring",
     "grant": "granting",
     "revoke": "granting",

@@ -12,8 +12,9 @@ from lockstep.errors import NotAttached, TcpMissing
 from lockstep.service import attach as attaching
 from lockstep.service.certificates import load_terms
 from lockstep.service.control_client import ask_status
-from lockstep.service.serve import Listen, group_id, parse_tcp
+from lockstep.service.serve import Listen, Options, group_id, parse_tcp
 from lockstep.service.serve import serve as serve_volume
+from lockstep.service.volume_session import PATIENCE_S
 
 
 def serve(
@@ -37,6 +38,15 @@ def serve(
             help="Over TCP, serve only clients that have a certificate of this TLS directory (`lockstep tls init`).",
         ),
     ] = None,
+    mirror_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0.1, help="A mirror that does not answer for so long is dropped until it is back."
+        ),
+    ] = PATIENCE_S,
+    mlock: Annotated[
+        bool, typer.Option("--mlock", help="Keep the server in memory: for a device that this machine itself mounts.")
+    ] = False,
     state_dir: StateDir = None,
 ) -> None:
     """Serve a volume over NBD, in the foreground, until SIGTERM or Ctrl-C."""
@@ -50,7 +60,8 @@ def serve(
         group_id(socket_group) if socket_group else None,
     )
     passphrase = passphrase_from(key_file, f"the mirror of {name}")
-    serve_volume(state, name, passphrase, listen, _announce)
+    options = Options(mirror_patience_s=mirror_timeout, lock_memory=mlock)
+    serve_volume(state, name, passphrase, listen, _announce, options)
 
 
 def _announce(uris: list[str]) -> None:

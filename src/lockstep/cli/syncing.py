@@ -24,6 +24,9 @@ def sync(
             "--include-held", help="Also what users wrote who had no right to update the mirror, or not at that time."
         ),
     ] = False,
+    checksum: Annotated[
+        bool, typer.Option("--checksum", help="Read the mirror first, and write only where it really differs.")
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Return when it is done.")] = False,
     as_json: Json = False,
     state_dir: StateDir = None,
@@ -32,7 +35,7 @@ def sync(
     state = state_of(context, state_dir)
     state.require_manager(os.geteuid(), f"sync {name}")
     control = state.control(name)
-    ask(control, name, "POST", "/v1/sync", include_held=include_held)
+    ask(control, name, "POST", "/v1/sync", include_held=include_held, compare=checksum)
     volume = ask_status(control, name)
     while wait and any(mirror["state"] == "syncing" for mirror in volume["mirrors"]):
         time.sleep(POLL_S)

@@ -1,3 +1,4 @@
+from array import array
 from typing import final
 
 from typing_extensions import Buffer
@@ -28,6 +29,16 @@ class Xts:
 
         `flags` are those of pwritev2(2), such as RWF_DSYNC. `first_iv`, `src` and errors as for `encrypt_into`, and
         the OSError of a write that failed; nothing is written after any other error.
+        """
+
+    def encrypt_run(
+        self, fd: int, data_offset: int, first_iv: int, data: Buffer, run: array[int], count: int, flags: int, /
+    ) -> int:
+        """Encrypt the first `count` writes of a run (lockstep/disk/runs.py), and write each to `fd` at its offset.
+
+        Offsets count from `data_offset` in the file, and from position `first_iv`. Returns how many, from the front,
+        were written whole; a write that fails ends it. ValueError, and nothing is written, for writes that are no
+        whole sectors or lie outside of `data`.
         """
 
     def decrypt_into(self, first_iv: int, src: Buffer, dst: Buffer, /) -> None:

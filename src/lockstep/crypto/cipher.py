@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from lockstep.errors import CipherSelfTestFailed
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Callable
 
     from typing_extensions import Buffer
@@ -54,6 +55,26 @@ class FallbackXts:
         out = bytearray(len(_readable(src)))
         self._crypt(first_iv, src, out, encrypt=True)
         return os.pwritev(fd, (out,), offset, flags)
+
+    def encrypt_run(
+        self, fd: int, data_offset: int, first_iv: int, data: Buffer, run: array[int], count: int, flags: int, /
+    ) -> int:
+        """Encrypt the first `count` writes of a run, and write each to `fd`; return how many were written whole."""
+        view = _readable(data)
+        writes = [tuple(run[4 * at : 4 * at + 3]) for at in range(count)]
+        for offset, length, position in writes:
+            if (offset | length) % self._sector_bytes:
+                raise ValueError("the length must be a multiple of the sector size")
+            if position + length > len(view):
+                raise ValueError("the data lies outside of the buffer")
+        for at, (offset, length, position) in enumerate(writes):
+            source = view[position : position + length]
+            try:
+                if self.encrypt_to(fd, data_offset + offset, first_iv + offset // 512, source, flags) != length:
+                    return at
+            except OSError:
+                return at
+        return count
 
     def decrypt_into(self, first_iv: int, src: Buffer, dst: Buffer, /) -> None:
         """Decrypt the sectors in `src` into `dst`."""
@@ -107,10 +128,11 @@ class XtsCipher:
     It is read here only: the caller may wipe it afterwards. For its methods see `_xts.pyi`.
     """
 
-    __slots__ = ("decrypt_into", "encrypt_into", "encrypt_to", "sector_bytes")
+    __slots__ = ("decrypt_into", "encrypt_into", "encrypt_run", "encrypt_to", "sector_bytes")
 
     encrypt_into: Callable[[int, Buffer, Buffer], None]
     encrypt_to: Callable[[int, int, int, Buffer, int], int]
+    encrypt_run: Callable[[int, int, int, Buffer, array[int], int, int], int]
     decrypt_into: Callable[[int, Buffer, Buffer], None]
     sector_bytes: int
 
@@ -119,6 +141,7 @@ class XtsCipher:
         # Bound here rather than wrapped: a Python frame per call would cost as much as a sector.
         self.encrypt_into = implementation.encrypt_into
         self.encrypt_to = implementation.encrypt_to
+        self.encrypt_run = implementation.encrypt_run
         self.decrypt_into = implementation.decrypt_into
         self.sector_bytes = sector_bytes
 

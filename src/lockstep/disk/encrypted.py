@@ -8,11 +8,13 @@ thread. Failures are OSErrors.
 
 import errno
 import os
+from array import array
 from typing import Final
 
 from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.luks import Segment
-from lockstep.disk.plain import read_all
+from lockstep.disk.plain import Promptness, read_all
+from lockstep.disk.runs import WORDS
 
 # One piece is encrypted and written while it is still in the processor's cache.
 PIECE_BYTES: Final = 256 << 10
@@ -29,27 +31,55 @@ class EncryptedDisk:
         self._fd = fd
         self._data_offset = segment.offset_bytes
         self._first_iv = segment.iv_offset
+        self._promptness = Promptness(fd)
+        self._stopped = False
         self._encrypt_to = cipher.encrypt_to
+        self._encrypt_run = cipher.encrypt_run
         self._decrypt_into = cipher.decrypt_into
 
     def close(self) -> None:
         """Close the descriptor, which also gives up its locks."""
         os.close(self._fd)
 
+    def stop(self) -> None:
+        """Have what is under way in other threads end at its next system call, with an OSError."""
+        self._stopped = True
+
+    @property
+    def prompt(self) -> bool:
+        """Whether `write_run` may be called where nothing may block."""
+        return self._promptness.flags is not None
+
+    def write_run(self, data: memoryview, run: "array[int]", count: int) -> int:
+        """Encrypt and write a run of whole sectors without ever waiting; return how many writes, from the front.
+
+        Only on a prompt disk.
+        """
+        flags = self._promptness.flags
+        assert flags is not None
+        return self._encrypt_run(self._fd, self._data_offset, self._first_iv, data, run, count, flags)
+
+    def write_all(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> None:
+        """Encrypt and write a run of whole sectors."""
+        done = 0
+        if count > 1 and not durable:
+            done = self._encrypt_run(self._fd, self._data_offset, self._first_iv, data, run, count, 0)
+        for at in range(done, count):  # where that ended, the write itself tells why
+            offset, length, position = run[WORDS * at : WORDS * at + 3]
+            self.write(offset, data[position : position + length], durable)
+
     def write(self, offset: int, data: memoryview, durable: bool = False) -> None:
         """Encrypt `data` and write the ciphertext at `offset`."""
         flags = os.RWF_DSYNC if durable else 0
-        at, iv, length = self._data_offset + offset, self._first_iv + (offset >> 9), len(data)
-        if length > PIECE_BYTES or self._encrypt_to(self._fd, at, iv, data, flags) != length:
-            self._write_pieces(offset, data, flags)
-
-    def _write_pieces(self, offset: int, data: memoryview, flags: int) -> None:
         while data:
-            at, iv = self._data_offset + offset, self._first_iv + (offset >> 9)
-            written = self._encrypt_to(self._fd, at, iv, data[:PIECE_BYTES], flags)
-            written -= (
-                written % self.sector_bytes
-            )  # after a short write: a full disk or a signal; the next one says which
+            if self._stopped:
+                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+            at, iv, piece = self._data_offset + offset, self._first_iv + (offset >> 9), data[:PIECE_BYTES]
+            if self._promptness.unknown:
+                self._promptness.learn(lambda prompt: self._encrypt_to(self._fd, at, iv, piece, prompt))  # noqa: B023
+            written = self._encrypt_to(self._fd, at, iv, piece, flags)
+            # After a short write (a full disk, or a signal) the next one says which.
+            written -= written % self.sector_bytes
             if not written:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             offset, data = offset + written, data[written:]
@@ -67,3 +97,7 @@ class EncryptedDisk:
     def flush(self) -> None:
         """Make every completed write durable."""
         os.fdatasync(self._fd)
+
+    def forget_cache(self, offset: int, length: int) -> None:
+        """Have the range read from the medium next time, as far as it was flushed."""
+        os.posix_fadvise(self._fd, self._data_offset + offset, length, os.POSIX_FADV_DONTNEED)

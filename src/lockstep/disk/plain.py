@@ -8,11 +8,13 @@ import contextlib
 import ctypes
 import errno
 import os
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from typing import Final, Self
 
 from lockstep.disk.lock import lock_exclusive
 from lockstep.disk.probe import Disk, open_disk
+from lockstep.disk.runs import WORDS, write_run
 
 _FALLOC_FL_KEEP_SIZE: Final = 0x01  # linux/falloc.h
 _FALLOC_FL_PUNCH_HOLE: Final = 0x02
@@ -47,6 +49,28 @@ def read_all(fd: int, into: memoryview, offset: int) -> None:
         into, offset = into[count:], offset + count
 
 
+class Promptness:
+    """Whether a file takes small writes without ever making the writer wait, and how to ask for that.
+
+    `flags` are what pwritev2(2) then needs: none where the file system is memory; RWF_NOWAIT where it keeps its word,
+    and fails with EAGAIN instead of waiting. None means that writes may block: ext4, FUSE, older kernels.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.flags: int | None = 0 if _in_memory(os.readlink(f"/proc/self/fd/{fd}")) else None
+        self.unknown = self.flags is None
+
+    def learn(self, write: Callable[[int], int]) -> None:
+        """Find out by a write that is about to happen anyway: `write` is given the flags to try."""
+        self.unknown = False
+        try:
+            write(os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                return
+        self.flags = os.RWF_NOWAIT
+
+
 class PlainDisk:
     """An open disk: the target, or the output of a restore."""
 
@@ -56,6 +80,7 @@ class PlainDisk:
         self.size_bytes = disk.size_bytes
         self._fd = fd
         self._nowait = self._probe_nowait()
+        self._promptness = Promptness(fd)
 
     @classmethod
     def claim(cls, disk: Disk) -> Self:
@@ -87,8 +112,30 @@ class PlainDisk:
 
     def write(self, offset: int, data: memoryview | bytes, *, durable: bool = False) -> None:
         """Write all of `data` at `offset`."""
+        if self._promptness.unknown:
+            self._promptness.learn(lambda flags: os.pwritev(self._fd, (data,), offset, flags))
         if durable or os.pwrite(self._fd, data, offset) != len(data):
             write_all(self._fd, data, offset, durable=durable)
+
+    @property
+    def prompt(self) -> bool:
+        """Whether `write_run` may be called where nothing may block."""
+        return self._promptness.flags is not None
+
+    def write_run(self, data: memoryview, run: "array[int]", count: int) -> int:
+        """Write a run without ever waiting; return how many of its writes, from the front. Only on a prompt disk."""
+        flags = self._promptness.flags
+        assert flags is not None
+        return write_run(self._fd, flags, data, run, count)
+
+    def write_all(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> None:
+        """Write a run."""
+        done = 0
+        if count > 1 and not durable:
+            done = write_run(self._fd, 0, data, run, count)
+        for at in range(done, count):  # where that ended, the write itself tells why
+            offset, length, position = run[WORDS * at : WORDS * at + 3]
+            self.write(offset, data[position : position + length], durable=durable)
 
     def zero(self, offset: int, length: int, *, allocate: bool) -> None:
         """Have the range read as zeroes: as a hole where that is possible, unless `allocate`.

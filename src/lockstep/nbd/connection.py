@@ -4,9 +4,10 @@ What makes it fast, on one event loop:
 
 - The kernel receives straight into the connection's buffer (BufferedProtocol), and every complete request in
   it is served before control goes back to the loop; their replies leave in one system call.
-- A request that the export can carry out at once costs two method calls: no task, no future, no log line.
-- Only what can block becomes a task. Its payload moves to a block of the shared pool, because the receive
-  buffer is about to be reused.
+- Plain writes are taken by runs (frames.py): as many as have arrived. What the export can carry out at once of a run
+  costs a few calls for all of it: no task, no future, no log line.
+- Only what can block becomes a task, a whole run one task. Its payload moves to a block of the shared pool, because the
+  receive buffer is about to be reused.
 
 What keeps it safe from its clients:
 
@@ -23,15 +24,17 @@ Source of what must be answered how: doc/proto.md of the NBD reference implement
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 import ssl
 import time
+from array import array
 from collections.abc import Awaitable, Coroutine, Sequence
-from struct import Struct
 from typing import Any, Final, Protocol, cast
 
 from lockstep.nbd import wire
+from lockstep.nbd.frames import cookie_of, end_of, find_writes, new_run, pack_replies, rebase, rest_of, run_of
 from lockstep.nbd.identity import peer_of
 from lockstep.nbd.negotiation import Agreement, ExportInfo, Negotiation, Security, State
 from lockstep.nbd.payload import PayloadPool, block_bytes
@@ -62,12 +65,6 @@ SLOWEST_BYTES_S: Final = 1 << 20  # who sends a payload more slowly counts as st
 _SO_SNDBUFFORCE: Final = 32  # socket(7); the socket module does not name it
 
 
-# For the requests that are counted by the hundred thousand: magic, flags and type at one look.
-_unpack_plain: Final = Struct(">QQQI").unpack_from
-_PLAIN_WRITE: Final = wire.REQUEST_MAGIC << 32 | wire.CMD_WRITE
-_pack_reply: Final = wire.SIMPLE_REPLY.pack
-
-
 class Export(Protocol):
     """What the transport needs of a disk. Offsets and lengths are bytes and lie within `info.size_bytes`.
 
@@ -79,14 +76,14 @@ class Export(Protocol):
     def read_now(self, offset: int, into: bytearray) -> bool:
         """Fill `into` and return True, or return False when that would block."""
 
-    def write_now(self, user: str, offset: int, data: memoryview) -> bool:
-        """Write, and return True; or change nothing and return False when it cannot be done at once."""
+    def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
+        """Carry out as many writes of a run (frames.py) as can be at once; return how many, from the front."""
 
     async def read(self, offset: int, into: memoryview) -> None:
         """Fill `into`."""
 
-    async def write(self, user: str, offset: int, data: memoryview, *, durable: bool) -> None:
-        """Write; `durable` is FUA."""
+    async def write(self, user: str, data: memoryview, run: "array[int]", count: int, *, durable: bool) -> None:
+        """Carry out the first `count` writes of a run; `durable` is FUA."""
 
     async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool, fast: bool) -> None:
         """Write zeroes; `allocate` is NO_HOLE; `fast` fails with ENOTSUP unless it beats a plain write."""
@@ -155,6 +152,7 @@ class Connection(Securable):
         self._block_request = (0, 0, 0, 0)  # flags, cookie, offset, length
         self._block_filled = 0
         self._block_since_s = 0.0
+        self._run = new_run()
         self._out: list[bytes | bytearray] = []
         self._batch_bytes = 0  # moved since replies were last sent
         self._undrained: list[bytearray] = []  # pool blocks whose data the socket has not taken yet
@@ -316,7 +314,7 @@ class Connection(Securable):
     def _advance(self) -> None:
         """Serve every complete request that has arrived, as long as the client takes the replies."""
         try:
-            while self._may_serve() and (self._serve_small_writes() or self._serve_next()):
+            while self._may_serve() and (self._serve_writes() or self._serve_next()):
                 if self._batch_bytes >= REPLY_BATCH_BYTES:
                     self._send_replies()
         finally:
@@ -340,34 +338,32 @@ class Connection(Securable):
             and self._pending < MAX_PENDING
         )
 
-    def _serve_small_writes(self) -> bool:
-        """Serve the plain writes at the front that can be carried out at once; False when there is none.
+    def _serve_writes(self) -> bool:
+        """Serve the run of plain writes at the front; False when there is none, or it must wait."""
+        run, start = self._run, self._start
+        enough = REPLY_BATCH_BYTES - self._batch_bytes
+        count = find_writes(self._buffer, start, self._end, enough, self._writable_bytes, run)
+        if not count:
+            return False
+        done = self._export.write_run(self.user, self._view, run, count)
+        if done:
+            self._out.append(pack_replies(run, done))
+            self._start = end_of(run, done)
+            self._batch_bytes += self._start - start
+        return done == count or self._begin_run(rest_of(run, done, count), count - done) or done > 0
 
-        These are counted by the hundred thousand: one look tells them from all others, which `_serve_next` serves.
-        """
-        view, user, write_now = self._view, self.user, self._export.write_now
-        at, end = self._start, self._end
-        due = at + REPLY_BATCH_BYTES - self._batch_bytes
-        try:
-            while end - at >= wire.REQUEST_BYTES and at < due:
-                kind, cookie, offset, length = _unpack_plain(view, at)
-                data = at + wire.REQUEST_BYTES
-                after = data + length
-                if kind != _PLAIN_WRITE or after > end or offset + length > self._writable_bytes:
-                    break
-                error = 0
-                try:
-                    if not write_now(user, offset, view[data:after]):
-                        break
-                except OSError as failure:
-                    error = wire_error(failure.errno)
-                at = after
-                self._out.append(_pack_reply(wire.SIMPLE_REPLY_MAGIC, error, cookie))
-        finally:
-            served = at - self._start
-            self._start = at
-            self._batch_bytes += served
-        return served > 0
+    def _begin_run(self, run: "array[int]", count: int) -> bool:
+        """Have a run of writes that may block carried out; False when there is no memory for it now."""
+        start, end = self._start, end_of(run, count)
+        block = self._take_block(end - start)
+        if block is None:
+            return False
+        block[: end - start] = self._view[start:end]
+        rebase(run, count, -start)
+        self._start = end
+        self._pending += count
+        self._server.spawn(self._write_run(run, count, block))
+        return True
 
     def _serve_next(self) -> bool:
         """Serve one request; False when it has not arrived whole, or must wait."""
@@ -406,6 +402,10 @@ class Connection(Securable):
             if wire.REQUEST_BYTES + length > RECEIVE_BYTES // 2:
                 return self._start_block(flags, cookie, offset, length)
             return False
+        if not length:
+            self._start = data
+            self._reply(simple_reply(cookie))
+            return True
         block = self._take_block(length)
         if block is None:
             return False
@@ -515,11 +515,40 @@ class Connection(Securable):
 
     async def _write(self, flags: int, cookie: int, offset: int, block: bytearray, length: int) -> None:
         try:
-            data = memoryview(block)[:length]
-            await self._export.write(self.user, offset, data, durable=bool(flags & wire.FLAG_FUA))
+            run = run_of(offset, length)
+            await self._export.write(self.user, memoryview(block), run, 1, durable=bool(flags & wire.FLAG_FUA))
         finally:
             self._give_block(block)
         self._reply(simple_reply(cookie))
+
+    async def _write_run(self, run: "array[int]", count: int, block: bytearray) -> None:
+        """Carry out a run; if that fails, its writes one by one, so that each gets the answer that is its own."""
+        data = memoryview(block)
+        try:
+            await self._export.write(self.user, data, run, count, durable=False)
+            self._reply(pack_replies(run, count))
+        except OSError as failure:
+            for at in range(count):
+                error = wire_error(failure.errno)
+                if count > 1 and failure.errno != errno.EPERM:  # that is about who writes, not about where
+                    error = await self._error_of(rest_of(run, at, at + 1), data)
+                self._refuse(wire.CMD_WRITE, cookie_of(run, at), error)
+        except Exception:
+            log.exception("a run of writes failed in a way that Lockstep did not expect")
+            for at in range(count):
+                self._refuse(wire.CMD_WRITE, cookie_of(run, at), wire.EIO)
+        finally:
+            self._give_block(block)
+            self._pending -= count
+            self._advance()
+
+    async def _error_of(self, run: "array[int]", data: memoryview) -> int:
+        """Carry out one write, and return its error, or 0."""
+        try:
+            await self._export.write(self.user, data, run, 1, durable=False)
+        except OSError as failure:
+            return wire_error(failure.errno)
+        return 0
 
     async def _read(self, cookie: int, offset: int, block: bytearray, length: int) -> None:
         data = memoryview(block)[:length]

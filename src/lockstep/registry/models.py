@@ -75,6 +75,8 @@ class Volume(Base):
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     sector_bytes: Mapped[int]
     on_denied: Mapped[str] = mapped_column(String(8))
+    scrub_window: Mapped[str | None]
+    scrub_timezone: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(default=_now)
 
     mirrors: Mapped[list["Mirror"]] = relationship(

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, inspect, text
 
 from lockstep.errors import RegistryDamaged, RegistryTooNew
 
-REVISION = "0002"
+REVISION = "0003"
 """The newest revision in migrations/versions."""
 
 _VERSION_TABLE = "alembic_version"

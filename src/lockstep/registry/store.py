@@ -61,6 +61,7 @@ from lockstep.registry import audit, models, schema, windows
 from lockstep.registry.access import Grant
 from lockstep.registry.audit import Actor, AuditCheck, AuditRecord
 from lockstep.registry.models import AuditHead, AuditRow, Mirror, Volume
+from lockstep.registry.windows import Schedule
 
 LOCK_TIMEOUT_S = 10.0
 """How long an operation waits for another process's."""
@@ -133,6 +134,7 @@ class VolumeRecord:
     size_bytes: int
     sector_bytes: int
     on_denied: OnDenied
+    scrub: Schedule | None
     created_at: datetime
     mirrors: tuple[MirrorRecord, ...]
 
@@ -292,6 +294,15 @@ class Registry:
             _find(session, name).on_denied = policy
             reason = f"{actor.user} set on-denied={policy}"
             _append(session, "on-denied", actor, name, reason, {"on_denied": policy})
+
+    def set_scrub(self, name: str, schedule: Schedule | None, *, actor: Actor) -> None:
+        """Say when the mirrors are scrubbed; None is never. Raises VolumeUnknown."""
+        with self._transaction(write=True) as session:
+            volume = _find(session, name)
+            volume.scrub_window = str(schedule.window) if schedule else None
+            volume.scrub_timezone = schedule.timezone if schedule else None
+            reason = f"{actor.user} set scrub={schedule or 'off'}"
+            _append(session, "scrub-schedule", actor, name, reason, {"scrub": str(schedule) if schedule else None})
 
     # --- who may update the mirrors ---
 
@@ -492,6 +503,12 @@ def _mirror_record(row: Mirror) -> MirrorRecord:
     )
 
 
+def _schedule(row: Volume) -> Schedule | None:
+    if row.scrub_window is None or row.scrub_timezone is None:
+        return None
+    return Schedule(windows.parse(row.scrub_window), row.scrub_timezone)
+
+
 def _volume_record(row: Volume) -> VolumeRecord:
     return VolumeRecord(
         id=row.id,
@@ -500,6 +517,7 @@ def _volume_record(row: Volume) -> VolumeRecord:
         size_bytes=row.size_bytes,
         sector_bytes=row.sector_bytes,
         on_denied=cast("OnDenied", row.on_denied),
+        scrub=_schedule(row),
         created_at=row.created_at,
         mirrors=tuple(map(_mirror_record, row.mirrors)),
     )

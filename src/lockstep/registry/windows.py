@@ -96,6 +96,24 @@ def next_change(windows: tuple[Window, ...], timezone: str, after_s: float) -> f
     return None
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """A weekly window in a time zone, in which something is done."""
+
+    window: Window
+    timezone: str
+
+    def open_until(self, at_s: float) -> float | None:
+        """Return when the window that is open at `at_s` closes, both in seconds since 1970; None when none is open."""
+        if not is_open((self.window,), self.timezone, at_s):
+            return None
+        return next_change((self.window,), self.timezone, at_s) or at_s + WEEK_MINUTES * 60
+
+    def __str__(self) -> str:
+        """Return it for people."""
+        return f"{self.window} {self.timezone}"
+
+
 def _days_of_candidates(windows: tuple[Window, ...], tz: ZoneInfo, after_s: float) -> Iterator[set[float]]:
     """For each day from the one before `after_s`: the instants at which something may change.
 

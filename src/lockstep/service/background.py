@@ -1,8 +1,9 @@
-"""What goes on beside the clients' requests: mirrors come in sync, tokens stay true, grants are read."""
+"""What goes on beside the clients' requests: mirrors come in sync and come back, tokens stay true, grants are read."""
 
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
 
@@ -11,11 +12,13 @@ from lockstep.registry.audit import Actor
 from lockstep.registry.store import Registry
 from lockstep.service.clients import Clients
 from lockstep.service.gate import VolumeGate
+from lockstep.service.mirror_session import MirrorSession
 from lockstep.service.trail import Trail
+from lockstep.service.verification import Verification
+from lockstep.service.volume_session import VolumeSession
 from lockstep.volume.gate import UPDATE
 from lockstep.volume.link import MirrorLink
 from lockstep.volume.resync import Resync
-from lockstep.volume.write_path import WritePath
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +26,10 @@ GRANTS_INTERVAL_S: Final = 0.5  # so that a grant takes effect within a second, 
 TOKEN_INTERVAL_S: Final = 1.0
 TIDY_INTERVAL_S: Final = 30.0
 WARNING_INTERVAL_S: Final = 86400.0
+WATCH_INTERVAL_S: Final = 1.0
+FIRST_RETURN_S: Final = 1.0
+LAST_RETURN_S: Final = 60.0
+STEADY_S: Final = 60.0  # a mirror that has been followed so long again is given a fresh start
 SETTLE_S: Final = 10.0
 
 SERVER: Final = Actor("lockstep", "server")
@@ -33,26 +40,25 @@ class Background:
 
     def __init__(
         self,
-        volume_name: str,
-        path: WritePath,
-        resyncs: tuple[Resync, ...],
+        session: VolumeSession,
         gate: VolumeGate,
         clients: Clients,
         trail: Trail,
+        verification: Verification,
         registry: Registry,
         warnings: Callable[[], Iterable[str]],
-        in_worker: Callable[..., Awaitable[None]],
     ) -> None:
-        self._volume_name = volume_name
-        self._path = path
-        self._resyncs = resyncs
+        self._session = session
+        self._volume_name = session.record.name
+        self._path = session.writes
         self._gate = gate
         self._clients = clients
         self._trail = trail
+        self._verification = verification
         self._registry = registry
         self._warnings = warnings
-        self._in_worker = in_worker
         self._stopping = asyncio.Event()
+        self._retry = asyncio.Event()  # somebody wants mirrors that are away to be looked for now
         self._states: dict[MirrorLink, str] = {}
         self._blind = False  # the registry could not be read when last tried
 
@@ -66,23 +72,28 @@ class Background:
             self._repeat(self._path.tidy, TIDY_INTERVAL_S),
             self._repeat(self._look, GRANTS_INTERVAL_S),
             self._repeat(self._warn, WARNING_INTERVAL_S),
-            *(resync.run() for resync in self._resyncs),
+            *(resync.run() for resync in self._session.resyncs),
+            *(self._bring_back(*pair) for pair in zip(self._session.mirrors, self._session.resyncs, strict=True)),
         ]
         tasks = [asyncio.create_task(_reported(each)) for each in work]
         try:
             yield
         finally:
             self._stopping.set()
-            for resync in self._resyncs:
+            self._retry.set()
+            for resync in self._session.resyncs:
                 resync.stop()
+            await self._verification.stop()
             await asyncio.gather(*tasks)
             self._note_states()
             self._trail.note("stop", SERVER, f"the volume {self._volume_name} is not being served any more")
             await self._trail.settle(SETTLE_S)
             writing.cancel()
 
-    async def sync(self, actor: Actor, *, include_held: bool) -> None:
+    async def sync(self, actor: Actor, *, include_held: bool, compare: bool) -> None:
         """Have everything copied that may be; with `include_held` also what is held, if `actor` may update the mirrors.
+
+        Mirrors that are away are looked for at once. `compare` leaves alone what is equal already.
 
         Raises MayNotRelease.
         """
@@ -97,8 +108,32 @@ class Background:
                 await link.release(link.held.regions())
         held = f", {released} held bytes included" if include_held else ""
         self._trail.note("sync", actor, f"{actor.user} had the mirrors brought in sync{held}", released_bytes=released)
-        for resync in self._resyncs:
+        self._retry.set()
+        for resync in self._session.resyncs:
+            resync.compare = compare
             resync.wake()
+
+    async def _bring_back(self, session: MirrorSession, resync: Resync) -> None:
+        """Follow a mirror again that failed or was away, as soon as it can be opened.
+
+        The longer it is away, and the more often it fails, the longer the time between attempts.
+        """
+        link, delay_s, back_s = session.link, FIRST_RETURN_S, 0.0
+        while not self._stopping.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._retry.wait(), delay_s if link.error else WATCH_INTERVAL_S)
+            if self._stopping.is_set():
+                return
+            if link.error is None:
+                if time.monotonic() - back_s > STEADY_S:
+                    delay_s = FIRST_RETURN_S
+            elif await session.come_back():
+                back_s = time.monotonic()
+                delay_s = min(delay_s * 2, LAST_RETURN_S)
+                resync.wake()
+            else:
+                delay_s = min(delay_s * 2, LAST_RETURN_S)
+            self._retry.clear()
 
     async def _announce(self) -> None:
         for link in self._path.mirrors:
@@ -110,8 +145,9 @@ class Background:
 
     async def _look(self) -> None:
         """See what has changed: in the registry, for the clients, with the mirrors."""
-        await self._in_worker(self._read_grants)
+        await self._session.workers.run(self._read_grants)
         self._clients.look()
+        self._verification.look()
         self._note_states()
 
     def _read_grants(self) -> None:
@@ -124,6 +160,7 @@ class Background:
             return
         self._blind = False
         self._gate.update(volume.on_denied, grants)
+        self._verification.schedule = volume.scrub
 
     def _note_states(self) -> None:
         for link in self._path.mirrors:

@@ -1,7 +1,11 @@
 """The control interface of a served volume: HTTP on a unix socket, for root and the owner of the state directory.
 
 GET  /v1/status    the volume as `status --json` prints it
-POST /v1/sync      {"include_held": bool}: have what differs copied; with true, what is held too
+POST /v1/sync      {"include_held": bool, "compare": bool}: have what differs copied, if wanted what is held too, and
+                   if wanted only where a comparison shows it
+POST /v1/verify    {"repair": bool}: begin to compare the mirrors with the target
+GET  /v1/verify    how far that is, or what the last one found
+DELETE /v1/verify  end it early
 
 The socket's mode lets only its owner connect; the peer is checked all the same. An error is {"error": its class,
 "data": its fields}, so that the client can raise it again.
@@ -25,8 +29,17 @@ class Commands(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return the volume as `status --json` prints it."""
 
-    async def sync(self, actor: Actor, *, include_held: bool) -> None:
+    async def sync(self, actor: Actor, *, include_held: bool, compare: bool) -> None:
         """Have what differs copied. Raises MayNotRelease."""
+
+    def verify(self, actor: Actor, *, repair: bool) -> None:
+        """Begin to compare. Raises AlreadyVerifying."""
+
+    async def stop_verifying(self) -> None:
+        """End a comparison early."""
+
+    def verified(self) -> dict[str, Any]:
+        """Return how far the comparison is, or what the last one found."""
 
 
 @contextlib.asynccontextmanager
@@ -55,14 +68,28 @@ async def control_interface(
         return web.json_response(commands.describe())
 
     async def answer_sync(request: web.Request) -> web.Response:
-        peer: Peer = request["peer"]
         asked = await request.json()
-        await commands.sync(Actor(peer.user, peer.origin), include_held=bool(asked.get("include_held")))
+        include_held, compare = bool(asked.get("include_held")), bool(asked.get("compare"))
+        await commands.sync(_actor(request), include_held=include_held, compare=compare)
         return web.json_response({})
+
+    async def begin_verify(request: web.Request) -> web.Response:
+        commands.verify(_actor(request), repair=bool((await request.json()).get("repair")))
+        return web.json_response({})
+
+    async def answer_verify(_request: web.Request) -> web.Response:
+        return web.json_response(commands.verified())
+
+    async def end_verify(_request: web.Request) -> web.Response:
+        await commands.stop_verifying()
+        return web.json_response(commands.verified())
 
     application = web.Application(middlewares=[guarded])
     application.router.add_get("/v1/status", answer_status)
     application.router.add_post("/v1/sync", answer_sync)
+    application.router.add_post("/v1/verify", begin_verify)
+    application.router.add_get("/v1/verify", answer_verify)
+    application.router.add_delete("/v1/verify", end_verify)
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
     previous = os.umask(0o177)
@@ -81,3 +108,8 @@ async def control_interface(
         await runner.cleanup()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
+
+
+def _actor(request: web.Request) -> Actor:
+    peer: Peer = request["peer"]
+    return Actor(peer.user, peer.origin)

@@ -1,12 +1,10 @@
-"""A volume as the NBD server knows it: the write path on one side, the protocol's terms on the other."""
+"""A volume as the NBD server knows it: its write and read path on one side, the protocol's terms on the other."""
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Sequence
 
 from lockstep.nbd import wire
 from lockstep.nbd.negotiation import ExportInfo
-from lockstep.volume.write_path import WritePath
+from lockstep.service.volume_session import VolumeSession
 
 _FLAGS = (
     wire.HAS_FLAGS
@@ -21,22 +19,20 @@ _FLAGS = (
 
 
 class VolumeExport:
-    """Joins a write path to the NBD server; what the two have in common is handed through as it is."""
+    """Joins a volume to the NBD server; what the two have in common is handed through as it is."""
 
-    def __init__(self, name: str, path: WritePath, workers: Executor) -> None:
-        self.info = ExportInfo(name, path.target.size_bytes, _FLAGS, f"Lockstep volume {name}")
-        self._target = path.target
-        self._workers = workers
-        self.read_now = path.target.read_cached
-        self.write_now = path.write_now
-        self.write = path.write
-        self.zero = path.zero
-        self.trim = path.trim
-        self.flush = path.flush
-
-    async def read(self, offset: int, into: memoryview) -> None:
-        """Fill `into` from the target."""
-        await self._in_worker(self._target.read, offset, into)
+    def __init__(self, session: VolumeSession) -> None:
+        name, target = session.record.name, session.target
+        self.info = ExportInfo(name, target.size_bytes, _FLAGS, f"Lockstep volume {name}")
+        self._target = target
+        self._in_worker = session.workers.run
+        self.read_now = session.reads.read_now
+        self.read = session.reads.read
+        self.write_run = session.writes.write_run
+        self.write = session.writes.write
+        self.zero = session.writes.zero
+        self.trim = session.writes.trim
+        self.flush = session.writes.flush
 
     async def cache(self, offset: int, length: int) -> None:
         """Have the page cache read ahead."""
@@ -44,17 +40,13 @@ class VolumeExport:
 
     async def allocation(self, offset: int, length: int, limit: int) -> Sequence[tuple[int, int]]:
         """Holes of the target read as zeroes."""
+        return await self._in_worker(self._extents, offset, length, limit)
+
+    def _extents(self, offset: int, length: int, limit: int) -> Sequence[tuple[int, int]]:
         extents: list[tuple[int, int]] = []
-
-        def look() -> None:
-            for _start, count, data in self._target.extents(offset, length):
-                if count:  # none where somebody trims while we look
-                    extents.append((count, 0 if data else wire.STATE_HOLE | wire.STATE_ZERO))
-                if len(extents) == limit:
-                    break
-
-        await self._in_worker(look)
+        for _start, count, data in self._target.extents(offset, length):
+            if count:  # none where somebody trims while we look
+                extents.append((count, 0 if data else wire.STATE_HOLE | wire.STATE_ZERO))
+            if len(extents) == limit:
+                break
         return extents
-
-    async def _in_worker(self, work: Callable[..., None], *args: object) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._workers, work, *args)

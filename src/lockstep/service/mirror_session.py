@@ -8,42 +8,54 @@ copies of one mirror that went different ways never come to the same generation.
     claim   bitmap: generation g, following h, dirty regions;  token: h;  bitmap: settled
     serve   token: state, whenever it changes; "in-sync" only after a flush
             before marks are cleared: a new generation, in the same three steps
+    return  of a mirror that failed or was away: as at the start
     retire  the same as claim, after both disks were flushed: only what differs is still marked
 
 A power cut between any two of these leaves a pair that still fits. A mirror that was swapped, copied back or written
-elsewhere has another generation, and everything is copied.
+elsewhere has another generation, and everything is copied. While a mirror is away the bitmap keeps the generation that
+the mirror was last given, so that it fits when the mirror is back.
+
+The header is written by one thread of its own, by way of cryptsetup. A mirror whose header does not answer is dropped
+like one whose data does not.
 """
 
-import asyncio
-import contextlib
 import errno
 import logging
 import secrets
-import threading
 from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Final
 
 from lockstep.crypto import luks
+from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.mirror import open_mirror
 from lockstep.disk.plain import PlainDisk
-from lockstep.errors import LockstepError, MirrorOfAnotherVolume, NoToken, StateDirUnusable
+from lockstep.disk.probe import inspect
+from lockstep.errors import (
+    DiskMissing,
+    DiskUnreadable,
+    LockstepError,
+    MirrorOfAnotherVolume,
+    NoToken,
+    StateDirUnusable,
+)
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.state import State
 from lockstep.volume import intent
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import IntentBitmap
-from lockstep.volume.link import BEHIND, FROZEN, IN_SYNC, MirrorLink
+from lockstep.volume.link import BEHIND, DEGRADED, FROZEN, IN_SYNC, MirrorLink
 from lockstep.volume.regions import RegionMap
+from lockstep.volume.workers import Workers
 
 log = logging.getLogger(__name__)
 
-ANNOUNCE_S: Final = 10.0
+MIRROR_THREADS: Final = 8
+OPENING_PATIENCE_S: Final = 60.0  # argon2id takes seconds
 
 
 class MirrorSession:
-    """A mirror, unlocked and locked against others; `link` is what the write path follows."""
+    """A mirror, unlocked and locked against others as long as it is there; `link` is what the write path follows."""
 
     def __init__(
         self,
@@ -51,125 +63,242 @@ class MirrorSession:
         volume: VolumeRecord,
         mirror: MirrorRecord,
         target: PlainDisk,
-        passphrase: bytes,
-        workers: Executor,
+        passphrase: Callable[[], bytes],
+        workers: Workers,
+        patience_s: float,
     ) -> None:
-        """Open the mirror; nothing is changed yet.
+        """Open the mirror, unless it is away; nothing is changed yet.
 
-        Raises MirrorOfAnotherVolume, NoToken, and whatever `open_mirror` does.
+        Raises MirrorOfAnotherVolume, NoToken, and whatever `open_mirror` does, but not that its disk is missing.
         """
         self.mirror = mirror
+        self._volume = volume
         self._target = target
-        self._token_lock = threading.Lock()  # cryptsetup runs in worker threads
-        self._workers = workers
+        self._passphrase = passphrase
+        self._patience_s = patience_s
         self._header_path = mirror.header_path or mirror.path
-        header = luks.read_header(self._header_path)
-        self._token = _checked_token(volume, mirror, header)
-        self._token_id = header.token_id
-        self.disk = open_mirror(mirror.path, mirror.header_path, header, passphrase, volume.size_bytes, writable=True)
+        self._state_dir = state.path
+        self._in_worker = workers.run
+        self._scribe = Workers("lockstep-header", 1, patience_s)
+        self._opener = Workers("lockstep-opener", 0)
+        self._attempt: object = None  # the attempt to come back that somebody waits for
+        self._last_failure = ""
+        self._disowned = False
+        header, disk, away = self._open_unless_away()
+        token = header.token if header else None
         path = state.intent(mirror.luks_uuid)
         identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
-        self._state_dir = state.path
-        self._intent = IntentBitmap(path, identity, self._in_worker)
-        loaded = intent.load(path, identity, self._token.generation, target.written_ns())
-        tells = self._token.state in (BEHIND, FROZEN)
-        self._held = HeldRecord(state.held(mirror.luks_uuid), identity, self._in_worker, expected=tells)
+        loaded = intent.load(path, identity, token.generation if token else None, target.written_ns())
+        # What the mirror's token may say for the bitmap to fit it.
+        self._generations = loaded.generations or (mirror.generation, mirror.generation)
+        self._token = token or luks.Token(volume.id, volume.name, volume.size_bytes, self._generations[0], DEGRADED)
+        self._token_id = header.token_id if header else None
+        self._intent = IntentBitmap(path, identity, workers.run)
+        tells = token is not None and token.state in (BEHIND, FROZEN)
+        self._held = HeldRecord(state.held(mirror.luks_uuid), identity, workers.run, expected=tells)
         if not loaded.fits:
             self._held.frozen_since_s = None  # it is another mirror than the one that was frozen
         regions = RegionMap(volume.size_bytes, loaded.marked, self._held.regions())
-        self.link = MirrorLink(mirror.path, mirror.luks_uuid, self.disk, regions, self._intent, self._held, self)
+        self.link = MirrorLink(mirror.path, mirror.luks_uuid, regions, self._intent, self._held, self)
+        if disk is None:
+            self.link.stay_away(away)
+        else:
+            self.link.admit(disk, self._new_workers())
 
     @property
     def generation(self) -> int:
-        """The generation that the token carries now."""
+        """The generation that the token carries now, as far as is known."""
         return self._token.generation
+
+    # --- start and end ---
 
     def claim(self) -> None:
         """From here on this server alone says what differs. Raises StateDirUnusable and what the token may."""
         self._claim(self.link.regions.dirty(), written_ns=0)
 
-    async def announce(self, state: str) -> None:
-        """Have the token say the state, if that has changed; a mirror that cannot be written is left.
-
-        Waits at most ANNOUNCE_S: a mirror that hangs must not hold up its target's clients.
-        """
-        if self._token.state != state:
-            writing = asyncio.ensure_future(self._in_worker(self._write_state, state))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(writing), ANNOUNCE_S)
-
-    def retire(self) -> None:
+    async def retire(self) -> None:
         """Close in order: the target has been flushed and nobody writes any more. Raises as `claim` does."""
-        self.link.flush()
+        await self.link.flush()
         dirty = self.link.regions.dirty()
         marked = dirty if self.link.error is None else _either(dirty, self._intent.marked())
-        self._claim(marked, self._target.written_ns())
+        try:
+            await self._scribe.run(self._claim, marked, self._target.written_ns())
+        except TimeoutError as failure:
+            self.link.drop("closing", failure)
 
     def close(self) -> None:
-        """Close the disk, which gives up its lock."""
+        """Close the disk, which gives up its lock, unless it hangs: then that is left to the process's end."""
         self._intent.close()
         self._held.close()
+        self._scribe.close()
         self.link.close()
 
     def _claim(self, marked: bytes, written_ns: int) -> None:
         try:
             self._held.claim()
+            if self.link.error is not None:  # it cannot be given another
+                generation, following = self._generations
+                self._intent.claim(generation, following, marked, written_ns)
+                return
             following = self._following()
             self._intent.claim(self._token.generation, following, marked)
             self._write_token(following, self.link.token_state)
-            self._intent.settle(self._token.generation, written_ns)
+            self._intent.settle(following, written_ns)
+            self._generations = (following, following)
         except OSError as error:
             raise StateDirUnusable(path=self._state_dir, reason=error.strerror or str(error)) from error
 
+    # --- what the mirror says of itself ---
+
+    async def announce(self, state: str) -> None:
+        """Have the token say the state, if that has changed; a mirror that cannot be written is left.
+
+        One that does not answer is dropped, and after that not asked any more.
+        """
+        if self._token.state == state or self.link.silent or self._token_id is None:
+            return
+        if state == IN_SYNC and not await self.link.flush():
+            return
+        try:
+            await self._scribe.run(self._write_state, state)
+        except TimeoutError as failure:
+            self.link.drop("updating the header of", failure)
+
+    async def advance(self) -> None:
+        """Give mirror and bitmap a new generation: copies of the mirror from before are none of it."""
+        generation, following = self._token.generation, self._following()
+        await self._in_worker(self._intent.advance, generation, following)
+        self._generations = (generation, following)
+        try:
+            await self._scribe.run(self._write_token, following, self._token.state)
+        except LockstepError as error:
+            raise OSError(errno.EIO, str(error)) from error
+        except TimeoutError as failure:
+            self.link.drop("updating the header of", failure)
+            raise
+        await self._in_worker(self._intent.settle, following)
+        self._generations = (following, following)
+
+    async def disown(self) -> None:
+        """Have the next start copy everything: without a bitmap, or else with a generation that it does not fit."""
+        self._disowned = True
+        try:
+            await self._in_worker(self._intent.discard)
+        except OSError as failure:
+            try:
+                await self._scribe.run(self._write_token, self._following(), self.link.token_state)
+            except (LockstepError, TimeoutError) as error:
+                raise OSError(failure.errno, f"neither the bitmap nor the mirror can be written: {error}") from error
+            self._intent.ignore()
+
     def _write_state(self, state: str) -> None:
-        if state == IN_SYNC:
-            self.link.flush()
+        if self._token.state == state:
+            return
         try:
             self._write_token(self._token.generation, state)
         except LockstepError as error:
             self._token = replace(self._token, state=state)  # once is enough to say it
             log.warning("the header of mirror %s could not be updated: %s", self.mirror.path, error)
 
-    async def advance(self) -> None:
-        """Give mirror and bitmap a new generation: copies of the mirror from before are none of it."""
-        following = self._following()
-        await self._in_worker(self._intent.advance, self._token.generation, following)
-        try:
-            await self._in_worker(self._write_token, following, self._token.state)
-        except LockstepError as error:
-            raise OSError(errno.EIO, str(error)) from error
-        await self._in_worker(self._intent.settle, self._token.generation)
-
-    async def disown(self) -> None:
-        """Have the next start copy everything: without a bitmap, or else with a generation that it does not fit."""
-        try:
-            await self._in_worker(self._intent.discard)
-        except OSError as failure:
-            try:
-                await self._in_worker(self._write_token, self._following(), self.link.token_state)
-            except LockstepError as error:
-                raise OSError(failure.errno, f"neither the bitmap nor the mirror can be written: {error}") from error
-            self._intent.ignore()
-
-    async def _in_worker(self, work: Callable[..., None], *args: object) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._workers, work, *args)
-
     def _following(self) -> int:
         return self._token.generation + 1 + secrets.randbits(31)
 
     def _write_token(self, generation: int, state: str) -> None:
-        with self._token_lock:
-            token = replace(self._token, generation=generation, state=state)
-            luks.write_token(self._header_path, token, token_id=self._token_id)
-            self._token = token
+        token = replace(self._token, generation=generation, state=state)
+        luks.write_token(self._header_path, token, token_id=self._token_id)
+        self._token = token
+
+    # --- being away, and coming back ---
+
+    async def come_back(self) -> bool:
+        """Follow the mirror again, if it can be opened; what it misses is dirty then. False, and it was logged, if not.
+
+        Not before everything that it was asked has ended: nothing from before may reach it afterwards.
+        """
+        if self.link.error is None or not (self.link.at_rest and self._scribe.at_rest and self._opener.at_rest):
+            return False
+        self._opener = Workers("lockstep-opener", 1, OPENING_PATIENCE_S)
+        attempt = self._attempt = object()
+        try:
+            header, disk = await self._opener.run(self._reopen, self.link.let_go(), attempt)
+        except (LockstepError, OSError) as failure:
+            self._attempt = None
+            if str(failure) != self._last_failure:
+                self._last_failure = str(failure)
+                log.warning("mirror %s cannot be followed again yet: %s", self.mirror.path, failure)
+            return False
+        finally:
+            self._opener.close()
+        self._scribe.close()
+        self._scribe = Workers("lockstep-header", 1, self._patience_s)
+        assert header.token is not None
+        if disk.sector_bytes > self.link.sector_bytes:
+            log.error("mirror %s has larger sectors than before: serve the volume anew", self.mirror.path)
+            disk.close()
+            return False
+        self._token, self._token_id = header.token, header.token_id
+        try:
+            await self._recognise(header.token.generation)
+        except OSError as failure:
+            log.warning("mirror %s cannot be followed again yet: %s", self.mirror.path, failure)
+            disk.close()
+            return False
+        self._last_failure = ""
+        self.link.admit(disk, self._new_workers())
+        log.info("mirror %s is back; %d bytes are to be copied", self.mirror.path, self.link.regions.dirty_bytes)
+        return True
+
+    async def _recognise(self, generation: int) -> None:
+        """See whether it is the mirror that the bitmap tells of; if not, everything differs. Raises OSError."""
+        regions, everything = self.link.regions, [(0, self._volume.size_bytes)]
+        if self._disowned:
+            regions.mark_all()
+            await self._in_worker(self._intent.claim, generation, generation, self._intent.marked())
+            self._disowned = False
+        elif generation not in self._generations:
+            log.warning("mirror %s is not as it was left: all of it is copied", self.mirror.path)
+            regions.mark_all()
+            await self._intent.mark(everything)  # before the bitmap says that it fits
+            await self._in_worker(self._intent.settle, generation)
+        else:
+            return
+        self._held.frozen_since_s = None
+        self._generations = (generation, generation)
+
+    def _open_unless_away(self) -> tuple[luks.Header | None, EncryptedDisk | None, str]:
+        try:
+            inspect(self.mirror.path)
+        except (DiskMissing, DiskUnreadable) as failure:
+            log.error("mirror %s is away, the target goes on alone: %s", self.mirror.path, failure)
+            return None, None, f"it is away: {failure}"
+        return *self._open(), ""
+
+    def _reopen(self, former: EncryptedDisk | None, attempt: object) -> tuple[luks.Header, EncryptedDisk]:
+        if former is not None:
+            former.close()
+        header, disk = self._open()
+        if self._attempt is not attempt:  # nobody waits for it any more
+            disk.close()
+        return header, disk
+
+    def _open(self) -> tuple[luks.Header, EncryptedDisk]:
+        header = luks.read_header(self._header_path)
+        _require_token(self._volume, self.mirror, header)
+        passphrase, size_bytes = self._passphrase(), self._volume.size_bytes
+        return header, open_mirror(
+            self.mirror.path, self.mirror.header_path, header, passphrase, size_bytes, writable=True
+        )
+
+    def _new_workers(self) -> Workers:
+        return Workers("lockstep-mirror", MIRROR_THREADS, self._patience_s)
 
 
 def _either(one: bytes, other: bytes) -> bytes:
     return bytes(a | b for a, b in zip(one, other, strict=True))
 
 
-def _checked_token(volume: VolumeRecord, mirror: MirrorRecord, header: luks.Header) -> luks.Token:
-    """Return the token of a mirror that is the one that the registry means."""
+def _require_token(volume: VolumeRecord, mirror: MirrorRecord, header: luks.Header) -> None:
+    """Refuse a mirror that is not the one that the registry means."""
     token = header.token
     if token is None:
         raise NoToken(path=mirror.path)
@@ -185,4 +314,3 @@ def _checked_token(volume: VolumeRecord, mirror: MirrorRecord, header: luks.Head
             token.generation,
             mirror.generation,
         )
-    return token

@@ -23,7 +23,7 @@ from lockstep.errors import (
     OutputTooSmall,
 )
 from lockstep.service.managing import commander
-from lockstep.service.secrecy import protect_memory
+from lockstep.service.memory import protect_memory
 from lockstep.service.state import State
 from lockstep.volume.link import FROZEN, IN_SYNC
 from lockstep.volume.restore import copy_out

@@ -1,18 +1,15 @@
 """The life of one served volume: open everything, serve until told to stop, close in order.
 
-    open      volume lock, target, mirrors: whatever can be refused is refused here, and nothing has changed
-    claim     tokens and intent bitmaps are given a new generation, which no other server has
-    serve     NBD and control sockets; mirrors that are behind are brought in sync meanwhile
-    stop      no new requests; those under way are answered; resyncs end after the piece they are at
-    retire    flush both disks; only what differs stays marked
-
-Whatever ends the process before `retire` leaves its marks: the next start copies the marked regions.
+open      volume lock, target, mirrors (volume_session.py)
+claim     sockets first: nobody is let in before the mirrors are claimed
+serve     NBD and control sockets; mirrors that are behind are brought in sync meanwhile
+stop      no new requests; those under way are answered; background work ends after the piece it is at
+retire    both disks are flushed and closed in order
 """
 
 import asyncio
 import contextlib
 import errno
-import functools
 import grp
 import ipaddress
 import logging
@@ -21,46 +18,38 @@ import resource
 import signal
 import socket
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import quote
 
 import uvloop
 
 from lockstep.crypto.cipher import self_test
-from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import inspect, users_of
 from lockstep.errors import (
     AddressInvalid,
     AddressUnusable,
     AlreadyServed,
-    DiskBusy,
-    DiskFailed,
     GroupUnknown,
-    LockstepError,
     SocketUnusable,
-    TargetResized,
     TlsRequired,
 )
 from lockstep.nbd.server import NbdServer
-from lockstep.registry.audit import Actor
-from lockstep.registry.store import Registry, VolumeRecord
-from lockstep.service import status
+from lockstep.registry.store import Registry
 from lockstep.service.background import Background
 from lockstep.service.certificates import Terms
 from lockstep.service.clients import Clients
 from lockstep.service.control import control_interface
 from lockstep.service.export import VolumeExport
 from lockstep.service.gate import VolumeGate
-from lockstep.service.mirror_session import MirrorSession
-from lockstep.service.secrecy import protect_memory
+from lockstep.service.memory import lock_memory, protect_memory
+from lockstep.service.served import ServedVolume
 from lockstep.service.state import State
 from lockstep.service.trail import Trail
-from lockstep.volume.resync import Resync
-from lockstep.volume.write_path import WritePath
+from lockstep.service.verification import Verification
+from lockstep.service.volume_session import PATIENCE_S, VolumeSession, open_volume
+from lockstep.volume.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +67,11 @@ class Listen:
 
 
 @dataclass(frozen=True)
-class _OpenVolume:
-    record: VolumeRecord
-    target: PlainDisk
-    mirrors: tuple[MirrorSession, ...]
+class Options:
+    """How to serve."""
+
+    mirror_patience_s: float = PATIENCE_S  # how long a mirror may take to answer before it is dropped
+    lock_memory: bool = False  # for a volume that lies below this machine's own page cache
 
 
 def serve(
@@ -90,6 +80,7 @@ def serve(
     passphrase: Callable[[], bytes],
     listen: Listen,
     on_ready: Callable[[list[str]], None],
+    options: Options,
 ) -> None:
     """Serve a volume until SIGTERM or SIGINT.
 
@@ -98,15 +89,21 @@ def serve(
     """
     protect_memory()
     _raise_limits()
+    if options.lock_memory:
+        lock_memory()
     self_test()
     with contextlib.ExitStack() as stack:
         registry = stack.enter_context(state.registry())
         volume = registry.volume(name)
         if not stack.enter_context(state.volume_lock(name)):
             raise AlreadyServed(volume=name)
-        workers = stack.enter_context(ThreadPoolExecutor(WORKERS, "lockstep-worker"))
-        opened = stack.enter_context(_opened(state, volume, passphrase, workers))
-        uvloop.run(_serve(state, registry, opened, listen, on_ready, workers))
+        gate = VolumeGate(volume.name, volume.on_denied, registry.grants(volume.name))
+        workers = Workers("lockstep-worker", WORKERS)
+        stack.callback(workers.close)
+        session = stack.enter_context(
+            open_volume(state, volume, passphrase, gate, workers, patience_s=options.mirror_patience_s)
+        )
+        uvloop.run(_serve(state, registry, session, gate, listen, on_ready))
 
 
 def parse_tcp(address: str, *, tls: bool = False) -> tuple[str, int]:
@@ -132,103 +129,41 @@ def group_id(name: str) -> int:
         raise GroupUnknown(group=name) from error
 
 
-# --- open ---
-
-
-@contextlib.contextmanager
-def _opened(
-    state: State, volume: VolumeRecord, passphrase: Callable[[], bytes], workers: Executor
-) -> Iterator[_OpenVolume]:
-    with contextlib.ExitStack() as stack:
-        target = _open_target(volume)
-        stack.callback(target.close)
-        mirrors = []
-        for mirror in volume.mirrors:
-            session = MirrorSession(state, volume, mirror, target, passphrase(), workers)
-            stack.callback(session.close)
-            mirrors.append(session)
-        yield _OpenVolume(volume, target, tuple(mirrors))
-
-
-def _open_target(volume: VolumeRecord) -> PlainDisk:
-    disk = inspect(volume.target_path)
-    if disk.size_bytes != volume.size_bytes:
-        raise TargetResized(
-            path=disk.path, volume=volume.name, size_bytes=disk.size_bytes, expected_bytes=volume.size_bytes
-        )
-    users = users_of(disk)
-    if users:
-        raise DiskBusy(path=disk.path, users=" and ".join(users))
-    return PlainDisk.claim(disk)
-
-
 def _raise_limits() -> None:
     """Have descriptors for every connection."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-# --- serve ---
-
-
 async def _serve(
     state: State,
     registry: Registry,
-    opened: _OpenVolume,
+    session: VolumeSession,
+    gate: VolumeGate,
     listen: Listen,
     on_ready: Callable[[list[str]], None],
-    workers: Executor,
 ) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    in_worker = functools.partial(_in_worker, workers)
-    volume = opened.record
-    gate = VolumeGate(volume.name, volume.on_denied, registry.grants(volume.name))
-    trail = Trail(registry, volume.name, gate, in_worker)
+    name = session.record.name
+    trail = Trail(registry, name, gate, session.workers.run)
     clients = Clients(gate, trail)
-    sector_bytes = max((session.disk.sector_bytes for session in opened.mirrors), default=1)
-    path = WritePath(opened.target, tuple(session.link for session in opened.mirrors), gate, sector_bytes, workers)
-    resyncs = tuple(Resync(path, session.link, session.disk, gate, workers) for session in opened.mirrors)
+    verification = Verification(session, trail)
     warnings = listen.tls.warnings if listen.tls else tuple
-    background = Background(volume.name, path, resyncs, gate, clients, trail, registry, warnings, in_worker)
-    server = NbdServer(VolumeExport(volume.name, path, workers), watcher=clients)
-    async with _listening(server, listen, volume.name) as uris:
-        commands = _Commands(opened, server, gate, trail, background, uris[0])
-        async with control_interface(state.control(volume.name), commands, state.require_manager):
-            await in_worker(_claim, state, opened)
+    background = Background(session, gate, clients, trail, verification, registry, warnings)
+    server = NbdServer(VolumeExport(session), watcher=clients)
+    async with _listening(server, listen, name) as uris:
+        commands = ServedVolume(session, server, gate, trail, background, verification, uris[0])
+        async with control_interface(state.control(name), commands, state.require_manager):
+            await session.workers.run(session.claim)
             await server.accept()
             async with background.running():
                 on_ready(uris)
                 await stop.wait()
                 log.info("stopping")
                 await server.drain()
-    await in_worker(_retire, state, opened)
-
-
-@dataclass(frozen=True)
-class _Commands:
-    """What the control interface may ask."""
-
-    opened: _OpenVolume
-    server: NbdServer
-    gate: VolumeGate
-    trail: Trail
-    background: Background
-    uri: str
-
-    def describe(self) -> dict[str, Any]:
-        """Return the volume as `status --json` prints it."""
-        clients = [status.of_client(user, self.gate.verdict(user)) for user in self.server.clients()]
-        mirrors = [status.of_link(session.link) for session in self.opened.mirrors]
-        for mirror in mirrors:
-            mirror["error"] = mirror["error"] or self.trail.error
-        uri = self.uri if self.server.accepting else None
-        return status.of_volume(self.opened.record, mirrors, uri=uri, clients=clients)
-
-    async def sync(self, actor: Actor, *, include_held: bool) -> None:
-        """Have what differs copied. Raises MayNotRelease."""
-        await self.background.sync(actor, include_held=include_held)
+    await session.retire()
 
 
 @contextlib.asynccontextmanager
@@ -289,39 +224,3 @@ def _clear_stale_socket(path: str) -> None:
     if code != errno.ECONNREFUSED:
         raise SocketUnusable(path=path, reason="another program is listening on it")
     os.unlink(path)
-
-
-# --- claim and retire ---
-
-
-def _claim(state: State, opened: _OpenVolume) -> None:
-    for session in opened.mirrors:
-        session.claim()
-    _note_generations(state, opened)
-
-
-def _retire(state: State, opened: _OpenVolume) -> None:
-    try:
-        opened.target.flush()
-    except OSError as error:
-        raise DiskFailed(path=opened.record.target_path, doing="Flushing", reason=error.strerror) from error
-    for session in opened.mirrors:
-        try:
-            session.retire()
-        except LockstepError as error:
-            log.error("mirror %s was not closed, the next start copies what it misses: %s", session.mirror.path, error)
-    _note_generations(state, opened)
-
-
-def _note_generations(state: State, opened: _OpenVolume) -> None:
-    """Remember what was written last; a registry out of reach is no reason not to serve, or not to stop."""
-    try:
-        with state.registry() as registry:
-            for session in opened.mirrors:
-                registry.set_generation(session.mirror.id, session.generation)
-    except LockstepError as error:
-        log.warning("the registry could not be updated: %s", error)
-
-
-async def _in_worker(workers: Executor, work: Callable[..., None], *args: object) -> None:
-    await asyncio.get_running_loop().run_in_executor(workers, work, *args)

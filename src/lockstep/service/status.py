@@ -26,7 +26,7 @@ def of_volume(
     return {
         "name": volume.name,
         "size_bytes": volume.size_bytes,
-        "target": {"path": volume.target_path},
+        "target": {"path": volume.target_path, "error": None},
         "serving": uri is not None,
         "uri": uri,
         "clients": clients or [],
@@ -49,13 +49,12 @@ def of_link(link: MirrorLink) -> dict[str, Any]:
     sync = link.sync
     progress = None
     if sync is not None:
-        rate = sync.rate_bytes_s()
-        left_bytes = max(0, sync.total_bytes - sync.done_bytes)
+        eta_s = sync.eta_s()
         progress = {
             "done_bytes": sync.done_bytes,
             "total_bytes": sync.total_bytes,
-            "rate_bytes_s": round(rate),
-            "eta_s": round(left_bytes / rate, 1) if rate else None,
+            "rate_bytes_s": round(sync.rate_bytes_s()),
+            "eta_s": None if eta_s is None else round(eta_s, 1),
         }
     described = _mirror(link.path, link.uuid, link.state, link.regions, link.held)
     return described | {"consistent": link.consistent, "sync": progress, "error": link.error or link.target_error}

@@ -28,6 +28,7 @@ class Trail:
     def __init__(
         self, registry: Registry, volume_name: str, gate: VolumeGate, in_worker: Callable[..., Awaitable[None]]
     ) -> None:
+        """`in_worker` runs a blocking function with its arguments."""
         self.error: str | None = None  # why rows cannot be written
         self._registry = registry
         self._volume_name = volume_name

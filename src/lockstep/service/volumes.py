@@ -28,7 +28,7 @@ from lockstep.registry.audit import Actor
 from lockstep.registry.store import OnDenied, Registry, VolumeRecord
 from lockstep.service import attach
 from lockstep.service.managing import manager
-from lockstep.service.secrecy import protect_memory
+from lockstep.service.memory import protect_memory
 from lockstep.service.state import State
 from lockstep.volume.link import SYNCING
 

@@ -71,6 +71,7 @@ class HeldRecord:
         """
         self.writers: dict[tuple[str, str], float] = {}  # (user, kind) -> since when, in s since 1970
         self.frozen_since_s: float | None = None  # s since 1970
+        self._thawing = False
         self._path = path
         self._identity = identity
         self._in_worker = in_worker
@@ -128,8 +129,12 @@ class HeldRecord:
     async def thaw(self) -> None:
         """Note, durably, that the mirror is about to be written, and so no more frozen. Raises OSError."""
         if self.frozen_since_s is not None:
-            self.frozen_since_s = None
-            await self._saves.join()
+            self._thawing = True
+            try:
+                await self._saves.join()
+            finally:
+                self._thawing = False
+            self.frozen_since_s = None  # not before: until then, nobody may write the mirror
 
     async def forget(self, regions: Iterable[int]) -> None:
         """Clear regions that were released, copied and flushed. Raises OSError."""
@@ -194,7 +199,7 @@ class HeldRecord:
 
     def _content(self) -> dict[str, Any]:
         writers = [{"user": user, "kind": kind, "since": since} for (user, kind), since in self.writers.items()]
-        return {"frozen_since": self.frozen_since_s, "writers": writers}
+        return {"frozen_since": None if self._thawing else self.frozen_since_s, "writers": writers}
 
     async def _save_writers(self) -> None:
         """One round: whoever asked meanwhile is in the next."""

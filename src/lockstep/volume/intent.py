@@ -35,11 +35,13 @@ A page whose checksum is wrong (damaged, or torn in spite of its size) marks all
 
 import logging
 import uuid
-from collections.abc import Awaitable, Callable
+from array import array
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
+from lockstep.disk.runs import covered
 from lockstep.volume import pages
 from lockstep.volume.pages import PAGE_BYTES, PagedBits
 from lockstep.volume.regions import positions, region_bytes_for
@@ -54,6 +56,7 @@ _HEADER: Final = Struct("<I16s16s16sQQQQQ")
 _GENERATIONS: Final = Struct("<QQQ")  # the part of it that a reader does not know beforehand
 _GENERATIONS_AT: Final = 56
 
+_GROUP_SHIFT: Final = GROUP_REGIONS.bit_length() - 1
 _WHOLE_GROUP: Final = (bytes(GROUP_REGIONS), b"\1" * GROUP_REGIONS)
 
 
@@ -72,12 +75,14 @@ class Loaded:
 
     marked: bytearray  # a byte for each region
     fits: bool
+    generations: tuple[int, int] | None = None  # those of the mirror, now and soon, if it fits
 
 
-def load(path: str, identity: Identity, generation: int, written_ns: int) -> Loaded:
+def load(path: str, identity: Identity, generation: int | None, written_ns: int) -> Loaded:
     """Read the bitmap at `path`.
 
-    It has to fit the mirror's `generation`, and if it was closed in order, when the target was last written.
+    It has to fit the mirror's `generation`, and if it was closed in order, when the target was last written. None
+    stands for whichever it is: the mirror is away.
     """
     count = -(-identity.size_bytes // region_bytes_for(identity.size_bytes))
     try:
@@ -88,12 +93,13 @@ def load(path: str, identity: Identity, generation: int, written_ns: int) -> Loa
     except OSError as failure:
         log.warning("the intent bitmap %s cannot be read (%s): everything counts as different", path, failure)
         content = b""
-    if not _fits(content[:PAGE_BYTES], identity, generation, written_ns):
+    generations = _fitting(content[:PAGE_BYTES], identity, generation, written_ns)
+    if generations is None:
         return Loaded(bytearray(b"\1" * count), fits=False)
     marked, damaged = pages.unpack(content, count)
     for number in damaged:
         log.warning("page %d of the intent bitmap %s is damaged: it counts as marked", number, path)
-    return Loaded(marked, fits=True)
+    return Loaded(marked, fits=True, generations=generations)
 
 
 class IntentBitmap:
@@ -115,9 +121,9 @@ class IntentBitmap:
 
     # --- life ---
 
-    def claim(self, generation: int, following: int, marked: bytes | bytearray) -> None:
+    def claim(self, generation: int, following: int, marked: bytes | bytearray, written_ns: int = 0) -> None:
         """Write the whole bitmap anew, durably: its mirror has `generation`, and is about to be given `following`."""
-        self._pages.create(_header(self._identity, generation, following, 0), marked)
+        self._pages.create(_header(self._identity, generation, following, written_ns), marked)
 
     def advance(self, generation: int, following: int) -> None:
         """Note, durably, that the mirror has `generation` and is about to be given `following`."""
@@ -156,18 +162,29 @@ class IntentBitmap:
             self._touched[group] = 1
         return 0 not in self._durable[first : last + 1]
 
-    async def mark(self, start: int, end: int) -> None:
-        """Return when [start, end), not empty, is marked durably. Raises OSError when it cannot be."""
-        while not self.covers(start, end):
-            first = (start >> self._shift) // GROUP_REGIONS * GROUP_REGIONS
-            last = min((((end - 1) >> self._shift) // GROUP_REGIONS + 1) * GROUP_REGIONS, self._count)
-            await self._pages.mark(range(first, last))
+    def covers_run(self, run: "array[int]", count: int) -> int:
+        """How many writes of a run, from the front, may be written without waiting; as for `covers`."""
+        return covered(run, count, self._durable, self._touched, self._shift, _GROUP_SHIFT)
+
+    async def mark(self, extents: Iterable[tuple[int, int]]) -> None:
+        """Return when each [start, end), not empty, is marked durably. Raises OSError when it cannot be."""
+        while missing := [extent for extent in extents if not self.covers(*extent)]:
+            groups = {
+                group
+                for start, end in missing
+                for group in range(
+                    (start >> self._shift) // GROUP_REGIONS, ((end - 1) >> self._shift) // GROUP_REGIONS + 1
+                )
+            }
+            regions = (range(group * GROUP_REGIONS, (group + 1) * GROUP_REGIONS) for group in groups)
+            await self._pages.mark(region for each in regions for region in each if region < self._count)
 
     # --- clearing ---
 
     def idle(self) -> list[int]:
         """Return the marked regions in groups to which nobody asked to write since the last call."""
-        touched, self._touched = self._touched, bytearray(len(self._touched))
+        touched = bytes(self._touched)
+        self._touched[:] = bytes(len(touched))
         spread = b"".join(map(_WHOLE_GROUP.__getitem__, touched))[: self._count]
         left = int.from_bytes(self._durable, "little") & ~int.from_bytes(spread, "little")
         return positions(left.to_bytes(self._count, "little"))
@@ -177,16 +194,14 @@ class IntentBitmap:
         await self._pages.clear(region for region in regions if not self._touched[region // GROUP_REGIONS])
 
 
-def _fits(header: bytes, identity: Identity, generation: int, written_ns: int) -> bool:
-    """Whether a header is whole, of this mirror, and of this generation or on the way to or from it."""
+def _fitting(header: bytes, identity: Identity, generation: int | None, written_ns: int) -> tuple[int, int] | None:
+    """The generations of a header that is whole, of this mirror, and of this generation or on the way to or from it."""
     if len(header) != PAGE_BYTES:
-        return False
+        return None
     given, following, written = _GENERATIONS.unpack_from(header, _GENERATIONS_AT)
-    return (
-        header == _header(identity, given, following, written)
-        and generation in (given, following)
-        and written in (0, written_ns)
-    )
+    whole = header == _header(identity, given, following, written)
+    fits = generation in (None, given, following) and written in (0, written_ns)
+    return (given, following) if whole and fits else None
 
 
 def _header(identity: Identity, generation: int, following: int, written_ns: int) -> bytes:

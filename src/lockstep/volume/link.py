@@ -7,26 +7,32 @@
                                                                         target write           -> behind
     behind     regions differ, and nothing is copying them: they are    a window's opening, a
                held, nobody may update the mirror, or the target failed sync, the next start   -> syncing
-    degraded   the mirror failed and is not written any more            the next start         -> syncing
+    degraded   the mirror failed, did not answer in time, or is away,   its return             -> syncing,
+               and is not touched any more                                                        behind
 
 The state is never stored: it is derived from what is known of the regions and of the failure.
 
 Every write is recorded in the intent bitmap before it reaches either disk, also while the mirror is degraded. Its
 marks are cleared only after both disks were flushed; so when one of them fails, whatever its caches lost lies in
 marked regions, and these are what differs.
+
+The mirror has threads of its own, and patience with it ends (`Workers`). When it is dropped, what they still hold up
+may reach the disk at any time: it lies in marked regions, and the mirror is not taken back before its threads are at
+rest, so a late completion changes nothing that counts.
 """
 
 import asyncio
 import logging
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Final, Protocol
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
 
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import IntentBitmap
+from lockstep.volume.progress import SyncProgress
 from lockstep.volume.regions import RegionMap, positions
+from lockstep.volume.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -34,21 +40,9 @@ IN_SYNC: Final = "in-sync"
 SYNCING: Final = "syncing"
 BEHIND: Final = "behind"
 DEGRADED: Final = "degraded"
+LARGEST_SECTOR_BYTES: Final = 4096
 FROZEN: Final = "frozen"
 """What the mirror's own token says in place of `behind` while the mirror is the disk as it was at one moment."""
-
-
-@dataclass
-class SyncProgress:
-    """How far a resync is. Bytes; seconds of the monotonic clock."""
-
-    total_bytes: int
-    started_s: float
-    done_bytes: int = 0
-
-    def rate_bytes_s(self) -> float:
-        """Return the average so far."""
-        return self.done_bytes / max(time.monotonic() - self.started_s, 1e-3)
 
 
 class Keeper(Protocol):
@@ -65,18 +59,12 @@ class Keeper(Protocol):
 
 
 class MirrorLink:
-    """A mirror that is open and follows its target."""
+    """A mirror that follows its target, as long as it can."""
 
     def __init__(
-        self,
-        path: str,
-        uuid: str,
-        disk: EncryptedDisk,
-        regions: RegionMap,
-        intent: IntentBitmap,
-        held: HeldRecord,
-        keeper: Keeper,
+        self, path: str, uuid: str, regions: RegionMap, intent: IntentBitmap, held: HeldRecord, keeper: Keeper
     ) -> None:
+        """A mirror that is away; `admit` gives it its disk."""
         self.path = path
         self.uuid = uuid
         self.regions = regions
@@ -84,11 +72,63 @@ class MirrorLink:
         self.held = held
         self._keeper = keeper
         self.sync: SyncProgress | None = None
-        self.error: str | None = None  # why the mirror is not followed any more
+        self.error: str | None = "the mirror is away"  # why it is not followed
+        self.silent = False  # it was dropped because it did not answer: nobody should ask it anything more
         self.target_error: str | None = None  # why the target cannot be copied from
         self.waiting = held.frozen_since_s is not None  # nothing may be copied now
         self._first_hold = asyncio.Lock()
-        self._disk = disk
+        self._disk: EncryptedDisk | None = None
+        self._workers: Workers | None = None
+
+    # --- coming and going ---
+
+    def admit(self, disk: EncryptedDisk, workers: Workers) -> None:
+        """Follow from here on; what it missed is marked in `regions`. `workers` are its own.
+
+        A mirror that comes back must not have larger sectors than it had.
+        """
+        assert self.at_rest
+        assert disk.sector_bytes <= self.sector_bytes
+        self._disk, self._workers = disk, workers
+        self.error, self.silent = None, False
+
+    def drop(self, doing: str, failure: OSError) -> None:
+        """Stop following: nothing is asked of the mirror any more, and all that is marked counts as different."""
+        if self.error is not None:
+            return
+        self.regions.mark_regions(self.intent.marked())
+        self.error = f"{doing} the mirror failed: {failure.strerror or failure}"
+        self.silent = isinstance(failure, TimeoutError)
+        log.error("mirror %s is degraded: %s. The target goes on alone.", self.path, self.error)
+        if self._disk is not None and self._workers is not None:
+            self._disk.stop()
+            self._workers.give_up()
+
+    def stay_away(self, reason: str) -> None:
+        """Say why a mirror that was never admitted is not there."""
+        self.error = reason
+
+    def let_go(self) -> EncryptedDisk | None:
+        """Give the disk of a mirror that was dropped, and is at rest, to who closes it."""
+        assert self.error is not None
+        assert self.at_rest
+        disk, self._workers = self._disk if self._workers is not None else None, None
+        return disk
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing that was asked of the mirror is still under way."""
+        return self._workers is None or self._workers.at_rest
+
+    def close(self) -> None:
+        """Close the disk, if that is possible without waiting for it."""
+        if self._disk is not None and self._workers is not None:
+            self._workers.close()
+            if self._workers.at_rest:
+                self._disk.close()
+            self._workers = None
+
+    # --- how it stands ---
 
     @property
     def state(self) -> str:
@@ -124,20 +164,20 @@ class MirrorLink:
         """Have the mirror itself say how it stands, so that a restore from it alone knows."""
         await self._keeper.announce(state or self.token_state)
 
-    async def record(self, start: int, end: int) -> None:
-        """Have [start, end) marked durably, before it is written anywhere; a frozen mirror is so no more.
+    async def record(self, extents: Sequence[tuple[int, int]]) -> None:
+        """Have each [start, end) marked durably, before it is written anywhere; a frozen mirror is so no more.
 
         If that fails, the mirror is dropped and disowned; raises OSError when it cannot even be disowned, since then
         the next start would take it for equal.
         """
         try:
             await self.held.thaw()
-            await self.intent.mark(start, end)
+            await self.intent.mark(extents)
         except OSError as failure:
             self.drop("recording the writes to", failure)
             await self._keeper.disown()
 
-    async def hold(self, start: int, end: int, user: str, kind: str, in_worker: Callable[..., Awaitable[None]]) -> None:
+    async def hold(self, start: int, end: int, user: str, kind: str) -> None:
         """Have [start, end) recorded durably as what `user` writes to the target without updating the mirror.
 
         Raises OSError when it cannot be: such a write must not reach the target, since nothing would keep it from
@@ -146,7 +186,7 @@ class MirrorLink:
         async with self._first_hold:  # others wait until it is on record whether the mirror was equal
             if self.state == IN_SYNC:
                 self.regions.hold(start, end - start)
-                await in_worker(self.flush)
+                await self.flush()
                 await self.held.hold(start, end, user, kind, equal=self.error is None)
         self.regions.hold(start, end - start)
         await self.held.hold(start, end, user, kind, equal=False)
@@ -163,57 +203,82 @@ class MirrorLink:
         if done:
             await self.held.forget(done)
 
-    def read(self, offset: int, into: memoryview) -> None:
-        """Fill `into` with what the mirror holds, whole sectors; a failure drops the mirror and is not the writer's."""
-        try:
-            self._disk.read(offset, into)
-        except OSError as failure:
-            self.drop("reading", failure)
+    # --- what reaches the disk ---
 
-    def update(self, offset: int, data: memoryview, *, durable: bool) -> None:
-        """Carry an update to the mirror, whole sectors; a failure drops the mirror and is not the writer's."""
-        if self.error is None:
-            try:
-                self._disk.write(offset, data, durable)
-            except OSError as failure:
-                self.drop("writing", failure)
-            else:
-                return
-        self.regions.mark(offset, len(data))
+    @property
+    def sector_bytes(self) -> int:
+        """The mirror's encryption sector; the largest there is, while that is not known."""
+        return LARGEST_SECTOR_BYTES if self._disk is None else self._disk.sector_bytes
 
-    def clear(self, offset: int, length: int) -> None:
-        """Carry zeroes to the mirror, whole sectors; failures as in `update`."""
-        if self.error is None:
-            try:
-                self._disk.zero(offset, length)
-            except OSError as failure:
-                self.drop("writing", failure)
-        if self.error is not None:
+    def ready(self, run: "array[int]", count: int) -> int:
+        """How many writes of a run, from the front, can be carried out at once, without anything being recorded."""
+        if self.held.frozen_since_s is not None or not (self.error or (self._disk and self._disk.prompt)):
+            return 0
+        return self.intent.covers_run(run, count)
+
+    def write_run(self, data: memoryview, run: "array[int]", count: int) -> int:
+        """Carry writes of whole sectors that are `ready` to the mirror; how many it took, from the front."""
+        if self.error is not None or self._disk is None:
+            return count  # it misses them: they lie in marked regions, all of which count as different
+        return self._disk.write_run(data, run, count)
+
+    def begin_update(
+        self, data: memoryview, run: "array[int]", count: int, *, durable: bool
+    ) -> "asyncio.Future[None] | None":
+        """Begin to carry a run of whole sectors to the mirror; `settle` takes what is returned."""
+        if self.error is not None or self._workers is None or self._disk is None:
+            return None
+        return self._workers.begin(self._disk.write_all, data, run, count, durable)
+
+    async def settle(self, begun: "asyncio.Future[None] | None", run: "array[int]", count: int) -> None:
+        """Wait for an update; a failure drops the mirror and is not the writer's."""
+        if begun is None or not await self._succeeds("writing", begun):
+            for at in range(count):
+                self.regions.mark(run[4 * at], run[4 * at + 1])
+
+    async def clear(self, offset: int, length: int) -> None:
+        """Carry zeroes to the mirror, whole sectors; failures as in `settle`."""
+        if not await self._asks("writing", lambda disk: disk.zero, offset, length):
             self.regions.mark(offset, length)
 
-    def flush(self) -> None:
-        """Make the mirror durable; failures as in `update`."""
-        if self.error is None:
-            try:
-                self._disk.flush()
-            except OSError as failure:
-                self.drop("flushing", failure)
+    async def read(self, offset: int, into: memoryview) -> bool:
+        """Fill `into` with what the mirror holds, whole sectors; False, and it is dropped, when that fails."""
+        return await self._asks("reading", lambda disk: disk.read, offset, into)
 
-    def drop(self, doing: str, failure: OSError) -> None:
-        """Stop following: nothing is written to the mirror any more, and all that is marked counts as different."""
-        self.regions.mark_regions(self.intent.marked())
-        self.error = f"{doing} the mirror failed: {failure.strerror or failure}"
-        log.error("mirror %s is degraded: %s. The target goes on alone.", self.path, self.error)
+    async def flush(self) -> bool:
+        """Make the mirror durable; False, and it is dropped, when that fails."""
+        return await self._asks("flushing", lambda disk: disk.flush)
 
-    def target_failed(self, failure: OSError) -> None:
-        """The target failed where the mirror did not: whatever is marked may differ, and which is right is open.
+    async def forget_cache(self, offset: int, length: int) -> None:
+        """Have the next read of this range come from the medium, as far as it is there already."""
+        await self._asks("reading", lambda disk: disk.forget_cache, offset, length)
 
-        It is not copied by itself: a failing target must not overwrite the better copy.
+    async def _asks(self, doing: str, what: Callable[[EncryptedDisk], Callable[..., None]], *args: Any) -> bool:
+        if self.error is not None or self._workers is None or self._disk is None:
+            return False
+        return await self._succeeds(doing, self._workers.begin(what(self._disk), *args))
+
+    async def _succeeds(self, doing: str, begun: "asyncio.Future[None]") -> bool:
+        asked = self._workers
+        try:
+            await begun
+        except OSError as failure:
+            if self._workers is asked:  # not back with another disk meanwhile
+                self.drop(doing, failure)
+            return False
+        return True
+
+    # --- the target ---
+
+    def target_failed(self, failure: OSError, extent: tuple[int, int] | None = None) -> None:
+        """The target failed where the mirror did not: which of the two is right there is open.
+
+        `extent` is the offset and length of a write that failed; without it, whatever is marked may be lost. It is not
+        copied by itself: a failing target must not overwrite the better copy.
         """
-        self.regions.mark_regions(self.intent.marked())
+        if extent is None:
+            self.regions.mark_regions(self.intent.marked())
+        else:
+            self.regions.mark(*extent)
         self.target_error = f"the target failed: {failure.strerror or failure}"
         log.error("mirror %s is behind: %s", self.path, self.target_error)
-
-    def close(self) -> None:
-        """Close the disk."""
-        self._disk.close()

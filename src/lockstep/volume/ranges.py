@@ -9,19 +9,30 @@ waits only for earlier ones, so there is no cycle to deadlock in. All calls come
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from array import array
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+
+from lockstep.disk.runs import WORDS
+
+Extents = Sequence[tuple[int, int]]
 
 
 class _Turn:
-    __slots__ = ("ahead", "behind", "end", "ready", "start")
+    __slots__ = ("ahead", "behind", "end", "extents", "ready", "start")
 
-    def __init__(self, start: int, end: int) -> None:
-        self.start = start
-        self.end = end
+    def __init__(self, extents: Extents) -> None:
+        self.extents = extents
+        self.start = min(start for start, _ in extents)
+        self.end = max(end for _, end in extents)
         self.ahead = 0  # turns that must end before this one begins
         self.behind: list[_Turn] = []
         self.ready: asyncio.Future[None] | None = None
+
+    def meets(self, start: int, end: int) -> bool:
+        if end <= self.start or self.end <= start:
+            return False
+        return any(start < other_end and other_start < end for other_start, other_end in self.extents)
 
 
 class Ranges:
@@ -32,16 +43,23 @@ class Ranges:
 
     def free(self, start: int, end: int) -> bool:
         """Whether nobody works on, or waits for, any part of the range."""
-        if not self._turns:
-            return True
-        return all(end <= turn.start or turn.end <= start for turn in self._turns)
+        return not any(turn.meets(start, end) for turn in self._turns)
+
+    def free_run(self, run: "array[int]", count: int) -> int:
+        """On how many writes of a run, from the front, nobody works."""
+        if self._turns:
+            for at in range(count):
+                offset = run[WORDS * at]
+                if not self.free(offset, offset + run[WORDS * at + 1]):
+                    return at
+        return count
 
     @asynccontextmanager
-    async def hold(self, start: int, end: int) -> AsyncIterator[None]:
-        """Wait for the turn on the range, and have it until the block ends."""
-        turn = _Turn(start, end)
+    async def hold(self, extents: Extents) -> AsyncIterator[None]:
+        """Wait for the turn on all of these ranges, and have it until the block ends."""
+        turn = _Turn(extents)
         for other in self._turns:
-            if other.start < end and start < other.end:
+            if any(other.meets(start, end) for start, end in extents):
                 other.behind.append(turn)
                 turn.ahead += 1
         self._turns[turn] = None

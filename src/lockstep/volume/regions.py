@@ -4,11 +4,10 @@ A region is clean only when the two disks are known to be equal there. While it 
 dirty; a mark that arrives meanwhile is not lost when the copy ends, because finishing clears only regions that
 nobody has marked since. A region that is held differs as well, and is not copied before it is released.
 
-A region is one byte, so that finding, counting and marking are single operations of the interpreter. Marks come from
-any thread: a lock keeps them out while the end of a copy looks at a region and then clears it.
+A region is one byte, so that finding, counting and marking are single operations of the interpreter. All calls come
+from the loop's thread.
 """
 
-import threading
 from typing import Final
 
 SMALLEST_REGION_BYTES: Final = 64 << 10
@@ -18,6 +17,8 @@ REGIONS_WANTED: Final = 1 << 20
 _CLEAN, _DIRTY, _COPYING, _HELD = 0, 1, 2, 3
 # What each state is to those who ask, or becomes.
 _AS_DIRTY: Final = bytes([0, 1, 1, 0]).ljust(256, b"\1")
+_COPIED: Final = bytes([_CLEAN, _DIRTY, _CLEAN, _HELD]).ljust(256, b"\1")
+_NOT_COPIED: Final = bytes([_CLEAN, _DIRTY, _DIRTY, _HELD]).ljust(256, b"\1")
 _MARKED: Final = bytes([_DIRTY, _DIRTY, _DIRTY, _HELD]).ljust(256, b"\1")
 
 
@@ -34,8 +35,8 @@ class RegionMap:
         """`dirty` and `held` have a byte for each region: 1 if it may differ, 0 if it is equal."""
         self.size_bytes = size_bytes
         self.region_bytes = region_bytes_for(size_bytes)
-        self._lock = threading.Lock()
         self._states = bytearray(dirty)
+        self._next = 0  # where the next copy looks first
         for region in positions(held):
             self._states[region] = _HELD
 
@@ -58,31 +59,37 @@ class RegionMap:
     def mark(self, offset: int, length: int) -> None:
         """The content of this range is unknown; what is held stays so."""
         part = self._slice(offset, length)
-        with self._lock:
-            self._states[part] = self._states[part].translate(_MARKED)
+        self._states[part] = self._states[part].translate(_MARKED)
 
     def mark_regions(self, regions: bytes) -> None:
         """The content of these regions, a byte each, is unknown; what is held stays so."""
-        with self._lock:
-            for region in positions(regions):
-                self._states[region] = _MARKED[self._states[region]]
+        for region in positions(regions):
+            self._states[region] = _MARKED[self._states[region]]
+
+    def mark_all(self) -> None:
+        """Nothing is known any more; what is held stays so."""
+        self._states[:] = self._states.translate(_MARKED)
 
     def hold(self, offset: int, length: int) -> None:
         """Keep this range from being copied, also where it is being copied already."""
         part = self._slice(offset, length)
-        with self._lock:
-            self._states[part] = bytes([_HELD]) * (part.stop - part.start)
+        self._states[part] = bytes([_HELD]) * (part.stop - part.start)
 
     def held(self, offset: int, length: int) -> bool:
         """Whether any of this range is held."""
         return _HELD in self._states[self._slice(offset, length)]
 
+    def equal(self, offset: int, length: int) -> bool:
+        """Whether all of this range, not empty, is known to be equal."""
+        part = self._slice(offset, length)
+        count: int = part.stop - part.start
+        return self._states.count(_CLEAN, part.start, part.stop) == count
+
     def release(self, regions: bytes) -> None:
         """Have these regions, a byte each, copied, as far as they are held."""
-        with self._lock:
-            for region in positions(regions):
-                if self._states[region] == _HELD:
-                    self._states[region] = _DIRTY
+        for region in positions(regions):
+            if self._states[region] == _HELD:
+                self._states[region] = _DIRTY
 
     def _slice(self, offset: int, length: int) -> slice:
         return slice(offset // self.region_bytes, -(-(offset + length) // self.region_bytes))
@@ -95,23 +102,26 @@ class RegionMap:
         """Whether a region is known to be equal."""
         return self._states[region] == _CLEAN
 
-    def begin_copy(self, start: int = 0) -> tuple[int, int] | None:
-        """Pick the first dirty region at or after offset `start`, else from the beginning: (offset, length)."""
-        region = self._states.find(_DIRTY, start // self.region_bytes)
-        if region < 0:
-            region = self._states.find(_DIRTY)
-        if region < 0:
+    def begin_copy(self, limit_bytes: int) -> tuple[int, int] | None:
+        """Take the next dirty regions that follow each other, one or up to `limit_bytes`: (offset, length)."""
+        first = self._states.find(_DIRTY, self._next)
+        if first < 0:
+            first = self._states.find(_DIRTY)
+        if first < 0:
             return None
-        self._states[region] = _COPYING
-        offset = region * self.region_bytes
-        return offset, min(self.region_bytes, self.size_bytes - offset)
+        after = first + 1
+        most = min(len(self._states), first + max(1, limit_bytes // self.region_bytes))
+        while after < most and self._states[after] == _DIRTY:
+            after += 1
+        self._states[first:after] = bytes([_COPYING]) * (after - first)
+        self._next = after
+        offset = first * self.region_bytes
+        return offset, min(after * self.region_bytes, self.size_bytes) - offset
 
-    def finish_copy(self, offset: int, *, equal: bool) -> None:
-        """End what `begin_copy` began: the region is clean when `equal` and nobody marked it meanwhile."""
-        region = offset // self.region_bytes
-        with self._lock:
-            if self._states[region] == _COPYING:
-                self._states[region] = _CLEAN if equal else _DIRTY
+    def finish_copy(self, offset: int, length: int, *, equal: bool) -> None:
+        """End what `begin_copy` began: a region is clean when `equal` and nobody marked it meanwhile."""
+        part = self._slice(offset, length)
+        self._states[part] = self._states[part].translate(_COPIED if equal else _NOT_COPIED)
 
 
 def positions(states: bytes | bytearray) -> list[int]:

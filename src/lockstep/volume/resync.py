@@ -2,8 +2,11 @@
 
 A piece is copied while its range is held, so that a client's write there comes either before the copy (and is
 part of it) or after (and overwrites it, on both disks). A region is clean once all of its pieces were copied
-and nobody marked it meanwhile. Clients come first: after each piece the copy rests as long as the piece took when
-they have written meanwhile.
+and nobody marked it meanwhile. What a client writes to a dirty region reaches the mirror at once, and does not make it
+dirty again: so each region is copied once, however busy the clients are, and the copy ends.
+
+While clients rest, several pieces are on their way at once, so that reading, encrypting and writing overlap; while they
+do not, one, at a pace that gives way (`Pace`).
 
 What is held is not copied. What was held because the user's window was closed is released when it opens; a mirror that
 is frozen, and one that nobody may update now, is left as it is.
@@ -13,37 +16,40 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import Final
 
-from lockstep.disk.encrypted import EncryptedDisk
+from lockstep.disk.runs import run_of
 from lockstep.volume.gate import UPDATE, Gate
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW
-from lockstep.volume.link import IN_SYNC, MirrorLink, SyncProgress
+from lockstep.volume.link import IN_SYNC, MirrorLink
+from lockstep.volume.pace import Pace
+from lockstep.volume.progress import SyncProgress
+from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
 
 log = logging.getLogger(__name__)
 
 PIECE_BYTES: Final = 1 << 20
+HANDS: Final = 3
+TURN_S: Final = 2.0
 LOOK_INTERVAL_S: Final = 0.5
 
 
 class Resync:
     """Brings one mirror in sync."""
 
-    def __init__(self, path: WritePath, link: MirrorLink, disk: EncryptedDisk, gate: Gate, workers: Executor) -> None:
+    def __init__(self, path: WritePath, link: MirrorLink, gate: Gate, workers: Workers) -> None:
+        """`workers` read the target."""
+        self.compare = False  # whether to look first what is equal already, and leave that as it is
         self._path = path
         self._link = link
-        self._disk = disk
         self._gate = gate
-        self._workers = workers
-        self._buffer = memoryview(bytearray(PIECE_BYTES))
+        self._in_worker = workers.run
         self._stopping = asyncio.Event()
         self._wanted = asyncio.Event()
 
     def stop(self) -> None:
-        """Have `run` return after the piece that it is at."""
+        """Have `run` return after the pieces that it is at."""
         self._stopping.set()
         self._wanted.set()
 
@@ -67,21 +73,12 @@ class Resync:
         link.waiting = not self._permitted()
         if not link.regions.dirty_bytes or not self._may_go_on():
             return
-        link.sync = SyncProgress(link.regions.dirty_bytes, time.monotonic())
+        link.sync = SyncProgress(link.regions.dirty_bytes)
         log.info("copying %d bytes to mirror %s", link.sync.total_bytes, link.path)
-        position = 0
-        while self._may_go_on() and (region := link.regions.begin_copy(position)):
-            offset, length = region
-            equal = False
-            try:
-                equal = await self._copy_region(offset, length)
-            finally:
-                link.regions.finish_copy(offset, equal=equal)
-            position = offset + length
-            link.sync.done_bytes = max(0, link.sync.total_bytes - link.regions.dirty_bytes)
-        if not link.regions.dirty_bytes:
-            await self._in_worker(link.flush)
-        if not link.regions.dirty_bytes and link.error is None:
+        while link.regions.dirty_bytes and self._may_go_on():
+            until_s = time.monotonic() + TURN_S
+            await asyncio.gather(*(self._copy_regions(link.sync, number, until_s) for number in range(HANDS)))
+        if not link.regions.dirty_bytes and await link.flush():
             with contextlib.suppress(OSError):  # of a record, or of the target: both are seen again
                 await self._finish()
         link.sync, link.waiting = None, not self._permitted()
@@ -92,6 +89,7 @@ class Resync:
         await link.forget_released()
         if not link.regions.held_bytes:
             await link.announce(IN_SYNC)
+            self.compare = False
             log.info("mirror %s is in sync", link.path)
             await self._path.tidy()
 
@@ -105,22 +103,61 @@ class Resync:
             if any(free) and self._link.regions.held_bytes:
                 await self._link.release(free)
 
-    async def _copy_region(self, offset: int, length: int) -> bool:
-        """Copy one region piece by piece; True when all of it was copied."""
+    async def _copy_regions(self, progress: SyncProgress, number: int, until_s: float) -> None:
+        """Copy stretches of dirty regions until there are none, or the turn ends.
+
+        All hands but the first end theirs as soon as clients are at work.
+        """
+        regions = self._link.regions
+        pace = Pace(lambda: self._path.requests, self._stopping)
+        buffers = memoryview(bytearray(PIECE_BYTES)), memoryview(bytearray(PIECE_BYTES))
+        while self._may_go_on() and time.monotonic() < until_s and not (number and pace.gives_way):
+            if (found := regions.begin_copy(PIECE_BYTES)) is None:
+                return
+            offset, length = found
+            equal = False
+            try:
+                equal = await self._copy_stretch(offset, length, buffers, pace, progress)
+            finally:
+                regions.finish_copy(offset, length, equal=equal)
+            progress.note(0, regions.dirty_bytes)
+
+    async def _copy_stretch(
+        self,
+        offset: int,
+        length: int,
+        buffers: tuple[memoryview, memoryview],
+        pace: Pace,
+        progress: SyncProgress,
+    ) -> bool:
+        """Copy it piece by piece; True when all of it was copied."""
         for start in range(offset, offset + length, PIECE_BYTES):
-            began_s = time.monotonic()
-            updates = self._path.updates
             count = min(PIECE_BYTES, offset + length - start)
-            async with self._path.ranges.hold(start, start + count):
+            pace.begin()
+            async with self._path.ranges.hold([(start, start + count)]):
                 if not self._may_go_on() or self._link.regions.held(start, count):
                     return False
-                await self._in_worker(self._copy, start, count)
+                await self._copy_piece(start, count, buffers)
             if not self._may_go_on():
                 return False
-            if self._path.updates != updates:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), time.monotonic() - began_s)
+            progress.note(count, self._link.regions.dirty_bytes)
+            await pace.rest(count)
         return True
+
+    async def _copy_piece(self, offset: int, length: int, buffers: tuple[memoryview, memoryview]) -> None:
+        """Copy one piece, whose range is held; what fails is noted at the link."""
+        link = self._link
+        whole = -(-length // link.sector_bytes) * link.sector_bytes
+        data, theirs = (buffer[:whole] for buffer in buffers)
+        try:
+            await self._in_worker(self._path.target.read, offset, data)
+        except OSError as failure:
+            link.target_failed(failure, (offset, length))
+            return
+        if self.compare and await link.read(offset, theirs) and data == theirs:
+            return
+        run = run_of(offset, whole)
+        await link.settle(link.begin_update(data, run, 1, durable=False), run, 1)
 
     def _may_go_on(self) -> bool:
         failed = self._link.error is not None or self._link.target_error is not None
@@ -128,16 +165,3 @@ class Resync:
 
     def _permitted(self) -> bool:
         return self._gate.anyone() and self._link.held.frozen_since_s is None
-
-    def _copy(self, offset: int, length: int) -> None:
-        sector = self._disk.sector_bytes
-        data = self._buffer[: -(-length // sector) * sector]
-        try:
-            self._path.target.read(offset, data)
-        except OSError as failure:
-            self._link.target_failed(failure)
-            return
-        self._link.update(offset, data, durable=False)
-
-    async def _in_worker(self, work: Callable[..., None], *args: object) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._workers, work, *args)

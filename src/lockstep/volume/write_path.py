@@ -1,51 +1,54 @@
-"""The write path: every update of a target, from its interception to both disks.
+"""The write path: what becomes of a request that a client sends to the target.
 
-The steps, in the order in which they are taken, by the numbers of the method:
+The method, in its order; every step is named where it is taken, below:
 
-    101/501/601  intercept       `write_now`, `write`: a write request arrives that a client meant for the target
-    502          look up         does this target have a mirror? If not: 505 alone
-    602          gate            may this user update the mirror, and now? If not: it is held, 505 alone; or refused
-    (record)     the intent      where the two disks are about to differ, durably
-    102/503      encrypt         `_update`: the data that the request carries
+    101/501/601  intercept       a request has arrived
+    502          look up         does the target have mirrors?  no: 505 alone
+    602          gate            may this user update the mirrors, now?  no: the target alone, on record
+                 intent          the regions are marked, durably, before either disk is written
+    102/503      encrypt         the data that the request carries
     103/504      mirror          the ciphertext, at the position given by offset and length
     103/505      target          the plaintext, at the same position
 
+Writes come in runs (lockstep/disk/runs.py): as many as have arrived together. There are two ways, of the same steps:
+`write_run` takes what can be carried out at once, on the loop; `write` takes anything, and waits where it must.
+
 Rules:
 
-1. A request is answered after the target and every mirror that is followed took it. A mirror that fails is
-   dropped, and the request goes on; a target that fails fails the request.
+1. A request is answered after the target and every mirror that is followed took it. A mirror that fails, or does not
+   answer, is dropped, and the request goes on; a target that fails fails the request.
 2. `decrypt(mirror) == target` for every clean region, whatever the alignment: an update smaller than the
    encryption sector is first merged with the *target's* plaintext around it. Where something is held, it is merged with
    the mirror's: what surrounds it on the target may be what the mirror must not be given.
-3. Overlapping updates reach both disks in one order. Small aligned ones are carried out at once on the loop,
-   alone by construction, unless their sectors are held; all others hold their sectors (`Ranges`), and so does
-   each piece of a resync.
+3. Overlapping updates reach both disks in one order. What `write_run` does is alone by construction, unless its sectors
+   are held; all others hold their sectors (`Ranges`), and so does each piece of a resync.
 4. A region is marked in the intent bitmap, durably, before either disk is written there; a held one in the record of
-   what is held. So a small write is carried out at once only inside the hot set, where the marks are already; and
+   what is held. So a write is carried out at once only inside the hot set, where the marks are already; and
    marks are cleared by `tidy` alone.
-5. A hole on the target is zeroes on a clean mirror, so clearing what is a hole already costs the mirror nothing.
-6. FLUSH covers what was answered before it began, on the target and on every followed mirror.
+5. Nothing that may block is done on the loop: a write at once needs disks that are prompt (lockstep/disk/plain.py), all
+   others are written by threads, the target and each mirror by their own and at the same time.
+6. A hole on the target is zeroes on a clean mirror, so clearing what is a hole already costs the mirror nothing.
+7. FLUSH covers what was answered before it began, on the target and on every followed mirror.
 """
 
 import asyncio
 import contextlib
 import errno
-import logging
+import functools
 import os
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor
+from array import array
+from collections.abc import AsyncIterator
 from typing import Final
 
 from lockstep.disk.plain import PlainDisk
+from lockstep.disk.runs import WORDS, aligned, run_of
 from lockstep.volume.gate import UPDATE, Gate, Ruling
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW
 from lockstep.volume.link import MirrorLink
-from lockstep.volume.ranges import Ranges
+from lockstep.volume.ranges import Extents, Ranges
 from lockstep.volume.rounds import Rounds
+from lockstep.volume.workers import Workers
 
-log = logging.getLogger(__name__)
-
-INLINE_BYTES: Final = 128 << 10  # an update up to this size delays the other clients less than a thread would
 CLEAR_PIECE_BYTES: Final = 8 << 20
 
 Mirrors = tuple[MirrorLink, ...]
@@ -56,38 +59,50 @@ _KINDS: Final = {Ruling.UNTIL_WINDOW: OUTSIDE_WINDOW, Ruling.UNTIL_RELEASED: NO_
 class WritePath:
     """The updates of one target. Offsets and lengths are bytes within the target; failures are OSErrors."""
 
-    def __init__(self, target: PlainDisk, mirrors: Mirrors, gate: Gate, sector_bytes: int, workers: Executor) -> None:
+    def __init__(self, target: PlainDisk, mirrors: Mirrors, gate: Gate, sector_bytes: int, workers: Workers) -> None:
         """Serve `target`; `mirrors` is what the registry says of it; `sector_bytes` suits all of them."""
         self.target = target
         self.mirrors = mirrors
         self.ranges = Ranges()
-        self.updates = 0  # counts them, for a resync that gives way
+        self.requests = 0  # counts what clients ask, for background work that gives way
         self._gate = gate
         self._sector_mask = sector_bytes - 1
-        self._workers = workers
+        self._in_worker = workers.run
         self._flushes = Rounds(self._flush_all)
 
     # --- 101/501/601: what arrives ---
 
-    def write_now(self, user: str, offset: int, data: memoryview) -> bool:
-        """Carry out a small aligned write at once; False, and nothing happened, when it has to wait."""
-        length = len(data)
-        end = offset + length
-        if length > INLINE_BYTES or (offset | length) & self._sector_mask or not self.ranges.free(offset, end):
-            return False
+    def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
+        """Carry out at once as many writes of a run as can be; return how many, from the front."""
         mirrors = self.mirrors  # 502
-        if mirrors and self._gate(user) is not UPDATE:  # 602
-            return False
+        if not self.target.prompt:
+            return 0
+        if mirrors:
+            if self._gate(user) is not UPDATE:  # 602
+                return 0
+            count = aligned(run, count, self._sector_mask)
+        count = self.ranges.free_run(run, count)
         for mirror in mirrors:
-            if mirror.held.frozen_since_s is not None or not mirror.intent.covers(offset, end):
-                return False
-        self._update(mirrors, offset, data)
-        return True
+            count = mirror.ready(run, count)
+        for mirror in mirrors:
+            count = mirror.write_run(data, run, count)  # 102/503, 103/504
+        done = self.target.write_run(data, run, count)  # 103/505
+        self.requests += done
+        return done
 
-    async def write(self, user: str, offset: int, data: memoryview, *, durable: bool) -> None:
-        """Carry out any write; `durable` has it on the medium of every disk before it is answered."""
-        async with self._hold(user, offset, len(data)) as mirrors:
-            await self._in_worker(self._update, mirrors, offset, data, durable)
+    async def write(self, user: str, data: memoryview, run: "array[int]", count: int, *, durable: bool) -> None:
+        """Carry out a run of any writes; `durable` has them on the medium of every disk before they are answered.
+
+        One that is no whole sectors is merged with what the ones before it wrote, so it is carried out by itself.
+        """
+        at = 0
+        while at < count:
+            rest = run[WORDS * at :]
+            number = max(1, aligned(rest, count - at, self._sector_mask))
+            writes = [(rest[WORDS * each], rest[WORDS * each + 1]) for each in range(number)]
+            async with self._hold(user, writes) as mirrors:
+                await self._update(mirrors, data, rest, number, durable)
+            at += number
         if durable:
             await self._announce_faults()
 
@@ -98,8 +113,8 @@ class WritePath:
         end = offset + length
         while offset < end:
             stop = min(end, (offset // CLEAR_PIECE_BYTES + 1) * CLEAR_PIECE_BYTES)
-            async with self._hold(user, offset, stop - offset) as mirrors:
-                await self._in_worker(self._clear, mirrors, offset, stop - offset, allocate)
+            async with self._hold(user, [(offset, stop - offset)]) as mirrors:
+                await self._clear(mirrors, offset, stop - offset, allocate)
             offset = stop
         if durable:
             await self.flush()
@@ -138,80 +153,105 @@ class WritePath:
     # --- the method ---
 
     @contextlib.asynccontextmanager
-    async def _hold(self, user: str, offset: int, length: int) -> AsyncIterator[Mirrors]:
-        """Have the range's sectors to oneself, on record; yields the mirrors that `user` may update now.
+    async def _hold(self, user: str, writes: Extents) -> AsyncIterator[Mirrors]:
+        """Have the sectors of these (offset, length) to oneself, on record; yields the mirrors that `user` may update.
 
         Raises PermissionError where such updates are refused, and OSError when what is held cannot be recorded.
         """
-        start, end = self._sectors(offset, length)
-        async with self.ranges.hold(start, end):
+        extents = [self.sectors(*write) for write in writes]
+        async with self.ranges.hold(extents):
             mirrors = self.mirrors  # 502
             ruling, recorded = self._gate(user) if mirrors else UPDATE, None  # 602
             while recorded is not ruling:  # again where the ruling changed while it was being recorded
                 recorded = ruling
-                await self._record(user, recorded, start, min(end, self.target.size_bytes))
+                if ruling is Ruling.REFUSE:
+                    break
+                await self._record(user, recorded, extents)
                 ruling = self._gate(user) if mirrors else UPDATE
             if ruling is not UPDATE:
-                self._gate.denied(user, ruling, length)
+                for _offset, length in writes:
+                    self._gate.denied(user, ruling, length)
+            if ruling is Ruling.REFUSE:
+                raise PermissionError(errno.EPERM, f"{user} may not update the mirror")
             yield mirrors if ruling is UPDATE else ()
 
-    async def _record(self, user: str, ruling: Ruling, start: int, end: int) -> None:
-        """Have it on record, durably, what is about to happen to [start, end)."""
-        if ruling is Ruling.REFUSE:
-            self._gate.denied(user, ruling, end - start)
-            raise PermissionError(errno.EPERM, f"{user} may not update the mirror")
+    async def _record(self, user: str, ruling: Ruling, extents: Extents) -> None:
+        """Have it on record, durably, what is about to happen to each [start, end)."""
+        within = [(start, min(end, self.target.size_bytes)) for start, end in extents]
         for mirror in self.mirrors:
             if ruling in _KINDS:
-                await mirror.hold(start, end, user, _KINDS[ruling], self._in_worker)
+                for start, end in within:
+                    await mirror.hold(start, end, user, _KINDS[ruling])
             else:
-                await mirror.record(start, end)
+                await mirror.record(within)
             if ruling is Ruling.FALL_BEHIND:
-                mirror.regions.mark(start, end - start)
+                for start, end in within:
+                    mirror.regions.mark(start, end - start)
 
-    def _update(self, mirrors: Mirrors, offset: int, data: memoryview, durable: bool = False) -> None:
-        self.updates += 1
-        whole = not (offset | len(data)) & self._sector_mask
+    async def _update(self, mirrors: Mirrors, data: memoryview, run: "array[int]", count: int, durable: bool) -> None:
+        self.requests += count
+        copies = []
         for mirror in mirrors:
-            start, sectors = (offset, data) if whole else self._whole_sectors(mirror, offset, data)
-            mirror.update(start, sectors, durable=durable)  # 102/503 encrypt, 103/504 write
+            whole = (data, run, count)
+            if not aligned(run, count, self._sector_mask):
+                whole = await self._whole_sectors(mirror, data, run)
+            copies.append((mirror, mirror.begin_update(*whole, durable=durable), whole))  # 102/503, 103/504
         try:
-            self.target.write(offset, data, durable=durable)  # 103/505
+            await self._in_worker(self.target.write_all, data, run, count, durable)  # 103/505
         except OSError as failure:
-            self._target_failed(failure)
+            for at in range(count):
+                self._target_failed(failure, (run[WORDS * at], run[WORDS * at + 1]))
             raise
+        finally:
+            for mirror, copy, (_data, sectors, number) in copies:
+                await mirror.settle(copy, sectors, number)
 
-    def _clear(self, mirrors: Mirrors, offset: int, length: int, allocate: bool) -> None:
+    async def _clear(self, mirrors: Mirrors, offset: int, length: int, allocate: bool) -> None:
         """Like `_update`, for zeroes, which have no payload to encrypt."""
-        self.updates += 1
+        self.requests += 1
         for mirror in mirrors:
-            for start, count in self._data_within(mirror, offset, length):
-                self._clear_mirror(mirror, start, count)  # 102/503, 103/504
+            for start, count in await self._in_worker(self._data_within, mirror, offset, length):
+                await self._clear_mirror(mirror, start, count)  # 102/503, 103/504
         try:
-            self.target.zero(offset, length, allocate=allocate)  # 103/505
+            await self._in_worker(functools.partial(self.target.zero, offset, length, allocate=allocate))  # 103/505
         except OSError as failure:
-            self._target_failed(failure)
+            self._target_failed(failure, (offset, length))
             raise
 
     # --- whole sectors ---
 
-    def _sectors(self, offset: int, length: int) -> tuple[int, int]:
+    def sectors(self, offset: int, length: int) -> tuple[int, int]:
         """The sectors that a range touches: [start, end)."""
         mask = self._sector_mask
         return offset & ~mask, (offset + length + mask) & ~mask
 
-    def _whole_sectors(self, mirror: MirrorLink, offset: int, data: memoryview) -> tuple[int, memoryview]:
+    async def _whole_sectors(
+        self, mirror: MirrorLink, data: memoryview, run: "array[int]"
+    ) -> tuple[memoryview, "array[int]", int]:
+        """Return the first write of a run, with the plaintext round it, as a run of whole sectors of its own."""
+        offset, length, position = run[:3]
+        start, whole = await self._merged(mirror, offset, data[position : position + length])
+        return whole, run_of(start, len(whole)), 1
+
+    async def _merged(self, mirror: MirrorLink, offset: int, data: memoryview) -> tuple[int, memoryview]:
         """Return `data` with the plaintext round it, so that it begins and ends on a sector."""
         length = len(data)
-        start, end = self._sectors(offset, length)
-        read = mirror.read if mirror.regions.held(start, end - start) else self.target.read
+        start, end = self.sectors(offset, length)
         whole = memoryview(bytearray(end - start))
         sector = self._sector_mask + 1
         if start < offset:
-            read(start, whole[:sector])
+            await self._read_beside(mirror, start, whole[:sector])
         if offset + length < end and (end - start > sector or start == offset):
-            read(end - sector, whole[-sector:])
+            await self._read_beside(mirror, end - sector, whole[-sector:])
         whole[offset - start : offset - start + length] = data
         return start, whole
+
+    async def _read_beside(self, mirror: MirrorLink, offset: int, into: memoryview) -> None:
+        """Read what surrounds an update of a mirror: rule 2."""
+        if mirror.regions.held(offset, len(into)):
+            await mirror.read(offset, into)
+        else:
+            await self._in_worker(self.target.read, offset, into)
 
     def _data_within(self, mirror: MirrorLink, offset: int, length: int) -> list[tuple[int, int]]:
         """The parts of a range whose sectors are not all zeroes on the mirror already, in order: (offset, length).
@@ -223,34 +263,42 @@ class WritePath:
         parts: list[tuple[int, int]] = []  # [start, end)
         for at, count, data in self.target.extents(offset, length):
             if data:
-                start, end = self._sectors(at, count)
+                start, end = self.sectors(at, count)
                 if parts and start <= parts[-1][1]:
                     start = parts.pop()[0]
                 parts.append((start, end))
         clipped = ((max(start, offset), min(end, offset + length)) for start, end in parts)
         return [(start, end - start) for start, end in clipped]
 
-    def _clear_mirror(self, mirror: MirrorLink, offset: int, length: int) -> None:
+    async def _clear_mirror(self, mirror: MirrorLink, offset: int, length: int) -> None:
         mask = self._sector_mask
         first, last = (offset + mask) & ~mask, (offset + length) & ~mask
         if first >= last:  # within one sector, or two halves
-            self._merge_zeroes(mirror, offset, length)
+            await self._merge_zeroes(mirror, offset, length)
             return
         if offset < first:
-            self._merge_zeroes(mirror, offset, first - offset)
-        mirror.clear(first, last - first)
+            await self._merge_zeroes(mirror, offset, first - offset)
+        await mirror.clear(first, last - first)
         if last < offset + length:
-            self._merge_zeroes(mirror, last, offset + length - last)
+            await self._merge_zeroes(mirror, last, offset + length - last)
 
-    def _merge_zeroes(self, mirror: MirrorLink, offset: int, length: int) -> None:
-        start, sectors = self._whole_sectors(mirror, offset, memoryview(bytes(length)))
-        mirror.update(start, sectors, durable=False)
+    async def _merge_zeroes(self, mirror: MirrorLink, offset: int, length: int) -> None:
+        start, sectors = await self._merged(mirror, offset, memoryview(bytes(length)))
+        run = run_of(start, len(sectors))
+        await mirror.settle(mirror.begin_update(sectors, run, 1, durable=False), run, 1)
 
     # --- durability and failure ---
 
     async def _flush_all(self) -> None:
-        disks = [mirror.flush for mirror in self.mirrors]
-        await asyncio.gather(self._in_worker(self._flush_target), *map(self._in_worker, disks))
+        copies = [asyncio.ensure_future(mirror.flush()) for mirror in self.mirrors]
+        try:
+            await self._in_worker(self.target.flush)
+        except OSError as failure:
+            self._target_failed(failure)
+            raise
+        finally:
+            for copy in copies:
+                await copy
         await self._announce_faults()
 
     async def _announce_faults(self) -> None:
@@ -259,16 +307,6 @@ class WritePath:
             if mirror.error is not None or mirror.target_error is not None or mirror.regions.held_bytes:
                 await mirror.announce()
 
-    def _flush_target(self) -> None:
-        try:
-            self.target.flush()
-        except OSError as failure:
-            self._target_failed(failure)
-            raise
-
-    def _target_failed(self, failure: OSError) -> None:
+    def _target_failed(self, failure: OSError, extent: tuple[int, int] | None = None) -> None:
         for mirror in self.mirrors:
-            mirror.target_failed(failure)
-
-    async def _in_worker(self, work: Callable[..., None], *args: object) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._workers, work, *args)
+            mirror.target_failed(failure, extent)

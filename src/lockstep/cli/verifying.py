@@ -1,0 +1,128 @@
+"""verify: whether target and mirrors hold the same."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, Final
+
+import typer
+
+from lockstep.cli.options import Json, KeyFile, Name, passphrase_from
+from lockstep.cli.output import human_bytes, human_moment, print_json, progress_bar
+from lockstep.cli.state import StateDir, state_of
+from lockstep.errors import MirrorsDiffer, NotServed, VerifyIncomplete
+from lockstep.service.control_client import ask, ask_status
+from lockstep.service.managing import manager
+from lockstep.service.state import State
+
+POLL_S: Final = 0.2
+MOST_LINES: Final = 20
+
+
+def verify(
+    context: typer.Context,
+    name: Name,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Have what differs copied from the target to the mirror.")
+    ] = False,
+    history: Annotated[bool, typer.Option("--history", help="Show what was found before; compare nothing.")] = False,
+    key_file: KeyFile = None,
+    as_json: Json = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Compare the mirrors of a volume with its target, while it is served or not; exit code 3 if they differ.
+
+    A passphrase is needed only while the volume is not served.
+    """
+    state = state_of(context, state_dir)
+    if history:
+        _show_history(state, name, as_json=as_json)
+        return
+    manager(state, f"verify {name}")
+    with progress_bar("Comparing", as_json=False) as show:
+        try:
+            results = _while_served(state, name, repair=repair, on_progress=show)
+        except NotServed:
+            from lockstep.service.maintenance import verify_at_rest  # noqa: PLC0415 (half a second, for this case only)
+
+            passphrase = passphrase_from(key_file, f"the mirror of {name}")
+            results = verify_at_rest(state, name, passphrase, repair=repair, on_progress=show)
+    _report(results, as_json=as_json)
+    _judge(name, results)
+
+
+def _while_served(
+    state: State, name: str, *, repair: bool, on_progress: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    """Have the server compare; if this is interrupted, it stops."""
+    control = state.control(name)
+    ask(control, name, "POST", "/v1/verify", repair=repair)
+    try:
+        while (answer := ask(control, name, "GET", "/v1/verify"))["running"]:
+            on_progress(
+                sum(mirror["done_bytes"] for mirror in answer["mirrors"]),
+                sum(mirror["total_bytes"] for mirror in answer["mirrors"]),
+            )
+            time.sleep(POLL_S)
+        while repair and any(m["state"] == "syncing" for m in ask_status(control, name)["mirrors"]):
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        with contextlib.suppress(NotServed):
+            ask(control, name, "DELETE", "/v1/verify")
+        raise
+    mirrors: list[dict[str, Any]] = answer["mirrors"]
+    return mirrors
+
+
+def _report(results: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "compared_bytes": sum(result["compared_bytes"] for result in results),
+                "mismatches": [mismatch for result in results for mismatch in result["mismatches"]],
+                "repaired_bytes": sum(result["repaired_bytes"] for result in results),
+                "mirrors": results,
+            }
+        )
+        return
+    for result in results:
+        typer.echo(f"{result['path']}: compared {human_bytes(result['compared_bytes'])}, {_finding(result)}")
+        for mismatch in result["mismatches"][:MOST_LINES]:
+            typer.echo(f"  offset {mismatch['offset']}, {mismatch['length']} bytes")
+        if len(result["mismatches"]) > MOST_LINES:
+            typer.echo(f"  ... and {len(result['mismatches']) - MOST_LINES} more; --json lists them all")
+        left_out = result["total_bytes"] - result["compared_bytes"]
+        if left_out and not result["error"]:
+            typer.echo(f"  {human_bytes(left_out)} were left out: they are known to differ, and not copied yet")
+
+
+def _finding(result: dict[str, Any]) -> str:
+    if not result["mismatches"]:
+        return "no difference"
+    finding = f"{result['differing_bytes']} bytes differ in {len(result['mismatches'])} places"
+    return finding + (", and were copied" if result["repaired_bytes"] else "")
+
+
+def _judge(name: str, results: list[dict[str, Any]]) -> None:
+    for result in results:
+        if result["error"]:
+            raise VerifyIncomplete(mirror=result["path"], reason=result["error"], volume=name)
+        if result["mismatches"] and not result["repaired_bytes"]:
+            count = len(result["mismatches"])
+            raise MirrorsDiffer(mirror=result["path"], places=count, volume=name, bytes=result["differing_bytes"])
+
+
+def _show_history(state: State, name: str, *, as_json: bool) -> None:
+    with state.registry() as registry:
+        registry.volume(name)
+        rows = [row for row in registry.audit_rows(volume=name) if row.event in ("verify", "scrub")]
+    for row in rows:
+        if as_json:
+            print_json(row.to_json())
+        else:
+            typer.echo(f"{human_moment(row.at_us / 1e6)}  {row.event} by {row.user}: {row.reason}")
+    if not rows and not as_json:
+        typer.echo(f"The mirrors of {name} were never compared. `lockstep verify {name}` does so.")
+
+
+COMMANDS = {"verify": verify}

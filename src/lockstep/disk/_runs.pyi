@@ -1,0 +1,9 @@
+from array import array
+
+from typing_extensions import Buffer
+
+def aligned(run: array[int], count: int, mask: int, /) -> int: ...
+def covered(
+    run: array[int], count: int, marks: bytearray, touched: bytearray, region_shift: int, group_shift: int, /
+) -> int: ...
+def write_run(fd: int, flags: int, data: Buffer, run: array[int], count: int, /) -> int: ...

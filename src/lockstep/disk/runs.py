@@ -1,0 +1,68 @@
+"""Runs of small writes: several that lie in one buffer, carried out by one loop.
+
+A run is an array('Q') with four numbers for each write: offset and length in bytes, where its data begins in the
+buffer, and a cookie that is the wire's business. What serves a run takes as many of its writes as can be taken, from
+the front, and returns how many; why it stopped is for whoever handles the next one alone to find out.
+
+These are the inner loops, in Python; `_runs.pyx` has the same natively and is used where it was built.
+"""
+
+import os
+from array import array
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+WORDS: Final = 4
+
+
+def run_of(offset: int, length: int) -> "array[int]":
+    """Return a run of one write, whose data is at the beginning of its buffer."""
+    return array("Q", (offset, length, 0, 0))
+
+
+def _aligned(run: "array[int]", count: int, mask: int, /) -> int:
+    """How many writes, from the front, begin and end on a multiple of `mask` + 1 bytes."""
+    return next((at for at in range(count) if (run[WORDS * at] | run[WORDS * at + 1]) & mask), count)
+
+
+def _covered(
+    run: "array[int]", count: int, marks: bytearray, touched: bytearray, region_shift: int, group_shift: int, /
+) -> int:
+    """How many writes, from the front, lie in regions that are all marked; who is asked about is noted in `touched`."""
+    for at in range(count):
+        offset, length = run[WORDS * at], run[WORDS * at + 1]
+        first, last = offset >> region_shift, (offset + length - 1) >> region_shift
+        if last >= len(marks) or last >> group_shift >= len(touched):
+            raise ValueError("the write lies outside of the disk")
+        for group in range(first >> group_shift, (last >> group_shift) + 1):
+            touched[group] = 1
+        if 0 in marks[first : last + 1]:
+            return at
+    return count
+
+
+def _write_run(fd: int, flags: int, data: "Buffer", run: "array[int]", count: int, /) -> int:
+    """How many writes, from the front, the file `fd` took whole; `flags` are those of pwritev2(2)."""
+    view = memoryview(data)
+    for at in range(count):
+        offset, length, position = run[WORDS * at : WORDS * at + 3]
+        try:
+            if os.pwritev(fd, (view[position : position + length],), offset, flags) != length:
+                return at
+        except OSError:
+            return at
+    return count
+
+
+try:
+    from lockstep.disk import _runs as _native
+except ImportError:
+    aligned = _aligned
+    covered = _covered
+    write_run = _write_run
+else:
+    aligned = _native.aligned
+    covered = _native.covered
+    write_run = _native.write_run

@@ -1,0 +1,6 @@
+from array import array
+
+from typing_extensions import Buffer
+
+def find_writes(buffer: Buffer, start: int, end: int, enough: int, writable_bytes: int, run: array[int], /) -> int: ...
+def pack_replies(run: array[int], count: int, /) -> bytes: ...

@@ -1,0 +1,73 @@
+"""Work on a volume that nobody serves: verify it, by the same means as its server would."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from lockstep.crypto.cipher import self_test
+from lockstep.errors import AlreadyServed
+from lockstep.service.gate import VolumeGate
+from lockstep.service.managing import manager
+from lockstep.service.memory import protect_memory
+from lockstep.service.state import State
+from lockstep.service.verification import of_comparison, sentence
+from lockstep.service.volume_session import VolumeSession, open_volume
+from lockstep.volume.verify import Comparison, Verify
+from lockstep.volume.workers import Workers
+
+WORKERS = 4
+PROGRESS_S = 0.2
+
+
+def verify_at_rest(
+    state: State,
+    name: str,
+    passphrase: Callable[[], bytes],
+    *,
+    repair: bool,
+    on_progress: Callable[[int, int], None],
+) -> list[dict[str, Any]]:
+    """Compare the mirrors of a volume with its target, and return what was found of each.
+
+    Nothing is changed, unless `repair`: then what differs is copied, if somebody may update the mirrors now.
+    `on_progress` is given bytes done and bytes in all. Raises AlreadyServed, and whatever opening the volume raises.
+    """
+    protect_memory()
+    self_test()
+    actor = manager(state, f"verify {name}")
+    with contextlib.ExitStack() as stack:
+        registry = stack.enter_context(state.registry())
+        volume = registry.volume(name)
+        if not stack.enter_context(state.volume_lock(name)):
+            raise AlreadyServed(volume=name)
+        gate = VolumeGate(name, volume.on_denied, registry.grants(name))
+        workers = Workers("lockstep-worker", WORKERS)
+        stack.callback(workers.close)
+        session = stack.enter_context(open_volume(state, volume, passphrase, gate, workers))
+        found = asyncio.run(_verify(session, repair=repair, on_progress=on_progress))
+        results = []
+        for path, comparison in found.items():
+            results.append(of_comparison(path, comparison))
+            registry.audit("verify", actor=actor, volume=name, reason=sentence(path, comparison), details=results[-1])
+        return results
+
+
+async def _verify(
+    session: VolumeSession, *, repair: bool, on_progress: Callable[[int, int], None]
+) -> dict[str, Comparison]:
+    if repair:
+        await session.workers.run(session.claim)
+    found = {}
+    for mirror, resync in zip(session.mirrors, session.resyncs, strict=True):
+        verify = Verify(session.writes, mirror.link, session.workers, repair=repair)
+        found[mirror.link.path] = verify.found
+        comparing = asyncio.ensure_future(verify.run())
+        while not (await asyncio.wait([comparing], timeout=PROGRESS_S))[0]:
+            on_progress(verify.found.done_bytes, verify.found.total_bytes)
+        await comparing
+        if repair:
+            await resync.copy()
+    if repair:
+        await session.retire()
+    return found

@@ -1,0 +1,34 @@
+"""The memory of this process: kept from others, and if wanted kept from being swapped out."""
+
+import contextlib
+import ctypes
+import os
+import resource
+from typing import Final
+
+from lockstep.errors import MemoryNotLockable
+
+_PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
+_PR_SET_IO_FLUSHER: Final = 57
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4  # bits/mman-linux.h
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def protect_memory() -> None:
+    """Keep what this process will know out of core dumps, and out of other processes' reach."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def lock_memory() -> None:
+    """Keep all of this process in memory: for a server of the disk to which the kernel writes when memory is short.
+
+    Then it must not wait for memory itself, or both wait for ever (mlockall(2); PR_SET_IO_FLUSHER, prctl(2)). Raises
+    MemoryNotLockable.
+    """
+    with contextlib.suppress(ValueError, OSError):  # root may raise the limit; who may not, may have enough of it
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    if _libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
+        raise MemoryNotLockable(reason=os.strerror(ctypes.get_errno()))
+    _libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)  # root's alone, and only a further precaution

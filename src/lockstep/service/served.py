@@ -1,0 +1,53 @@
+"""What the control interface may ask of a served volume."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.nbd.server import NbdServer
+from lockstep.registry.audit import Actor
+from lockstep.service import status
+from lockstep.service.background import Background
+from lockstep.service.gate import VolumeGate
+from lockstep.service.trail import Trail
+from lockstep.service.verification import Verification
+from lockstep.service.volume_session import VolumeSession
+
+
+@dataclass(frozen=True)
+class ServedVolume:
+    """A volume, its server, and what goes on beside it."""
+
+    session: VolumeSession
+    server: NbdServer
+    gate: VolumeGate
+    trail: Trail
+    background: Background
+    verification: Verification
+    uri: str
+
+    def describe(self) -> dict[str, Any]:
+        """Return the volume as `status --json` prints it."""
+        clients = [status.of_client(user, self.gate.verdict(user)) for user in self.server.clients()]
+        mirrors = [status.of_link(session.link) for session in self.session.mirrors]
+        for mirror in mirrors:
+            mirror["error"] = mirror["error"] or self.trail.error
+        uri = self.uri if self.server.accepting else None
+        described = status.of_volume(self.session.record, mirrors, uri=uri, clients=clients)
+        described["target"]["error"] = self.session.reads.error
+        return described
+
+    async def sync(self, actor: Actor, *, include_held: bool, compare: bool) -> None:
+        """Have what differs copied. Raises MayNotRelease."""
+        await self.background.sync(actor, include_held=include_held, compare=compare)
+
+    def verify(self, actor: Actor, *, repair: bool) -> None:
+        """Begin to compare. Raises AlreadyVerifying."""
+        self.verification.begin(actor, repair=repair)
+
+    async def stop_verifying(self) -> None:
+        """End a comparison early."""
+        await self.verification.stop()
+
+    def verified(self) -> dict[str, Any]:
+        """Return how far the comparison is, or what the last one found."""
+        return self.verification.describe()

@@ -1,0 +1,127 @@
+"""Verify as a command and as a scrub: who began it, how far it is, and what it found, in the audit trail.
+
+A scrub is a verify that repairs nothing, begun by itself when its weekly window opens. When the window closes it
+rests, and goes on in the next one; so a large disk is compared over several nights.
+"""
+
+import asyncio
+import logging
+import time
+from typing import Any, Final
+
+from lockstep.errors import AlreadyVerifying
+from lockstep.registry.audit import Actor
+from lockstep.registry.windows import Schedule
+from lockstep.service.trail import Trail
+from lockstep.service.volume_session import VolumeSession
+from lockstep.volume.verify import Comparison, Verify
+
+log = logging.getLogger(__name__)
+
+SCRUBBER: Final = Actor("lockstep", "scrub")
+MOST_MISMATCHES: Final = 100  # that one row of the trail lists
+
+Verifies = dict[str, Verify]  # mirror's path -> its comparison
+
+
+class Verification:
+    """The comparisons of one served volume, one at a time."""
+
+    def __init__(self, session: VolumeSession, trail: Trail) -> None:
+        self.schedule: Schedule | None = None  # when to scrub
+        self._session = session
+        self._trail = trail
+        self._verifies: Verifies = {}
+        self._task: asyncio.Task[None] | None = None
+        self._scrubs: Verifies = {}  # one that has begun, and has not seen everything yet
+        self._scrubbed_until_s = 0.0  # the end of the window in which a scrub was finished
+
+    @property
+    def running(self) -> bool:
+        """Whether a comparison is under way."""
+        return self._task is not None and not self._task.done()
+
+    def begin(self, actor: Actor, *, repair: bool) -> None:
+        """Begin to compare all mirrors. Raises AlreadyVerifying."""
+        if self.running:
+            raise AlreadyVerifying(volume=self._session.record.name)
+        self._verifies = self._made(repair=repair)
+        self._task = asyncio.get_running_loop().create_task(self._run(actor))
+
+    async def stop(self) -> None:
+        """End it after the piece that it is at."""
+        for verify in self._verifies.values():
+            verify.stop()
+        if self._task is not None:
+            await self._task
+
+    def describe(self) -> dict[str, Any]:
+        """Return how far it is, or what the last one found."""
+        return {"running": self.running, "mirrors": [of_comparison(p, v.found) for p, v in self._verifies.items()]}
+
+    def look(self) -> None:
+        """Begin a scrub, or go on with it, if its window is open; to be called about once a second."""
+        now_s = time.time()
+        if self.running or self.schedule is None or now_s < self._scrubbed_until_s:
+            return
+        open_until_s = self.schedule.open_until(now_s)
+        if open_until_s is not None:
+            self._scrubs = self._scrubs or self._made(repair=False)
+            self._verifies = self._scrubs
+            self._task = asyncio.get_running_loop().create_task(self._scrub(open_until_s))
+
+    def _made(self, *, repair: bool) -> Verifies:
+        session = self._session
+        return {
+            mirror.link.path: Verify(session.writes, mirror.link, session.workers, repair=repair)
+            for mirror in session.mirrors
+        }
+
+    async def _run(self, actor: Actor) -> None:
+        for path, verify in self._verifies.items():
+            await _reported(verify)
+            self._note(actor, "verify", path, verify.found)
+        for resync in self._session.resyncs:
+            resync.wake()
+
+    async def _scrub(self, until_s: float) -> None:
+        for verify in self._scrubs.values():
+            await _reported(verify, until_s)
+        if all(verify.over or verify.found.error for verify in self._scrubs.values()):
+            for path, verify in self._scrubs.items():
+                self._note(SCRUBBER, "scrub", path, verify.found)
+            self._scrubs, self._scrubbed_until_s = {}, until_s
+
+    def _note(self, actor: Actor, event: str, path: str, found: Comparison) -> None:
+        self._trail.note(event, actor, sentence(path, found), **of_comparison(path, found, MOST_MISMATCHES))
+        (log.error if found.mismatches else log.info)("%s", sentence(path, found))
+
+
+def of_comparison(path: str, found: Comparison, most: int | None = None) -> dict[str, Any]:
+    """A comparison as plain data, with at most so many mismatches."""
+    return {
+        "path": path,
+        "done_bytes": found.done_bytes,
+        "total_bytes": found.total_bytes,
+        "compared_bytes": found.compared_bytes,
+        "mismatches": [{"offset": offset, "length": length} for offset, length in found.mismatches[:most]],
+        "differing_bytes": sum(length for _, length in found.mismatches),
+        "repaired_bytes": found.repaired_bytes,
+        "error": found.error,
+    }
+
+
+def sentence(path: str, found: Comparison) -> str:
+    """What a comparison has found, in words."""
+    differ = sum(length for _, length in found.mismatches)
+    result = f"{differ} bytes differ, in {len(found.mismatches)} places" if differ else "no difference"
+    repaired = f", {found.repaired_bytes} of them marked to be copied" if found.repaired_bytes else ""
+    early = f"; it ended early: {found.error}" if found.error else ""
+    return f"mirror {path} was compared with its target: {found.compared_bytes} bytes, {result}{repaired}{early}"
+
+
+async def _reported(verify: Verify, until_s: float = float("inf")) -> None:
+    try:
+        await verify.run(lambda: time.time() < until_s)
+    except OSError as failure:  # of the target
+        verify.found.error = failure.strerror or str(failure)

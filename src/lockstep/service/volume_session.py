@@ -1,0 +1,119 @@
+"""A volume's disks, open and joined: what `serve` lets clients at, and what a command works on while nobody serves it.
+
+    open      the target, then each mirror: whatever can be refused is refused here, and nothing has changed
+    claim     tokens and intent bitmaps are given a new generation, which no other server has
+    retire    flush both disks; only what differs stays marked
+
+Whatever ends the process before `retire` leaves its marks: the next start copies the marked regions.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
+from lockstep.disk.plain import PlainDisk
+from lockstep.disk.probe import inspect, users_of
+from lockstep.errors import DiskBusy, DiskFailed, LockstepError, TargetResized
+from lockstep.registry.store import VolumeRecord
+from lockstep.service.mirror_session import MirrorSession
+from lockstep.service.state import State
+from lockstep.volume.gate import Gate
+from lockstep.volume.read_path import ReadPath
+from lockstep.volume.resync import Resync
+from lockstep.volume.workers import Workers
+from lockstep.volume.write_path import WritePath
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 10.0
+
+
+class VolumeSession:
+    """The target and the mirrors of one volume, whose lock the caller holds."""
+
+    def __init__(
+        self,
+        state: State,
+        record: VolumeRecord,
+        target: PlainDisk,
+        mirrors: tuple[MirrorSession, ...],
+        gate: Gate,
+        workers: Workers,
+    ) -> None:
+        self.record = record
+        self.target = target
+        self.mirrors = mirrors
+        self.workers = workers
+        links = tuple(session.link for session in mirrors)
+        sector_bytes = max((link.sector_bytes for link in links), default=1)
+        self.writes = WritePath(target, links, gate, sector_bytes, workers)
+        self.reads = ReadPath(self.writes, workers)
+        self.resyncs = tuple(Resync(self.writes, link, gate, workers) for link in links)
+        self._state = state
+
+    def claim(self) -> None:
+        """Have this process alone say what differs, from here on. Blocks; raises as `MirrorSession.claim` does."""
+        for session in self.mirrors:
+            session.claim()
+        self._note_generations()
+
+    async def retire(self) -> None:
+        """Close in order, when nobody writes any more. Raises DiskFailed when the target cannot be flushed."""
+        try:
+            await self.workers.run(self.target.flush)
+        except OSError as error:
+            raise DiskFailed(path=self.record.target_path, doing="Flushing", reason=error.strerror) from error
+        for session in self.mirrors:
+            try:
+                await session.retire()
+            except LockstepError as error:
+                path = session.mirror.path
+                log.error("mirror %s was not closed, the next start copies what it misses: %s", path, error)
+        await self.workers.run(self._note_generations)
+
+    def _note_generations(self) -> None:
+        """Remember what was written last; a registry out of reach is no reason not to serve, or not to stop."""
+        try:
+            with self._state.registry() as registry:
+                for session in self.mirrors:
+                    registry.set_generation(session.mirror.id, session.generation)
+        except LockstepError as error:
+            log.warning("the registry could not be updated: %s", error)
+
+
+@contextlib.contextmanager
+def open_volume(
+    state: State,
+    record: VolumeRecord,
+    passphrase: Callable[[], bytes],
+    gate: Gate,
+    workers: Workers,
+    *,
+    patience_s: float = PATIENCE_S,
+) -> Iterator[VolumeSession]:
+    """Open a volume whose lock the caller holds; nothing has changed before `claim`.
+
+    `passphrase` is asked if there is a mirror; a mirror that does not answer for `patience_s` is dropped. Raises what
+    opening the target or a mirror does.
+    """
+    with contextlib.ExitStack() as stack:
+        target = _open_target(record)
+        stack.callback(target.close)
+        mirrors = []
+        for mirror in record.mirrors:
+            session = MirrorSession(state, record, mirror, target, passphrase, workers, patience_s)
+            stack.callback(session.close)
+            mirrors.append(session)
+        yield VolumeSession(state, record, target, tuple(mirrors), gate, workers)
+
+
+def _open_target(record: VolumeRecord) -> PlainDisk:
+    disk = inspect(record.target_path)
+    if disk.size_bytes != record.size_bytes:
+        raise TargetResized(
+            path=disk.path, volume=record.name, size_bytes=disk.size_bytes, expected_bytes=record.size_bytes
+        )
+    users = users_of(disk)
+    if users:
+        raise DiskBusy(path=disk.path, users=" and ".join(users))
+    return PlainDisk.claim(disk)

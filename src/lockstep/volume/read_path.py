@@ -1,0 +1,65 @@
+"""Reads come from the target; where it cannot be read, from a mirror that is equal there (promise P6)."""
+
+import logging
+import time
+from typing import Final
+
+from lockstep.volume.workers import Workers
+from lockstep.volume.write_path import WritePath
+
+log = logging.getLogger(__name__)
+
+REPORT_INTERVAL_S: Final = 10.0
+
+
+class ReadPath:
+    """The reads of one target. Offsets and lengths are bytes within it; failures are OSErrors."""
+
+    def __init__(self, updates: WritePath, workers: Workers) -> None:
+        """`updates` is how the same target and mirrors are written."""
+        self.errors = 0  # reads that the target failed
+        self.error: str | None = None  # what became of the last of them
+        self._updates = updates
+        self._target = updates.target
+        self._in_worker = workers.run
+        self._reported_s = float("-inf")
+
+    def read_now(self, offset: int, into: bytearray) -> bool:
+        """Fill `into` from the target's cache, or return False."""
+        self._updates.requests += 1
+        try:
+            return self._target.read_cached(offset, into)
+        except OSError:
+            return False  # `read` meets it again
+
+    async def read(self, offset: int, into: memoryview) -> None:
+        """Fill `into` from the target, or from a mirror that is equal there. Raises OSError when there is neither."""
+        self._updates.requests += 1
+        try:
+            await self._in_worker(self._target.read, offset, into)
+        except OSError as failure:
+            rescued = await self._read_mirror(offset, into)
+            self._report(offset, len(into), failure, rescued)
+            if rescued is None:
+                raise
+
+    async def _read_mirror(self, offset: int, into: memoryview) -> str | None:
+        """Fill `into` from a mirror, and return which; nobody writes there meanwhile."""
+        start, end = self._updates.sectors(offset, len(into))
+        whole = memoryview(bytearray(end - start))
+        async with self._updates.ranges.hold([(start, end)]):
+            for mirror in self._updates.mirrors:
+                equal = mirror.error is None and mirror.regions.equal(offset, len(into))
+                if equal and await mirror.read(start, whole):
+                    into[:] = whole[offset - start : offset - start + len(into)]
+                    return mirror.path
+        return None
+
+    def _report(self, offset: int, length: int, failure: OSError, rescued: str | None) -> None:
+        self.errors += 1
+        answer = f"the mirror {rescued} answered" if rescued else "no mirror could answer"
+        reason = failure.strerror or str(failure)
+        self.error = f"reading {length} bytes of the target at offset {offset} failed ({reason}): {answer}"
+        if time.monotonic() - self._reported_s > REPORT_INTERVAL_S:
+            self._reported_s = time.monotonic()
+            log.error("%s. Reads that the target has failed so far: %d. Replace it.", self.error, self.errors)

@@ -1,0 +1,147 @@
+"""Verify: compare a mirror with its target while clients go on, and say where they differ.
+
+A piece is compared while its range is held, so nobody writes there meanwhile and there are no false alarms. Regions
+that are known to differ (dirty, or held) are left out: nothing new would be said of them. The mirror is read from its
+medium, as far as it was flushed; the target as its clients see it.
+
+A difference is one that nothing accounts for: the mirror lost or changed something, or the target did. With `repair` it
+is marked, durably, and then copied like any other.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from lockstep.volume.link import MirrorLink
+from lockstep.volume.pace import Pace
+from lockstep.volume.workers import Workers
+from lockstep.volume.write_path import WritePath
+
+PIECE_BYTES: Final = 1 << 20
+HANDS: Final = 3
+
+
+@dataclass
+class Comparison:
+    """How far a comparison is, and what it has found. Bytes."""
+
+    total_bytes: int
+    done_bytes: int = 0
+    compared_bytes: int = 0
+    mismatches: list[tuple[int, int]] = field(default_factory=list)  # (offset, length), in order, adjacent ones joined
+    repaired_bytes: int = 0
+    error: str | None = None  # why it ended early
+
+    def differ(self, offset: int, length: int) -> None:
+        """Note a difference."""
+        found = sorted([*self.mismatches, (offset, length)])
+        joined = found[:1]
+        for start, count in found[1:]:
+            last, last_count = joined[-1]
+            if start <= last + last_count:
+                joined[-1] = (last, max(last + last_count, start + count) - last)
+            else:
+                joined.append((start, count))
+        self.mismatches = joined
+
+
+class Verify:
+    """Compares one mirror."""
+
+    def __init__(self, path: WritePath, link: MirrorLink, workers: Workers, *, repair: bool) -> None:
+        """`workers` read the target."""
+        self.found = Comparison(path.target.size_bytes)
+        self._path = path
+        self._link = link
+        self._in_worker = workers.run
+        self._repair = repair
+        self._stopping = asyncio.Event()
+        self._next = 0
+
+    def stop(self) -> None:
+        """Have `run` return after the pieces that it is at."""
+        self._stopping.set()
+
+    async def run(self, may_go_on: Callable[[], bool] = lambda: True) -> None:
+        """Compare all of it, as long as it `may_go_on`; called again, it goes on where it was."""
+        await self._path.flush()
+        self.found.error = None
+        await asyncio.gather(*(self._compare(number, may_go_on) for number in range(HANDS)))
+        if self._link.error is not None:
+            self.found.error = self._link.error
+        elif self._stopping.is_set():
+            self.found.error = "it was stopped"
+
+    @property
+    def over(self) -> bool:
+        """Whether everything has been looked at."""
+        return self._next >= self.found.total_bytes
+
+    async def _compare(self, number: int, may_go_on: Callable[[], bool]) -> None:
+        pace = Pace(lambda: self._path.requests, self._stopping)
+        sector = self._link.sector_bytes if self._link.error is None else 1
+        buffers = [memoryview(bytearray(PIECE_BYTES)) for _ in range(2)]
+        while not (self.over or self._stopping.is_set() or self._link.error) and may_go_on():
+            if number and pace.gives_way:
+                return
+            start = self._next
+            count = min(PIECE_BYTES, self.found.total_bytes - start)
+            self._next += count
+            pace.begin()
+            for offset, length in self._known_equal(start, count):
+                whole = -(-length // sector) * sector
+                await self._compare_piece(offset, length, [buffer[:whole] for buffer in buffers], sector)
+            self.found.done_bytes += count
+            await pace.rest(count)
+
+    def _known_equal(self, start: int, count: int) -> list[tuple[int, int]]:
+        """The parts of a range that count as equal."""
+        step = self._link.regions.region_bytes
+        parts: list[tuple[int, int]] = []
+        for offset in range(start, start + count, min(step, count)):
+            length = min(step, start + count - offset)
+            if self._link.regions.equal(offset, length):
+                if parts and sum(parts[-1]) == offset:
+                    parts[-1] = (parts[-1][0], parts[-1][1] + length)
+                else:
+                    parts.append((offset, length))
+        return parts
+
+    async def _compare_piece(self, offset: int, length: int, buffers: list[memoryview], sector: int) -> None:
+        link, (ours, theirs) = self._link, buffers
+        async with self._path.ranges.hold([(offset, offset + length)]):
+            if not link.regions.equal(offset, length):  # it was until a moment ago
+                return
+            await link.forget_cache(offset, len(theirs))
+            reading = self._in_worker(self._path.target.read, offset, ours)
+            readable, failure = await asyncio.gather(link.read(offset, theirs), reading, return_exceptions=True)
+            if isinstance(failure, OSError):
+                self.found.differ(offset, length)  # nothing can be said of it, and that is worth an alarm
+                return
+            if readable is not True:
+                return
+            self.found.compared_bytes += length
+            if ours == theirs:
+                return
+            differing = _differing(offset, length, ours, theirs, sector)
+            for start, count in differing:
+                self.found.differ(start, count)
+            if self._repair:
+                await self._mark(differing)
+
+    async def _mark(self, differing: list[tuple[int, int]]) -> None:
+        """Have it copied: on record first, as any difference."""
+        await self._link.record([(start, start + count) for start, count in differing])
+        for start, count in differing:
+            self._link.regions.mark(start, count)
+            self.found.repaired_bytes += count
+
+
+def _differing(offset: int, length: int, ours: memoryview, theirs: memoryview, sector: int) -> list[tuple[int, int]]:
+    """Which sectors differ, as (offset, length) on the disk."""
+    return [
+        (offset + at, min(sector, length - at))
+        for at in range(0, length, sector)
+        if ours[at : at + sector] != theirs[at : at + sector]
+    ]
