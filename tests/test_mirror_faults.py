@@ -1,5 +1,6 @@
 """P5: a mirror that fails never fails a client; what it missed, and no more, is copied when it is back."""
 
+import contextlib
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -79,8 +80,24 @@ def test_a_mirror_that_is_pulled_and_put_back_misses_nothing(lab: Lab, tmp_path:
         volume_log = served.log.read_text()
         assert volume_log.count("is degraded") == 1, "said once, and said"
         served.log.write_text("")
-        with Plugged(volume.mirror, socket), volume.served() as served:
+        # It is away when the server starts, and then put back.
+        with contextlib.ExitStack() as plugs, volume.served(in_sync=False) as served:
+            (mirror,) = served.status()["mirrors"]
+            assert mirror["state"] == "degraded"
+            assert "away" in mirror["error"]
+            write(served, "write -P 4 16M 64k")
+            plugs.enter_context(Plugged(volume.mirror, socket))
+            wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be back")
             assert 0 < copied_bytes(served) <= 8 * MIB
+            # And pulled and put back once more, under the server.
+            Plugged.pull(volume.mirror)
+            write(served, "write -P 5 20M 64k")
+            assert served.mirror_state() == "degraded"
+            plugs.enter_context(Plugged(volume.mirror, socket))
+            wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be back again")
+            assert 0 < copied_bytes(served) <= 8 * MIB
+            write(served, "write -P 6 24M 64k")
+            served.stop()
     finally:
         disk.terminate()
         disk.wait()
@@ -107,7 +124,8 @@ def test_a_mirror_whose_file_system_is_full_is_dropped_and_the_target_goes_on(la
         write(served, "read -P 3 0 32M")
     assert target.read_bytes() == b"\3" * SIZE_BYTES
     volume.restore(lab.home / "out").failed(1, "degraded", "--incomplete")
-    run("mount", "-o", f"remount,size={SIZE_BYTES + 32 * MIB}", str(small_disk))
-    with volume.served():
-        pass
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: served.mirror_state() == "degraded", "the mirror to be full again")
+        run("mount", "-o", f"remount,size={SIZE_BYTES + 32 * MIB}", str(small_disk))
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to come back by itself")
     volume.assert_equal_disks()

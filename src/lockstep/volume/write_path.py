@@ -84,6 +84,8 @@ class WritePath:
         count = self.ranges.free_run(run, count)
         for mirror in mirrors:
             count = mirror.ready(run, count)
+        if not count:
+            return 0
         for mirror in mirrors:
             count = mirror.write_run(data, run, count)  # 102/503, 103/504
         done = self.target.write_run(data, run, count)  # 103/505
