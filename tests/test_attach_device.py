@@ -106,6 +106,9 @@ def run_dir(tmp_path: Path, server: Server) -> Iterator[str]:
     with suppress(NotAttached, DetachUnflushed):
         detach(directory, "vol")
     assert leftovers(directory) == []
+    for child in attaching._children.values():  # what was given up ends as soon as the server answers or is gone
+        child.wait(30)
+    attaching._children.clear()
 
 
 @pytest.fixture
