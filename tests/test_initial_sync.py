@@ -305,7 +305,7 @@ def test_a_stop_while_the_header_is_being_updated_is_still_a_stop_in_order(
         (lab.home / "slow").touch()  # from now on; the start is over
         wait_until(importing.exists, "the server to note in the header that the mirror is in sync")
         served.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: "stopping" in served.log.read_text(), "the server to take notice", 5)
+        wait_until(lambda: "stopping" in served.log.read_text(), "the server to take notice")
         go_on.touch()
         assert served.process.wait(PATIENCE_S) == 0, served.log.read_text()
     assert served_is_equal_at_rest(volume), served.log.read_text()

@@ -6,6 +6,7 @@ of the ways in which a client can be slow are worth their time.
 
 import asyncio
 import contextlib
+import math
 import os
 import pwd
 import ssl
@@ -29,8 +30,8 @@ from tests.nbd_client import Client, pack_option, pack_request
 STALL_S = 0.6
 PATROL_S = 0.05
 HANDSHAKE_S = 0.6
-# What the rules leave at most, and as much again for a machine that others use too.
-SOON_S = 2 * (STALL_S + PATROL_S) + 1.0
+# What the rules leave at most, and more for a machine that others use too.
+SOON_S = STALL_S + PATROL_S + 5.0
 POOL_BYTES = 64 * MIB
 LARGE_BYTES = 2 * MIB + 1  # more than the small blocks have
 
@@ -109,11 +110,16 @@ def served(tmp_path: Path, tls: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     for module in (connection, server):
         monkeypatch.setattr(module, "CONTENDED_STALL_S", STALL_S)
     monkeypatch.setattr(server, "PATROL_S", PATROL_S)
-    monkeypatch.setattr(server, "HANDSHAKE_S", HANDSHAKE_S)
     made = Served(str(tmp_path / "sock"), load_terms(str(tls)).context)
     made.start()
     yield made
     made.stop()
+
+
+@pytest.fixture
+def short_handshakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only for who means to be cut off: on a busy machine it is less than an honest handshake takes."""
+    monkeypatch.setattr(server, "HANDSHAKE_S", HANDSHAKE_S)
 
 
 def fill(served: Served, clients: contextlib.ExitStack) -> list[Client]:
@@ -143,10 +149,8 @@ def test_who_stalls_while_nobody_waits_is_left_alone(served: Served) -> None:
 def test_who_stalls_while_others_wait_is_cut_off(served: Served) -> None:
     with contextlib.ExitStack() as clients:
         holders = fill(served, clients)
-        began_s = time.monotonic()
         clients.enter_context(served.client()).write(0, b"y" * 4096, nbd.FUA)
-        assert time.monotonic() - began_s < STALL_S, "small requests have memory of their own"
-        assert not any(map(is_closed, holders))
+        assert not any(map(is_closed, holders)), "small requests have memory of their own"
         began_s = time.monotonic()
         clients.enter_context(served.client()).write(0, b"y" * LARGE_BYTES, nbd.FUA)
         assert time.monotonic() - began_s < SOON_S
@@ -176,7 +180,7 @@ def test_who_drips_while_others_wait_is_cut_off_too(served: Served) -> None:
 def test_a_queue_of_greedy_clients_does_not_come_before_everybody(served: Served) -> None:
     """Each asks for more than the pool has and reads nothing; a small durable write must not wait for all of them."""
     with contextlib.ExitStack() as clients:
-        for _ in range(6):
+        for _ in range(math.ceil(2 * SOON_S / STALL_S)):
             greedy = clients.enter_context(served.client())
             greedy.send(b"".join(pack_request(nbd.READ, n, 0, 4 * MIB) for n in range(40)))
         other = clients.enter_context(served.client())
@@ -185,6 +189,7 @@ def test_a_queue_of_greedy_clients_does_not_come_before_everybody(served: Served
         assert time.monotonic() - began_s < SOON_S
 
 
+@pytest.mark.usefixtures("short_handshakes")
 def test_a_handshake_that_does_not_end_is_ended(served: Served) -> None:
     with contextlib.ExitStack() as clients:
         silent = []
@@ -195,12 +200,13 @@ def test_a_handshake_that_does_not_end_is_ended(served: Served) -> None:
             client.assert_closed()
 
 
+@pytest.mark.usefixtures("short_handshakes")
 def test_a_handshake_that_drips_is_ended(served: Served) -> None:
     """Otherwise a byte now and then would keep one of the limited places for ever."""
     with Client(served.path, 10.0) as client:
         client.send(b"\0\0\0\3")
         client.receive(18)
-        deadline_s = time.monotonic() + 5 * HANDSHAKE_S
+        deadline_s = time.monotonic() + HANDSHAKE_S + SOON_S
         words = iter(pack_option(77, bytes(60_000)))
         client.socket.settimeout(HANDSHAKE_S / 50)  # the pace of the dripping
         with contextlib.suppress(ConnectionError):
@@ -233,6 +239,7 @@ def client_hello(context: ssl.SSLContext) -> bytes:
     return outgoing.read()
 
 
+@pytest.mark.usefixtures("short_handshakes")
 @pytest.mark.parametrize("part", [0.0, 0.5, 1.0], ids=["nothing", "half a hello", "a hello"])
 def test_a_tls_handshake_that_stalls_is_ended(served: Served, context: ssl.SSLContext, part: float) -> None:
     with Client(("127.0.0.1", served.port), 10.0) as client:

@@ -71,7 +71,7 @@ class Site:
         return self.served.log.read_text()
 
     def awaits_line(self, pattern: str) -> None:
-        wait_until(lambda: re.search(pattern, self.log()) is not None, f"the log to say {pattern}", 10)
+        wait_until(lambda: re.search(pattern, self.log()) is not None, f"the log to say {pattern}")
 
     def is_well(self) -> None:
         with self.client() as client:
@@ -565,5 +565,5 @@ def test_a_certificate_that_expires_soon_is_announced_in_the_log(lab: Lab) -> No
     tls = lab.home / "tls"
     lab.lockstep("tls", "init", tls, "--days", "20").ok()
     with lab.volume().served("--tcp", "127.0.0.1:0", "--tls-dir", tls) as served:
-        wait_until(lambda: "server-cert.pem expires on" in served.log.read_text(), "the warning", 10)
+        wait_until(lambda: "server-cert.pem expires on" in served.log.read_text(), "the warning")
         assert "ca-cert.pem expires" not in served.log.read_text()

@@ -112,7 +112,7 @@ def test_no_answer_comes_before_the_slower_disk_is_done(stage: Stage, waits_for:
     with slow.stopped():
         before = len(quick.events())
         clients.flush(0)
-        wait_until(lambda: quick.durable_since(before), "the quick disk to be flushed", 10)
+        wait_until(lambda: quick.durable_since(before), "the quick disk to be flushed")
         assert stays_silent(clients), "a flush was answered although a disk had not"
     clients.finish()
 
