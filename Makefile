@@ -17,8 +17,10 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 demo: $(VENV)/run-packages $(VENV)/installed
 	$(SUDO) $(BIN)/lockstep demo
 
+# Tests wait a good deal, so one worker more than processors keeps these busy. PYTEST_PARALLEL= runs them in one process.
+PYTEST_PARALLEL ?= --numprocesses $(shell expr $$(nproc) + 1) --dist worksteal
 test: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed check
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

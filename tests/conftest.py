@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import Lab, run
+from tests.lab import Lab, loop_devices, run
 
 
 @pytest.fixture
@@ -18,12 +18,14 @@ def lab(tmp_path: Path) -> Lab:
 @pytest.fixture
 def loop() -> Iterator[Callable[..., str]]:
     """Make loop devices over files, with `losetup`'s options; they are gone when the test ends."""
-    devices: list[str] = []
+    devices: dict[str, str] = {}
 
-    def make(path: Path, *options: str) -> str:
-        devices.append(run("losetup", "--find", "--show", *options, str(path)).strip())
-        return devices[-1]
+    def make(path: Path | str, *options: str) -> str:
+        device = run("losetup", "--find", "--show", *options, str(path)).strip()
+        devices[device] = str(path)
+        return device
 
     yield make
-    for device in reversed(devices):
-        subprocess.run(["losetup", "-d", device], capture_output=True, check=False)
+    for device, path in reversed(devices.items()):
+        if loop_devices().get(device, "").startswith(path):  # else the test ended it, and it may be another's by now
+            subprocess.run(["losetup", "-d", device], capture_output=True, check=False)

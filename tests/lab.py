@@ -60,6 +60,15 @@ def run(*command: str, stdin: bytes | None = None, check: bool = True) -> str:
     return said
 
 
+def loop_devices() -> dict[str, str]:
+    """All loop devices, whoever made them, and what each shows; others come and go meanwhile."""
+    found = {}
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            found[f"/dev/{backing.parts[3]}"] = backing.read_text().strip()
+    return found
+
+
 class Result:
     """How a `lockstep` command ended."""
 

@@ -29,6 +29,7 @@ from lockstep.errors import (
 )
 from lockstep.service import attach as attaching
 from lockstep.service.attach import Attachment, attach, current, detach
+from tests.lab import loop_devices
 
 MIB = 1 << 20
 TOOLS = ("nbdkit", "nbdfuse", "fusermount3", "losetup", "mkfs.ext4")
@@ -48,7 +49,7 @@ def run(*command: str) -> str:
     return done.stdout.strip()
 
 
-def wait_until(holds: Callable[[], bool], timeout_s: float = 20) -> None:
+def wait_until(holds: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline
@@ -121,8 +122,7 @@ def leftovers(run_dir: str) -> list[str]:
     """What is still there of any attachment: files, mounts, loop devices."""
     found = [name for name in (os.listdir(run_dir) if os.path.isdir(run_dir) else []) if name != ".attach.lock"]
     found += [path for path in probe.mounted_paths() if path.startswith(run_dir)]
-    backing = [path.read_text() for path in Path("/sys/block").glob("loop*/loop/backing_file")]
-    return found + [path for path in backing if path.startswith(run_dir)]
+    return found + [path for path in loop_devices().values() if path.startswith(run_dir)]
 
 
 def assert_told(error: LockstepError, *words: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import Lab, wait_until
+from tests.lab import Lab, loop_devices, wait_until
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0
@@ -56,9 +56,7 @@ def leftovers(place: Path) -> list[str]:
     name = str(place)
     found = [str(path) for path in place.iterdir()]
     found += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if name in line]
-    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
-        if name in backing.read_text():
-            found.append(f"{backing.parts[3]} over {backing.read_text().strip()}")
+    found += [f"{device} over {path}" for device, path in loop_devices().items() if name in path]
     for process in filter(str.isdigit, os.listdir("/proc")):
         try:
             arguments = Path(f"/proc/{process}/cmdline").read_bytes()
@@ -112,4 +110,4 @@ def test_an_interrupted_demo_leaves_nothing(
     assert demo.returncode == 130, (output, errors)
     assert "What was shown" not in output
     assert "Traceback" not in errors
-    wait_until(lambda: leftovers(place) == [], f"nothing to be left: {leftovers(place)}", 20)
+    wait_until(lambda: leftovers(place) == [], f"nothing to be left: {leftovers(place)}")

@@ -40,7 +40,7 @@ def run(*command: str) -> str:
     return done.stdout.strip()
 
 
-def wait_until(holds: Callable[[], bool], timeout_s: float = 20) -> None:
+def wait_until(holds: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline
@@ -56,19 +56,6 @@ def image(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return make
-
-
-@pytest.fixture
-def loop() -> Iterator[Callable[..., str]]:
-    devices: list[str] = []
-
-    def make(path: str, *options: str) -> str:
-        devices.append(run("losetup", "--find", "--show", *options, path))
-        return devices[-1]
-
-    yield make
-    for device in reversed(devices):
-        subprocess.run(["losetup", "-d", device], capture_output=True, check=False)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from lockstep.errors import (
     VolumeUnknown,
 )
 from lockstep.service.control_client import ANSWER_TIMEOUT_S, ask_status
-from tests.lab import MIB, Lab, Result, Served, Volume, run, wait_until
+from tests.lab import MIB, Lab, Result, Served, Volume, loop_devices, run, wait_until
 from tests.test_service_refusals import ForkLab, assert_error, everything_below, mounted
 
 needs_attach = pytest.mark.skipif(
@@ -338,7 +338,7 @@ def test_a_hung_server_is_named_within_its_time(lab: Lab) -> None:
             result = lab.lockstep("status", "vol")
             took_s = time.monotonic() - began_s
             assert_error(result, ServerSilent(volume="vol", reason="timed out"))
-            assert ANSWER_TIMEOUT_S - 1 < took_s < ANSWER_TIMEOUT_S + 5
+            assert ANSWER_TIMEOUT_S - 1 < took_s < ANSWER_TIMEOUT_S + 15
             assert "vol" in lab.lockstep("list").ok(), "the registry does not hang with it"
             assert healthy.mirror_state() == "in-sync"
             assert_error(lab.lockstep("remove", "vol"), StillServed(volume="vol", action="removed"))
@@ -490,7 +490,7 @@ def test_an_attached_volume_is_not_removed(lab: Lab, attachable: tuple[Volume, S
     refused(lab.lockstep("remove", "vol"), StillAttached(volume="vol", device=device))
     result = lab.lockstep("detach", "vol")
     assert result.code in (0, 1), result.err  # the server is gone: whether there was anything left to flush is open
-    assert not Path(f"/sys/block/{Path(device).name}/loop").exists()
+    assert not any(path.startswith(str(lab.state)) for path in loop_devices().values())
     lab.lockstep("remove", "vol").ok()
     lab.lockstep("create", "vol", "--target", volume.target).ok()  # for the end of the fixture
     volume.assert_equal_disks()

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 import pytest
+from alembic import command, config, script
 
 from lockstep.cli import restoring, serving, status, volumes
 from lockstep.cli.main import main
@@ -64,7 +65,8 @@ from lockstep.service.serve import parse_tcp
 from tests.lab import MIB, PASSPHRASE, Lab, Result, Volume, run, wait_until
 
 SIZE_BYTES = 4 * MIB
-READY_IN_MEMORY = (restoring, serving, status, volumes)  # `main` imports them when they are asked for
+# The program imports them when they are needed; alembic, when a registry is made.
+READY_IN_MEMORY = (restoring, serving, status, volumes, command, config, script)
 MISSING = "No such file or directory"
 
 needs_devices = pytest.mark.skipif(
@@ -90,7 +92,9 @@ class ForkLab(Lab):
             streams: list[IO[bytes]] = [files.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
             streams[0].write(stdin or b"")
             streams[0].seek(0)
-            pid = os.fork()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of threads: pytest-xdist has one, which only reads
+                pid = os.fork()
             if not pid:
                 os.environ.update(environment or {})
                 _become_lockstep(["--state-dir", str(self.state), *map(str, arguments)], streams)
@@ -134,7 +138,7 @@ def _wait_for(pid: int) -> int:
         return bool(found)
 
     try:
-        wait_until(has_ended, "a command to end", 20)
+        wait_until(has_ended, "a command to end")
     finally:
         if not ended:
             os.kill(pid, signal.SIGKILL)
