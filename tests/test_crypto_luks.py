@@ -34,6 +34,7 @@ from lockstep.errors import (
     TokenTooNew,
     WrongPassphrase,
 )
+from tests.lab import Lab
 
 # Every byte counts: a zero, a newline in the middle and one at the end, and bytes that are not UTF-8.
 PASSPHRASE = b"correct\x00horse\nbattery \xff\xfe staple\n"
@@ -81,7 +82,9 @@ class Originals:
         if kind not in self._made:
             own = self._directory / f"{sector_bytes}-{detached}"
             own.mkdir()
-            self._made[kind] = make_mirror(own, sector_bytes=sector_bytes, detached=detached)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("PATH", Lab(own).quick_format()["PATH"])
+                self._made[kind] = make_mirror(own, sector_bytes=sector_bytes, detached=detached)
         original = self._made[kind]
         copies = [str(shutil.copy2(path, directory)) for path in (original.device, original.path)]
         return Mirror(copies[0], copies[1], sector_bytes)
