@@ -93,7 +93,9 @@ class ForkLab(Lab):
             streams[0].write(stdin or b"")
             streams[0].seek(0)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of threads: pytest-xdist has one, which only reads
+                warnings.simplefilter(
+                    "ignore", DeprecationWarning
+                )  # of threads: pytest-xdist has one, which only reads
                 pid = os.fork()
             if not pid:
                 os.environ.update(environment or {})
