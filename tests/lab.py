@@ -32,13 +32,14 @@ MIB = 1 << 20
 
 # cryptsetup measures the machine for seconds to choose argon2's cost; with a given cost it formats at once.
 _QUICK_CRYPTSETUP = """#!/bin/sh
-if [ "$1" = luksFormat ]; then
+command="$1"
+if [ "$command" = luksFormat ] || [ "$command" = luksAddKey ]; then
     shift
     for argument; do
         shift
         case "$argument" in --iter-time=*) ;; *) set -- "$@" "$argument" ;; esac
     done
-    set -- luksFormat --pbkdf-force-iterations=4 --pbkdf-memory=32 --pbkdf-parallel=1 "$@"
+    set -- "$command" --pbkdf-force-iterations=4 --pbkdf-memory=32 --pbkdf-parallel=1 "$@"
 fi
 exec "{real}" "$@"
 """
@@ -117,7 +118,7 @@ class Lab:
         )
 
     def quick_format(self) -> dict[str, str]:
-        """An environment in which `create` takes no seconds: the smallest cost of a passphrase, not measured."""
+        """An environment in which `create` and `key` take no seconds: passphrases at the least cost, not measured."""
         real = shutil.which("cryptsetup", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
         program = self.home / "bin" / "cryptsetup"
         if real is not None and not program.exists():
@@ -182,9 +183,14 @@ class Volume:
         self.header = header
 
     @contextlib.contextmanager
-    def served(self, *options: object, in_sync: bool = True) -> Iterator["Served"]:
-        """Serve it; `in_sync` waits for the end of the initial copy first. Stops it in order at the end."""
-        served = Served(self, options)
+    def served(
+        self, *options: object, in_sync: bool = True, unlocked_by: Sequence[object] | None = None
+    ) -> Iterator["Served"]:
+        """Serve it; `in_sync` waits for the end of the initial copy first. Stops it in order at the end.
+
+        `unlocked_by` are the options in place of the lab's key file.
+        """
+        served = Served(self, options, unlocked_by)
         try:
             served.await_ready()
             if in_sync:
@@ -225,10 +231,12 @@ class Volume:
 class Served:
     """A running `lockstep serve`."""
 
-    def __init__(self, volume: Volume, options: Sequence[object] = ()) -> None:
+    def __init__(
+        self, volume: Volume, options: Sequence[object] = (), unlocked_by: Sequence[object] | None = None
+    ) -> None:
         self.volume = volume
         self.log = volume.lab.home / f"{volume.name}.log"
-        command = ["serve", volume.name, "--key-file", volume.lab.key, *options]
+        command = ["serve", volume.name, *(unlocked_by or ["--key-file", volume.lab.key]), *options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "lockstep", "--state-dir", str(volume.lab.state), *map(str, command)],

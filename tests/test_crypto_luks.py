@@ -15,6 +15,7 @@ from dissect.fve.luks import LUKS
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lockstep.crypto import cryptsetup as cryptsetup_program
 from lockstep.crypto import luks
 from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.luks import Header, Segment, Token, format_mirror, is_luks2, read_header, volume_key, write_token
@@ -476,7 +477,7 @@ def test_no_cryptsetup_says_what_to_install(inline: Mirror, monkeypatch: pytest.
 
 
 def test_a_program_that_hangs_is_ended(inline: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(luks, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(cryptsetup_program, "TIMEOUT_S", 0.2)
     monkeypatch.setenv("PATH", f"{fake_cryptsetup(tmp_path / 'bin', 'exec sleep 60')}:{os.environ['PATH']}")
     with pytest.raises(CryptsetupHung):
         volume_key(inline.path, PASSPHRASE)

@@ -23,7 +23,7 @@ from typer.main import get_command
 
 from lockstep import errors
 from lockstep.cli.main import app
-from lockstep.crypto import luks
+from lockstep.crypto import keyslots, luks, recovery_key
 from lockstep.disk.probe import FILE_SECTOR_BYTES
 from lockstep.nbd import connection, identity, negotiation, payload, server, tls, transmission, wire
 from lockstep.registry import models, schema
@@ -343,6 +343,18 @@ def test_the_token_example_is_a_token() -> None:
     assert members == set(json.loads(example))
 
 
+def test_the_recovery_key_is_made_as_described() -> None:
+    (example,) = [
+        block.strip() for block in fences(doc("formats.md"), "text") if block.count("-") == 7 and "{" not in block
+    ]
+    assert isinstance(recovery_key.wrong_passphrase("/mirror", example.encode()), errors.RecoveryKeyUnknown)
+    assert f"`{recovery_key.ALPHABET}`" in doc("formats.md")
+    (token,) = [
+        json.loads(block) for block in fences(doc("formats.md"), "text") if keyslots.RECOVERY_TOKEN_TYPE in block
+    ]
+    assert (token["type"], token["version"]) == (keyslots.RECOVERY_TOKEN_TYPE, keyslots.RECOVERY_TOKEN_VERSION)
+
+
 def test_the_mirror_is_made_as_described() -> None:
     rows = {row[0]: row[1] for row in table(doc("formats.md"), "property", "value")}
     assert spans(rows["cipher"]) == [luks.CIPHER]
@@ -511,10 +523,11 @@ def test_the_status_example_has_the_members_of_the_status() -> None:
     )
     followed = link.MirrorLink("/mirror", "uuid", RegionMap(1 << 20, b"\1" * 16), nothing, held, nothing)
     followed.sync = SyncProgress(1 << 20)
+    real = VolumeRecord("id", "web", "/target", 1 << 20, 512, "hold", None, nothing, ())
     described = status.of_link(followed)
+    status.add_headers({"mirrors": [described]}, real, {})
     assert list(described) == list(mirror)
     assert list(described["sync"]) == list(mirror["sync"])
-    real = VolumeRecord("id", "web", "/target", 1 << 20, 512, "hold", None, nothing, ())
     assert list(status.of_volume(real, [described])) == list(volume)
     documented = {span for row in table(doc("operations.md"), "member", "meaning") for span in spans(row[0])}
     assert {"serving", "uri", "clients"} <= documented

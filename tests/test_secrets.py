@@ -24,6 +24,7 @@ from tests.test_service_refusals import ForkLab
 
 PASSPHRASE = b"Recognisable-Passphrase-7c1f"
 WRONG = b"Recognisable-Wrong-Passphrase-55aa"
+SECOND = b"Recognisable-Second-Passphrase-90cc"
 PLAINTEXT = b"recognisable plaintext of the disk, 0123456789abcdef"
 PROGRAMS = ("cryptsetup", "nbdfuse", "losetup", "wipefs", "fusermount3", "dd", "sync", "modprobe", "nbd-client")
 
@@ -111,6 +112,13 @@ class Story:
         assert self.lockstep("restore", self.mirror, home / "output", "--key-file", wrong) == 1
         assert self.lockstep("restore", self.mirror, home / "output", "--key-file", key) == 0
         assert self.lockstep("list") == 0
+        second = home / "second"
+        second.write_bytes(SECOND)
+        assert self.lockstep("key", "add", "vol", "--key-file", key, "--new-key-file", "-", stdin=SECOND) == 0
+        assert self.lockstep("key", "remove", "vol", "--key-file", wrong) == 1
+        assert self.lockstep("key", "change", "vol", "--key-file", second, "--new-key-file", wrong) == 0
+        assert self.lockstep("key", "remove", "vol", "--key-file", wrong) == 0
+        assert self.lockstep("header", "backup", "vol", home / "copy") == 0
 
     def _volume_key(self) -> bytes:
         dump = run(
@@ -154,7 +162,7 @@ def disguises(secret: bytes) -> dict[str, bytes]:
 def needles(story: Story) -> dict[str, bytes]:
     first, second = story.key[:32], story.key[32:]  # XTS has two keys, which code handles apart
     found: dict[str, bytes] = {}
-    secrets = {"passphrase": PASSPHRASE, "wrong passphrase": WRONG, "volume key": story.key}
+    secrets = {"passphrase": PASSPHRASE, "wrong passphrase": WRONG, "second": SECOND, "volume key": story.key}
     for name, secret in {**secrets, "first half key": first, "second half key": second}.items():
         found |= {f"{name}, {shape}": needle for shape, needle in disguises(secret).items()}
     found["plaintext"] = PLAINTEXT
@@ -180,7 +188,12 @@ def test_the_search_finds_what_is_there(story: Story) -> None:
     assert PLAINTEXT in (story.lab.home / "output").read_bytes()
     assert PASSPHRASE in story.lab.key.read_bytes()
     record = story.record.read_text()
-    for program in ("cryptsetup\nluksFormat", "cryptsetup\nluksDump\n--dump-volume-key", "cryptsetup\ntoken\nimport"):
+    for program in (
+        "cryptsetup\nluksFormat",
+        "cryptsetup\nluksAddKey",
+        "cryptsetup\nluksDump\n--dump-volume-key",
+        "cryptsetup\ntoken\nimport",
+    ):
         assert f"== {program}\n" in record
     if can_attach:
         assert "== losetup\n" in record
@@ -205,6 +218,7 @@ def test_no_secret_is_left_in_temporary_files(story: Story) -> None:
     ours = {
         story.lab.key,
         story.lab.home / "wrong",
+        story.lab.home / "second",
         story.target,
         story.lab.home / "output",
         story.lab.home / "pattern",

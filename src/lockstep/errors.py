@@ -162,6 +162,30 @@ class KeyFileUnreadable(UsageError):
     next_step = "Check the path and its permissions."
 
 
+class KeySourcesConflict(UsageError):
+    """Data: options."""
+
+    happened = "{options} cannot be given together."
+    cause = "Each says where one and the same passphrase comes from, or both would read it from standard input."
+    next_step = "Give one of them; of two passphrases one may come from standard input, the other from a file."
+
+
+class CredentialMissing(UsageError):
+    """Data: name, reason."""
+
+    happened = "The credential {name} cannot be read: {reason}."
+    cause = "This was not started by systemd with that credential, or the unit gives it another name."
+    next_step = "Add LoadCredentialEncrypted={name}:PATH to the unit, or give --key-file FILE."
+
+
+class MirrorAmbiguous(UsageError):
+    """Data: volume, mirrors."""
+
+    happened = "The volume {volume} has several mirrors: {mirrors}."
+    cause = "Each has a header and passphrases of its own."
+    next_step = "Say with --mirror PATH which one is meant."
+
+
 class MirrorMissing(UsageError):
     """Data: option."""
 
@@ -318,6 +342,14 @@ class MirrorUnknown(RegistryError):
     happened = "No mirror {mirror} is registered{where}."
     cause = "It was removed, belongs to another volume, or was registered under another path."
     next_step = "See `lockstep list`."
+
+
+class NoMirror(RegistryError):
+    """Data: volume."""
+
+    happened = "The volume {volume} has no mirror."
+    cause = "It was created without one, so there is no header and no passphrase."
+    next_step = "Create a volume with --mirror PATH."
 
 
 class GrantUnknown(RegistryError):
@@ -619,7 +651,10 @@ class HeaderUnreadable(LuksError):
 
     happened = "The LUKS2 header in {path} cannot be read: {reason}."
     cause = "The path is wrong, the disk is gone or fails, or this account may not read it."
-    next_step = "Check the path and its permissions, then run this again."
+    next_step = (
+        "Check the path and its permissions, then run this again. A header file that is lost comes back from a backup "
+        "(`lockstep header restore NAME BACKUP`)."
+    )
 
 
 class HeaderNotCreated(LuksError):
@@ -635,7 +670,10 @@ class NotLuks2(LuksError):
 
     happened = "{path} has no LUKS2 header."
     cause = "It is not a mirror, its header was overwritten, or the header is in a file of its own."
-    next_step = "Check the path. For a mirror with a detached header, give the header file with `--header`."
+    next_step = (
+        "Check the path. For a mirror with a detached header, give the header file with --header. A header that was "
+        "overwritten comes back from a backup (`lockstep header restore NAME BACKUP`)."
+    )
 
 
 class HeaderDamaged(LuksError):
@@ -643,7 +681,10 @@ class HeaderDamaged(LuksError):
 
     happened = "The LUKS2 header in {path} is damaged: {reason}."
     cause = "Something else was written over the start of the disk, or the disk returns wrong data."
-    next_step = "Put a backup of the header back (`cryptsetup luksHeaderRestore`); else make the mirror anew."
+    next_step = (
+        "Put a backup of it back (`lockstep header restore NAME BACKUP`), or restore the data with the backup as the "
+        "header (`lockstep restore --header BACKUP`); without a backup, make the mirror anew."
+    )
 
 
 class SegmentUnsupported(LuksError):
@@ -658,8 +699,117 @@ class WrongPassphrase(LuksError):
     """No key slot opens with this passphrase."""
 
     happened = "No key slot of {path} opens with this passphrase."
-    cause = "The passphrase is wrong (a key file counts whole, with a newline at its end), or a key slot is damaged."
-    next_step = "Try again, or use another passphrase of this mirror or a backup of its header."
+    cause = (
+        "The passphrase is wrong (a key file counts whole, with a newline at its end), it was removed or changed, "
+        "or its key slot is damaged."
+    )
+    next_step = "Try again, or use another passphrase of this mirror (`lockstep key list`) or a backup of its header."
+
+
+class RecoveryKeyMistyped(LuksError):
+    """Data: path, reason."""
+
+    happened = "What was given for {path} looks like a recovery key, but is not exactly one: {reason}."
+    cause = "A letter was misread or left out, or a key file has a new line at its end."
+    next_step = "Type it as it was printed: 8 groups of 6 small letters of bcdefghjknprstvx, with hyphens between them."
+
+
+class RecoveryKeyUnknown(LuksError):
+    """Data: path."""
+
+    happened = "This recovery key is typed right, but opens no key slot of {path}."
+    cause = "It belongs to another mirror, or it was removed."
+    next_step = "Look for the one of this mirror, or use a passphrase; `lockstep key list` shows which slots are left."
+
+
+class NoTokenUnlocks(LuksError):
+    """Data: path, reason."""
+
+    happened = "No token of this machine unlocks {path}: {reason}."
+    cause = (
+        "The header was enrolled on another machine or not at all, what the token needs (TPM2, key, network) is "
+        "missing, or it wants a PIN."
+    )
+    next_step = "Give a passphrase (--key-file FILE); see `lockstep key list`, and enrol with `systemd-cryptenroll`."
+
+
+class LastKeySlot(LuksError):
+    """Data: path."""
+
+    happened = "The last key slot of {path} that a passphrase or a recovery key opens is not removed."
+    cause = "Without it nobody could open the mirror any more, or only the one machine whose token opens another slot."
+    next_step = "Add another passphrase first (`lockstep key add`), or replace it (`lockstep key change`)."
+
+
+class KeySlotUnknown(LuksError):
+    """Data: path, slot."""
+
+    happened = "{path} has no key slot {slot}."
+    cause = "It was removed already, or the number is another mirror's."
+    next_step = "See `lockstep key list`."
+
+
+class KeySlotNotRemoved(LuksError):
+    """Data: path, slot."""
+
+    happened = "Key slot {slot} of {path} is not removed: the passphrase opens no other slot."
+    cause = (
+        "The passphrase is wrong, or it is the one of that slot: who removes a slot must be able to open another one."
+    )
+    next_step = (
+        "Give the passphrase of a slot that stays; or, to remove the passphrase that is given, leave --slot out."
+    )
+
+
+class KeySlotsFull(LuksError):
+    """Data: path, count."""
+
+    happened = "All {count} key slots of {path} are in use."
+    cause = "Passphrases were added and never removed."
+    next_step = "Remove one that nobody needs (`lockstep key list`, `lockstep key remove`), then run this again."
+
+
+class BackupMissing(LuksError):
+    """Data: path, reason."""
+
+    happened = "There is no header backup in {path}: {reason}."
+    cause = "The path is misspelt, or the file is something else, or is damaged."
+    next_step = "Give a file that `lockstep header backup` or `cryptsetup luksHeaderBackup` made; nothing was changed."
+
+
+class BackupOfAnother(LuksError):
+    """Data: backup, path, reason."""
+
+    happened = "{backup} is not a backup of the header of {path}: {reason}."
+    cause = "It was made of another mirror, or before this mirror was made anew."
+    next_step = "Give the backup of this mirror (`cryptsetup luksDump` shows a backup's UUID); nothing was changed."
+
+
+class BackupExists(LuksError):
+    """Data: path."""
+
+    happened = "{path} exists already."
+    cause = "It may be the only copy of a header that nothing can be opened without."
+    next_step = "Give a file that does not exist; or, if its content may be overwritten, repeat with --force."
+
+
+class BackupNotWritten(LuksError):
+    """Data: path, reason."""
+
+    happened = "The header backup {path} cannot be written: {reason}."
+    cause = "The directory does not exist or is full, or this account may not write to it."
+    next_step = "Choose another place; it must not lie on the target or on the mirror."
+
+
+class BackupKeysDiffer(LuksError):
+    """Data: backup, path, back, gone."""
+
+    happened = "{backup} has other key slots than {path} has now: {back} would come back, {gone} would be lost."
+    cause = "Passphrases were added, removed or changed since; one that was removed would open the mirror again."
+    next_step = (
+        "If that is what you want, repeat with --force, and remove what shall not open it (`lockstep key remove`); "
+        "otherwise nothing needs to be done: the header that is there is sound."
+    )
 
 
 class EmptyPassphrase(LuksError):
@@ -675,7 +825,7 @@ class NoKeySlots(LuksError):
 
     happened = "The LUKS2 header in {path} has no key slot left."
     cause = "Its keys were erased (`cryptsetup erase`), which makes the data unreadable on purpose."
-    next_step = "Put a backup of the header back (`cryptsetup luksHeaderRestore`); else make the mirror anew."
+    next_step = "Put a backup of it back (`lockstep header restore NAME BACKUP`); else make the mirror anew."
 
 
 class TokenMalformed(LuksError):

@@ -32,6 +32,8 @@ _COMMANDS = {
     "sync": "syncing",
     "verify": "verifying",
     "restore": "restoring",
+    "key": "keys",
+    "header": "headers",
     "grant": "granting",
     "revoke": "granting",
     "grants": "granting",

@@ -2,6 +2,7 @@
 
 import functools
 import getpass
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -10,7 +11,14 @@ from typing import Annotated
 
 import typer
 
-from lockstep.errors import KeyFileUnreadable, PassphraseMissing, TimeInvalid
+from lockstep.crypto.unlock import BY_TOKEN, Unlock
+from lockstep.errors import (
+    CredentialMissing,
+    KeyFileUnreadable,
+    KeySourcesConflict,
+    PassphraseMissing,
+    TimeInvalid,
+)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The volume's name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -21,6 +29,25 @@ KeyFile = Annotated[
         help="Read the passphrase from FILE, or from standard input if FILE is '-'. The whole file counts, as with "
         "cryptsetup. Without this option it is asked for on the terminal.",
     ),
+]
+Credential = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="The passphrase is the systemd credential NAME (LoadCredential, LoadCredentialEncrypted)."
+    ),
+]
+TokenOnly = Annotated[
+    bool,
+    typer.Option(
+        "--token-only", help="Unlock by a LUKS2 token that this machine has (TPM2, FIDO2, keyring), unattended."
+    ),
+]
+MirrorPath = Annotated[
+    str | None, typer.Option("--mirror", metavar="PATH", help="Which mirror, if the volume has several.")
+]
+IterTime = Annotated[
+    int | None,
+    typer.Option(metavar="MS", min=1, help="How long one guess of the passphrase takes. Default: cryptsetup's."),
 ]
 Header = Annotated[
     str | None, typer.Option(metavar="FILE", help="The LUKS2 header is in this file instead of on the mirror.")
@@ -45,7 +72,35 @@ def moment(text: str) -> float:
         raise TimeInvalid(time=text) from error
 
 
-def passphrase_from(key_file: str | None, what: str, *, confirm: bool = False) -> Callable[[], bytes]:
+def unlock_from(key_file: str | None, credential: str | None, *, token_only: bool, what: str) -> Unlock:
+    """Return how to unlock mirrors: unattended, or by asking. Raises KeySourcesConflict, CredentialMissing."""
+    given = {"--key-file": key_file, "--credential": credential, "--token-only": token_only or None}
+    refuse_together(*(option for option, value in given.items() if value is not None))
+    if token_only:
+        return BY_TOKEN
+    return Unlock(passphrase_from(key_file if credential is None else credential_file(credential), what))
+
+
+def refuse_together(*options: str) -> None:
+    """Raise KeySourcesConflict if there is more than one."""
+    if len(options) > 1:
+        raise KeySourcesConflict(options=" and ".join(options))
+
+
+def credential_file(name: str) -> str:
+    """Return where systemd has put a credential (systemd.exec(5)). Raises CredentialMissing."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    if not directory:
+        raise CredentialMissing(name=name, reason="$CREDENTIALS_DIRECTORY is not set")
+    path = os.path.join(directory, name)
+    if os.path.basename(name) != name or not os.path.isfile(path):
+        raise CredentialMissing(name=name, reason=f"there is no such file in {directory}")
+    return path
+
+
+def passphrase_from(
+    key_file: str | None, what: str, *, confirm: bool = False, called: str = "Passphrase"
+) -> Callable[[], bytes]:
     """Return a function that gets the passphrase, once, when it is first needed.
 
     It raises KeyFileUnreadable, or PassphraseMissing when there is neither a key file nor a terminal.
@@ -64,7 +119,7 @@ def passphrase_from(key_file: str | None, what: str, *, confirm: bool = False) -
         if not sys.stdin.isatty():
             raise PassphraseMissing(what=what)
         while True:
-            passphrase = getpass.getpass(f"Passphrase for {what}: ")
+            passphrase = getpass.getpass(f"{called} for {what}: ")
             if not confirm or getpass.getpass("Again: ") == passphrase:
                 return passphrase.encode()
             typer.echo("The two differ; try again.", err=True)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lockstep.cli.options import Header, Json, KeyFile, passphrase_from
+from lockstep.cli.options import Credential, Header, Json, KeyFile, TokenOnly, unlock_from
 from lockstep.cli.output import human_bytes, print_json, progress_bar
 from lockstep.cli.state import state_of
 from lockstep.service.recovery import note_restore
@@ -18,13 +18,15 @@ def restore(
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Where the data goes: a device, or a new file.")],
     header: Header = None,
     key_file: KeyFile = None,
+    credential: Credential = None,
+    token_only: TokenOnly = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what the output holds.")] = False,
     incomplete: Annotated[
         bool, typer.Option("--incomplete", help="Restore even if the mirror was never, or is no more, complete.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Restore a target from its mirror alone; the passphrase is all that is needed besides."""
+    """Restore a target from its mirror alone; what unlocks it is all that is needed besides."""
     began_s: float | None = None
 
     def note(done_bytes: int, total_bytes: int) -> None:
@@ -32,11 +34,12 @@ def restore(
         began_s = began_s or time.monotonic()  # the copy begins here: what came before was the passphrase
         show(done_bytes, total_bytes)
 
+    unlock = unlock_from(key_file, credential, token_only=token_only, what=f"the mirror {mirror}")
     with progress_bar("Restoring", as_json=as_json) as show:
         done = restore_mirror(
             mirror,
             output,
-            passphrase_from(key_file, f"the mirror {mirror}"),
+            unlock,
             header_path=header,
             force=force,
             incomplete=incomplete,

@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 import typer
 
-from lockstep.cli.options import KeyFile, Name, passphrase_from
+from lockstep.cli.options import Credential, KeyFile, Name, TokenOnly, unlock_from
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import NotAttached, TcpMissing
 from lockstep.service import attach as attaching
@@ -21,6 +21,8 @@ def serve(
     context: typer.Context,
     name: Name,
     key_file: KeyFile = None,
+    credential: Credential = None,
+    token_only: TokenOnly = False,
     socket: Annotated[
         str | None, typer.Option(metavar="PATH", help="Unix socket for NBD clients. Default: STATE/run/NAME.sock.")
     ] = None,
@@ -59,9 +61,9 @@ def serve(
         load_terms(tls_dir) if tls_dir else None,
         group_id(socket_group) if socket_group else None,
     )
-    passphrase = passphrase_from(key_file, f"the mirror of {name}")
+    unlock = unlock_from(key_file, credential, token_only=token_only, what=f"the mirror of {name}")
     options = Options(mirror_patience_s=mirror_timeout, lock_memory=mlock)
-    serve_volume(state, name, passphrase, listen, _announce, options)
+    serve_volume(state, name, unlock, listen, _announce, options)
 
 
 def _announce(uris: list[str]) -> None:

@@ -16,9 +16,10 @@ from lockstep.cli.options import Json
 from lockstep.cli.output import console, human_bytes, human_moment, human_seconds, plain, print_json
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import NotServed, ServerSilent
+from lockstep.service import headers
 from lockstep.service.control_client import ask_status
 from lockstep.service.state import State
-from lockstep.service.status import at_rest
+from lockstep.service.status import add_headers, at_rest
 from lockstep.volume.held import OUTSIDE_WINDOW
 
 WATCH_INTERVAL_S: Final = 1.0
@@ -54,6 +55,7 @@ def status(
 def _gather(state: State, name: str | None) -> dict[str, Any]:
     with state.registry() as registry:
         volumes = (registry.volume(name),) if name else registry.volumes()
+        backups = {volume.name: headers.backups(registry, volume) for volume in volumes}
     described = []
     for volume in volumes:
         try:
@@ -64,6 +66,7 @@ def _gather(state: State, name: str | None) -> dict[str, Any]:
             if name:
                 raise
             described.append(at_rest(state, volume, error=str(silence)))
+        add_headers(described[-1], volume, backups[volume.name])
     return {"volumes": described}
 
 
@@ -92,6 +95,10 @@ def _render_volume(volume: dict[str, Any]) -> RenderableType:
             table.add_row("", row)
         if mirror["sync"]:
             table.add_row("", _render_progress(mirror["sync"]))
+        if mirror["header"] and (
+            sentence := headers.reminder(volume["name"], mirror["header"], mirror["header_backup"])
+        ):
+            table.add_row("", Text(sentence, "bold red"))
         if mirror["error"]:
             table.add_row("", Text(mirror["error"], "red"))
     return table

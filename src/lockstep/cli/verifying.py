@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from lockstep.cli.options import Json, KeyFile, Name, passphrase_from
+from lockstep.cli.options import Credential, Json, KeyFile, Name, TokenOnly, unlock_from
 from lockstep.cli.output import human_bytes, human_moment, print_json, progress_bar
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import MirrorsDiffer, NotServed, VerifyIncomplete
@@ -27,12 +27,14 @@ def verify(
     ] = False,
     history: Annotated[bool, typer.Option("--history", help="Show what was found before; compare nothing.")] = False,
     key_file: KeyFile = None,
+    credential: Credential = None,
+    token_only: TokenOnly = False,
     as_json: Json = False,
     state_dir: StateDir = None,
 ) -> None:
     """Compare the mirrors of a volume with its target, while it is served or not; exit code 3 if they differ.
 
-    A passphrase is needed only while the volume is not served.
+    What unlocks the mirrors is needed only while the volume is not served.
     """
     state = state_of(context, state_dir)
     if history:
@@ -45,8 +47,8 @@ def verify(
         except NotServed:
             from lockstep.service.maintenance import verify_at_rest  # noqa: PLC0415 (half a second, for this case only)
 
-            passphrase = passphrase_from(key_file, f"the mirror of {name}")
-            results = verify_at_rest(state, name, passphrase, repair=repair, on_progress=show)
+            unlock = unlock_from(key_file, credential, token_only=token_only, what=f"the mirror of {name}")
+            results = verify_at_rest(state, name, unlock, repair=repair, on_progress=show)
     _report(results, as_json=as_json)
     _judge(name, results)
 

@@ -6,11 +6,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from lockstep.cli.options import Header, Json, KeyFile, Name, passphrase_from, size_bytes
+from lockstep.cli.options import Header, IterTime, Json, KeyFile, Name, passphrase_from, size_bytes
 from lockstep.cli.output import console, human_bytes, print_json
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import MirrorMissing
 from lockstep.registry.store import VolumeRecord
+from lockstep.service.headers import MISSING, reminder
 from lockstep.service.volumes import MirrorPlan, create_volume, remove_volume
 
 
@@ -34,10 +35,7 @@ def create(
         typer.Option(metavar="N", parser=size_bytes, help="Encryption sector in bytes. Default: the target's sector."),
     ] = None,
     key_file: KeyFile = None,
-    iter_time: Annotated[
-        int | None,
-        typer.Option(metavar="MS", min=1, help="How long one guess of the passphrase takes. Default: cryptsetup's."),
-    ] = None,
+    iter_time: IterTime = None,
     on_denied: Annotated[
         OnDenied, typer.Option(help="What becomes of a write whose user may not update the mirror.")
     ] = OnDenied.hold,
@@ -64,8 +62,9 @@ def create(
     for each in volume.mirrors:
         typer.echo(f"Mirror {each.path} is a LUKS2 volume, UUID {each.luks_uuid}.")
         if each.header_path:
-            typer.echo(f"Its header is in {each.header_path}. Keep a copy of that file elsewhere:")
-            typer.echo("without it nobody can ever open the mirror, whatever passphrase they know.")
+            typer.echo(reminder(volume.name, each.header_path, MISSING))
+        else:
+            typer.echo(f"A copy of its header is worth having: lockstep header backup {volume.name} OUTPUT")
     typer.echo(f"Next: lockstep serve {volume.name}")
 
 

@@ -26,10 +26,10 @@ What cryptsetup does for us
     header is told from no header by its magic.
 
 Secrets
-    A passphrase goes to cryptsetup's standard input exactly as given, never to its arguments; the volume
-    key comes back through a pipe into one `bytearray`, which the caller wipes after use. Errors carry
-    cryptsetup's messages, which name devices and options only. Limits: the caller's own passphrase
-    object, memory pages that were swapped out, and the pipe's buffer in the kernel are beyond reach.
+    How a passphrase reaches cryptsetup is in `cryptsetup.py`. The volume key comes back through a pipe into one
+    `bytearray`, which the caller wipes after use. Errors carry cryptsetup's messages, which name devices and options
+    only. Limits: the caller's own passphrase object, memory pages that were swapped out, and the pipe's buffer in the
+    kernel are beyond reach.
 
 What somebody who has the mirror learns
     That it is a Lockstep mirror, and everything in the token, which is in the clear: volume id and name, the target's
@@ -45,30 +45,27 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import struct
-import subprocess
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from lockstep.crypto import cryptsetup, recovery_key
 from lockstep.errors import (
     CryptsetupFailed,
-    CryptsetupHung,
-    CryptsetupMissing,
     EmptyPassphrase,
     HeaderDamaged,
     HeaderNotCreated,
     HeaderUnreadable,
+    LuksError,
     NoKeySlots,
     NotLuks2,
     SegmentUnsupported,
     TokenMalformed,
     TokenTooNew,
-    WrongPassphrase,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from typing_extensions import Buffer
 
@@ -76,11 +73,9 @@ INLINE_DATA_OFFSET_BYTES: Final = 16 * 1024 * 1024
 HEADER_FILE_BYTES: Final = 16 * 1024 * 1024  # cryptsetup's own choice: two copies and room for 32 key slots
 CIPHER: Final = "aes-xts-plain64"
 KEY_BITS: Final = 512
-TIMEOUT_S: Final = 120  # argon2id aims at 2 s, and takes many times that on a small or busy machine
 TOKEN_TYPE: Final = "lockstep"  # noqa: S105 - the name of a kind of LUKS2 token
 TOKEN_VERSION: Final = 1
 
-_WRONG_PASSPHRASE_EXIT: Final = 2  # cryptsetup(8), RETURN CODES
 _SECTOR_BYTES: Final = (512, 1024, 2048, 4096)
 _OFFSET_UNIT_BYTES: Final = 512  # what cryptsetup's --offset counts
 _UINT64_LIMIT: Final = 2**64
@@ -161,12 +156,8 @@ def read_header(path: str) -> Header:
     CryptsetupMissing.
     """
     copy = _sound_copy(path)
-    dump = _cryptsetup("read the header of", path, "luksDump", "--dump-json-metadata")
-    if dump.returncode != 0:
-        # The checksum is right, so cryptsetup disagrees with the JSON that it protects.
-        raise HeaderDamaged(path=path, reason=_message(dump))
+    metadata = read_metadata(path)
     try:
-        metadata = json.loads(dump.stdout)
         segment = _segment(path, metadata)
         tokens = {int(key): value for key, value in metadata["tokens"].items() if value["type"] == TOKEN_TYPE}
         keyslots = tuple(sorted(int(key) for key in metadata["keyslots"]))
@@ -178,6 +169,27 @@ def read_header(path: str) -> Header:
     token_id = next(iter(tokens), None)
     token = None if token_id is None else Token.from_json(json.dumps(tokens[token_id]), path=path)
     return Header(copy.uuid, copy.label, segment, token, token_id, keyslots)
+
+
+def read_metadata(path: str) -> dict[str, Any]:
+    """The header's JSON (section 3 of the specification), which cryptsetup has validated against its schema.
+
+    HeaderUnreadable, NotLuks2, HeaderDamaged, CryptsetupMissing, CryptsetupHung.
+    """
+    _sound_copy(path)
+    dump = cryptsetup.run("read the header of", path, "luksDump", "--dump-json-metadata")
+    if dump.returncode != 0:
+        # The checksum is right, so cryptsetup disagrees with the JSON that it protects.
+        raise HeaderDamaged(path=path, reason=cryptsetup.message(dump))
+    try:
+        return dict(json.loads(dump.stdout))
+    except (TypeError, ValueError) as error:
+        raise HeaderDamaged(path=path, reason=f"its metadata makes no sense ({error!r})") from None
+
+
+def read_uuid(path: str) -> str:
+    """The LUKS UUID, as the newest sound copy of the header has it. HeaderUnreadable, NotLuks2, HeaderDamaged."""
+    return _sound_copy(path).uuid
 
 
 def format_mirror(
@@ -200,7 +212,7 @@ def format_mirror(
     """
     if sector_bytes not in _SECTOR_BYTES:
         raise ValueError("sector_bytes must be 512, 1024, 2048 or 4096")
-    _refuse_empty(passphrase)
+    refuse_empty(passphrase)
     data_offset_bytes = INLINE_DATA_OFFSET_BYTES if header is None else 0
     options = [
         "--type=luks2",
@@ -219,27 +231,28 @@ def format_mirror(
         options.append(f"--iter-time={iter_time_ms}")
     if header is not None:
         options.append(f"--header={os.path.abspath(header)}")
-    created = header is not None and _create_header_file(header)
+    created = header is not None and create_header_file(header)
     try:
-        _checked("format", device, "luksFormat", *options, stdin=passphrase)
+        cryptsetup.checked("format", device, "luksFormat", *options, stdin=passphrase)
     except BaseException:
         if header is not None and created:
             os.unlink(header)
         raise
 
 
-def volume_key(path: str, passphrase: Buffer) -> bytearray:
+def volume_key(path: str, passphrase: Buffer, *, fds: Sequence[int] = ()) -> bytearray:
     """The volume key, which any passphrase of the mirror unlocks. The caller wipes it after use.
 
-    EmptyPassphrase, WrongPassphrase, NoKeySlots, HeaderUnreadable, NotLuks2, HeaderDamaged,
-    SegmentUnsupported, CryptsetupMissing, CryptsetupFailed, CryptsetupHung.
+    `path` may be one of `fds`, below /dev/fd. EmptyPassphrase, WrongPassphrase, RecoveryKeyMistyped,
+    RecoveryKeyUnknown, NoKeySlots, HeaderUnreadable, NotLuks2, HeaderDamaged, SegmentUnsupported, CryptsetupMissing,
+    CryptsetupFailed, CryptsetupHung.
     """
-    _refuse_empty(passphrase)
+    refuse_empty(passphrase)
     action = "read the volume key of"
     output = bytearray(4096)
     try:
-        result, length = _cryptsetup_into(
-            output, action, path, "luksDump", "--dump-volume-key", "--key-file=-", stdin=passphrase
+        result, length = cryptsetup.run_into(
+            output, action, path, "luksDump", "--dump-volume-key", "--key-file=-", stdin=passphrase, fds=fds
         )
         if result.returncode == 0:
             key = _parse_key_dump(output, length)
@@ -248,11 +261,16 @@ def volume_key(path: str, passphrase: Buffer) -> bytearray:
             return key
     finally:
         wipe(output)
+    raise refused(action, path, result, passphrase)
+
+
+def refused(action: str, path: str, result: cryptsetup.Completed, passphrase: Buffer) -> LuksError:
+    """Why cryptsetup did not do what `passphrase` should have allowed. Raises what `read_header` raises."""
     if not read_header(path).keyslots:
-        raise NoKeySlots(path=path)
-    if result.returncode == _WRONG_PASSPHRASE_EXIT:
-        raise WrongPassphrase(path=path)
-    raise _failure(action, path, result)
+        return NoKeySlots(path=path)
+    if result.returncode == cryptsetup.WRONG_PASSPHRASE_EXIT:
+        return recovery_key.wrong_passphrase(path, passphrase)
+    return cryptsetup.failure(action, path, result)
 
 
 def write_token(path: str, token: Token, *, token_id: int | None) -> None:
@@ -263,7 +281,7 @@ def write_token(path: str, token: Token, *, token_id: int | None) -> None:
     where = [] if token_id is None else [f"--token-id={token_id}", "--token-replace"]
     arguments = ("token", "import", "--json-file=-", *where)
     _sound_copy(path)
-    _checked("write the token of", path, *arguments, stdin=token.to_json().encode())
+    cryptsetup.checked("write the token of", path, *arguments, stdin=token.to_json().encode())
 
 
 def wipe(secret: bytearray) -> None:
@@ -409,66 +427,13 @@ def _uint64(stored: dict[str, Any], name: str) -> int:
     return int(value)
 
 
-# -- the program ----------------------------------------------------------------------------------------
+# -- helpers --------------------------------------------------------------------------------------------
 
 
-def _refuse_empty(passphrase: Buffer) -> None:
+def refuse_empty(passphrase: Buffer) -> None:
+    """Raise EmptyPassphrase."""
     if not memoryview(passphrase).nbytes:
         raise EmptyPassphrase
-
-
-def _cryptsetup(
-    action: str,
-    path: str,
-    command: str,
-    *arguments: str,
-    stdin: Buffer = b"",
-    stdout: int = subprocess.PIPE,
-) -> subprocess.CompletedProcess[bytes]:
-    """Run `cryptsetup COMMAND ARGUMENTS PATH` to its end; the exit code is the caller's to judge.
-
-    CryptsetupMissing, CryptsetupHung. A process that even SIGKILL cannot end (a disk that never answers)
-    keeps the caller waiting for the kernel.
-    """
-    # An account without root's PATH can use it just as well: on plain files it needs no privilege.
-    search = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
-    program = shutil.which("cryptsetup", path=search)
-    if program is None:
-        raise CryptsetupMissing
-    # Absolute, so that no path can be taken for an option.
-    argv = [program, command, *arguments, "--batch-mode", os.path.abspath(path)]
-    try:
-        return subprocess.run(
-            argv,
-            input=stdin,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "LC_ALL": "C"},
-            timeout=TIMEOUT_S,
-            close_fds=True,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        # "from None": the cause holds what the child had printed so far.
-        raise CryptsetupHung(action=action, path=path, timeout_s=TIMEOUT_S) from None
-
-
-def _cryptsetup_into(
-    output: bytearray, action: str, path: str, command: str, *arguments: str, stdin: Buffer
-) -> tuple[subprocess.CompletedProcess[bytes], int]:
-    """Like `_cryptsetup`, with the standard output in `output` only, and its length.
-
-    Reading after the child's end is enough: the kernel's pipe buffer holds more than a key's dump.
-    """
-    read_fd, write_fd = os.pipe()
-    try:
-        try:
-            result = _cryptsetup(action, path, command, *arguments, stdin=stdin, stdout=write_fd)
-        finally:
-            os.close(write_fd)
-        return result, os.readv(read_fd, [output])
-    finally:
-        os.close(read_fd)
 
 
 def _parse_key_dump(output: bytearray, length: int) -> bytearray | None:
@@ -494,7 +459,7 @@ def _parse_key_dump(output: bytearray, length: int) -> bytearray | None:
         wipe(digits)
 
 
-def _create_header_file(path: str) -> bool:
+def create_header_file(path: str) -> bool:
     """Make the file for a detached header; False when it is there already. HeaderNotCreated."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -516,20 +481,3 @@ def _create_header_file(path: str) -> bool:
     finally:
         os.close(fd)
     return True
-
-
-def _checked(action: str, path: str, command: str, *arguments: str, stdin: Buffer) -> None:
-    """Like `_cryptsetup`, and CryptsetupFailed unless it succeeded."""
-    result = _cryptsetup(action, path, command, *arguments, stdin=stdin)
-    if result.returncode != 0:
-        raise _failure(action, path, result)
-
-
-def _failure(action: str, path: str, result: subprocess.CompletedProcess[bytes]) -> CryptsetupFailed:
-    return CryptsetupFailed(action=action, path=path, exit_code=result.returncode, reason=_message(result))
-
-
-def _message(result: subprocess.CompletedProcess[bytes]) -> str:
-    """Its complaints in one line, without the last full stop: our sentences have their own."""
-    text = " ".join(result.stderr.decode(errors="replace").split())
-    return text.removesuffix(".") or "it gave no reason"

@@ -2,7 +2,7 @@
 
 Making one destroys what its disk held, so everything that can be refused is refused before the first byte is
 written: a disk that is in use, that is the target (under whatever name), that carries anything (unless
-`force`), or that is too small. Opening one only reads: header, token, and with the passphrase the volume key.
+`force`), or that is too small. Opening one only reads: header, token, and the volume key as `unlock` gets it.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from typing import Final
 
 from lockstep.crypto import luks
 from lockstep.crypto.cipher import XtsCipher
+from lockstep.crypto.unlock import Unlock
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.lock import lock_exclusive, lock_shared
 from lockstep.disk.probe import Disk, holds_data, inspect, open_disk, overlap, signatures, users_of
@@ -64,11 +65,7 @@ def make_mirror(
             _refuse_header(header, (target, disk), force=force)
             if not os.path.lexists(header):
                 undo.callback(_unlink_if_there, header)
-        fd = open_disk(disk, writable=True)
-        try:
-            lock_exclusive(fd, disk)
-        finally:
-            os.close(fd)  # cryptsetup needs the device for itself; a server that came between is refused by its lock
+        require_unused(disk)
         luks.format_mirror(
             path,
             header=header,
@@ -82,8 +79,21 @@ def make_mirror(
     return luks.read_header(header or path)
 
 
+def require_unused(disk: Disk) -> None:
+    """Raise DiskBusy or DiskLocked where anybody else uses the disk at this moment.
+
+    Its lock is not kept: cryptsetup needs the device for itself. A server that comes between is refused by its lock.
+    """
+    _refuse_busy(disk)
+    fd = open_disk(disk, writable=True)
+    try:
+        lock_exclusive(fd, disk)
+    finally:
+        os.close(fd)
+
+
 def open_mirror(
-    path: str, header_path: str | None, header: luks.Header, passphrase: bytes, size_bytes: int, *, writable: bool
+    path: str, header_path: str | None, header: luks.Header, unlock: Unlock, size_bytes: int, *, writable: bool
 ) -> EncryptedDisk:
     """Unlock the mirror of a target of `size_bytes`, whose `header` was read before, and lock it against others.
 
@@ -99,7 +109,7 @@ def open_mirror(
     try:
         (lock_exclusive if writable else lock_shared)(fd, disk)
         _refuse_changed(path, header_path, header)
-        key = luks.volume_key(header_path or path, passphrase)
+        key = unlock.volume_key(header_path or path)
         try:
             cipher = XtsCipher(key, header.segment.sector_bytes)
         finally:

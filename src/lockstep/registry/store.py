@@ -24,7 +24,7 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -349,6 +349,7 @@ class Registry:
         user: str | None = None,
         since_s: float | None = None,
         until_s: float | None = None,
+        events: Collection[str] | None = None,
     ) -> tuple[AuditRecord, ...]:
         """The rows of the audit trail, oldest first; times in seconds since 1970, the second one excluded."""
         query = select(AuditRow).order_by(AuditRow.number)
@@ -360,6 +361,8 @@ class Registry:
             query = query.where(AuditRow.at_us >= round(since_s * 1e6))
         if until_s is not None:
             query = query.where(AuditRow.at_us < round(until_s * 1e6))
+        if events is not None:
+            query = query.where(AuditRow.event.in_(events))
         with self._transaction() as session:
             return tuple(map(_audit_record, session.scalars(query)))
 

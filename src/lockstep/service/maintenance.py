@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lockstep.crypto.cipher import self_test
+from lockstep.crypto.unlock import Unlock
 from lockstep.errors import AlreadyServed
 from lockstep.service.gate import VolumeGate
 from lockstep.service.managing import manager
@@ -23,7 +24,7 @@ PROGRESS_S = 0.2
 def verify_at_rest(
     state: State,
     name: str,
-    passphrase: Callable[[], bytes],
+    unlock: Unlock,
     *,
     repair: bool,
     on_progress: Callable[[int, int], None],
@@ -44,7 +45,7 @@ def verify_at_rest(
         gate = VolumeGate(name, volume.on_denied, registry.grants(name))
         workers = Workers("lockstep-worker", WORKERS)
         stack.callback(workers.close)
-        session = stack.enter_context(open_volume(state, volume, passphrase, gate, workers))
+        session = stack.enter_context(open_volume(state, volume, unlock, gate, workers))
         found = asyncio.run(_verify(session, repair=repair, on_progress=on_progress))
         results = []
         for path, comparison in found.items():

@@ -22,24 +22,18 @@ like one whose data does not.
 import errno
 import logging
 import secrets
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
 from lockstep.crypto import luks
+from lockstep.crypto.unlock import Unlock
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.mirror import open_mirror
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import inspect
-from lockstep.errors import (
-    DiskMissing,
-    DiskUnreadable,
-    LockstepError,
-    MirrorOfAnotherVolume,
-    NoToken,
-    StateDirUnusable,
-)
+from lockstep.errors import DiskMissing, DiskUnreadable, LockstepError, StateDirUnusable
 from lockstep.registry.store import MirrorRecord, VolumeRecord
+from lockstep.service.mirrors import header_path, identified
 from lockstep.service.state import State
 from lockstep.volume import intent
 from lockstep.volume.held import HeldRecord
@@ -63,7 +57,7 @@ class MirrorSession:
         volume: VolumeRecord,
         mirror: MirrorRecord,
         target: PlainDisk,
-        passphrase: Callable[[], bytes],
+        unlock: Unlock,
         workers: Workers,
         patience_s: float,
     ) -> None:
@@ -74,9 +68,9 @@ class MirrorSession:
         self.mirror = mirror
         self._volume = volume
         self._target = target
-        self._passphrase = passphrase
+        self._unlock = unlock
         self._patience_s = patience_s
-        self._header_path = mirror.header_path or mirror.path
+        self._header_path = header_path(mirror)
         self._state_dir = state.path
         self._in_worker = workers.run
         self._scribe = Workers("lockstep-header", 1, patience_s)
@@ -284,10 +278,8 @@ class MirrorSession:
     def _open(self) -> tuple[luks.Header, EncryptedDisk]:
         header = luks.read_header(self._header_path)
         _require_token(self._volume, self.mirror, header)
-        passphrase, size_bytes = self._passphrase(), self._volume.size_bytes
-        return header, open_mirror(
-            self.mirror.path, self.mirror.header_path, header, passphrase, size_bytes, writable=True
-        )
+        mirror, size_bytes = self.mirror, self._volume.size_bytes
+        return header, open_mirror(mirror.path, mirror.header_path, header, self._unlock, size_bytes, writable=True)
 
     def _new_workers(self) -> Workers:
         return Workers("lockstep-mirror", MIRROR_THREADS, self._patience_s)
@@ -299,14 +291,7 @@ def _either(one: bytes, other: bytes) -> bytes:
 
 def _require_token(volume: VolumeRecord, mirror: MirrorRecord, header: luks.Header) -> None:
     """Refuse a mirror that is not the one that the registry means."""
-    token = header.token
-    if token is None:
-        raise NoToken(path=mirror.path)
-    if token.volume_id != volume.id:
-        raise MirrorOfAnotherVolume(path=mirror.path, volume=volume.name, owner=f"the volume {token.volume_name}")
-    if header.uuid != mirror.luks_uuid:
-        owner = f"another mirror of {volume.name} (LUKS UUID {header.uuid})"
-        raise MirrorOfAnotherVolume(path=mirror.path, volume=volume.name, owner=owner)
+    token = identified(volume, mirror, header)
     if token.generation < mirror.generation:
         log.warning(
             "mirror %s is an older copy of itself: its generation is %d, and %d was seen before",

@@ -1,4 +1,4 @@
-"""Restoring from a mirror alone: no registry, no target, only the mirror, its header and a passphrase."""
+"""Restoring from a mirror alone: no registry, no target, only the mirror, its header and what unlocks it."""
 
 import contextlib
 import logging
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lockstep.crypto import luks
 from lockstep.crypto.cipher import self_test
+from lockstep.crypto.unlock import Unlock
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.mirror import open_mirror
 from lockstep.disk.plain import PlainDisk
@@ -45,7 +46,7 @@ class Restored:
 def restore(
     mirror_path: str,
     output_path: str,
-    passphrase: Callable[[], bytes],
+    unlock: Unlock,
     *,
     header_path: str | None = None,
     force: bool = False,
@@ -76,7 +77,8 @@ def restore(
                 undo.callback(os.unlink, output_path)
             output = _open_output(inspect(output_path), size_bytes, made=made, force=force)
             stack.callback(output.close)
-            mirror = open_mirror(mirror_path, header_path, header, passphrase(), size_bytes, writable=False)
+            unlock.prepare()
+            mirror = open_mirror(mirror_path, header_path, header, unlock, size_bytes, writable=False)
             stack.callback(mirror.close)
             _copy(mirror, mirror_path, output, size_bytes, made, on_progress)
             undo.pop_all()

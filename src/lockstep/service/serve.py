@@ -27,6 +27,7 @@ from urllib.parse import quote
 import uvloop
 
 from lockstep.crypto.cipher import self_test
+from lockstep.crypto.unlock import Unlock
 from lockstep.errors import (
     AddressInvalid,
     AddressUnusable,
@@ -37,6 +38,7 @@ from lockstep.errors import (
 )
 from lockstep.nbd.server import NbdServer
 from lockstep.registry.store import Registry
+from lockstep.service import headers
 from lockstep.service.background import Background
 from lockstep.service.certificates import Terms
 from lockstep.service.clients import Clients
@@ -77,14 +79,14 @@ class Options:
 def serve(
     state: State,
     name: str,
-    passphrase: Callable[[], bytes],
+    unlock: Unlock,
     listen: Listen,
     on_ready: Callable[[list[str]], None],
     options: Options,
 ) -> None:
     """Serve a volume until SIGTERM or SIGINT.
 
-    `passphrase` is asked once, if there is a mirror; `on_ready` is given the URIs when clients may connect.
+    `unlock` is asked if there is a mirror; `on_ready` is given the URIs when clients may connect.
     Raises whatever keeps it from starting, or from stopping in order.
     """
     protect_memory()
@@ -97,11 +99,13 @@ def serve(
         volume = registry.volume(name)
         if not stack.enter_context(state.volume_lock(name)):
             raise AlreadyServed(volume=name)
+        for sentence in headers.reminders(registry, volume):
+            log.warning("%s", sentence)
         gate = VolumeGate(volume.name, volume.on_denied, registry.grants(volume.name))
         workers = Workers("lockstep-worker", WORKERS)
         stack.callback(workers.close)
         session = stack.enter_context(
-            open_volume(state, volume, passphrase, gate, workers, patience_s=options.mirror_patience_s)
+            open_volume(state, volume, unlock, gate, workers, patience_s=options.mirror_patience_s)
         )
         uvloop.run(_serve(state, registry, session, gate, listen, on_ready))
 

@@ -4,6 +4,7 @@ registry.db                      volumes and their mirrors
 intent/LUKS-UUID.intent          for each mirror, where it may differ from its target
 held/LUKS-UUID.held, .writers    for each mirror, what it must not be given by itself, and whose it is
 run/NAME.lock                    held by the server of the volume NAME for as long as it runs
+run/LUKS-UUID.keys               held by a command that changes the header of a mirror
 run/NAME.sock                    the NBD server
 run/NAME.control                 the control interface
 run/NAME.attached, NAME.fuse/    the block device of an attached volume
@@ -100,6 +101,19 @@ class State:
         """All files that are kept about a mirror."""
         held = self.held(luks_uuid)
         return self.intent(luks_uuid), f"{held}.held", f"{held}.writers"
+
+    @contextlib.contextmanager
+    def key_lock(self, luks_uuid: str) -> Iterator[None]:
+        """Wait until no other command changes the header of a mirror. A server does not ask for this lock."""
+        try:
+            fd = os.open(f"{self.run_dir}/{luks_uuid}.keys", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StateDirUnusable(path=self.path, reason=error.strerror) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
 
     @contextlib.contextmanager
     def volume_lock(self, name: str) -> Iterator[bool]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from lockstep.crypto import luks
@@ -32,6 +33,14 @@ def of_volume(
         "clients": clients or [],
         "mirrors": mirrors,
     }
+
+
+def add_headers(described: dict[str, Any], volume: VolumeRecord, backups: Mapping[str, str]) -> None:
+    """Say where the mirrors' headers are and whether there is a copy: what the registry knows, and no server."""
+    headers = {mirror.luks_uuid: mirror.header_path for mirror in volume.mirrors}
+    for mirror in described["mirrors"]:
+        uuid = mirror["uuid"]
+        mirror |= {"header": headers.get(uuid), "header_backup": backups.get(uuid)}
 
 
 def of_client(user: str, verdict: Verdict) -> dict[str, Any]:

@@ -9,8 +9,9 @@ Whatever ends the process before `retire` leaves its marks: the next start copie
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from lockstep.crypto.unlock import Unlock
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import inspect, users_of
 from lockstep.errors import DiskBusy, DiskFailed, LockstepError, TargetResized
@@ -85,7 +86,7 @@ class VolumeSession:
 def open_volume(
     state: State,
     record: VolumeRecord,
-    passphrase: Callable[[], bytes],
+    unlock: Unlock,
     gate: Gate,
     workers: Workers,
     *,
@@ -93,15 +94,17 @@ def open_volume(
 ) -> Iterator[VolumeSession]:
     """Open a volume whose lock the caller holds; nothing has changed before `claim`.
 
-    `passphrase` is asked if there is a mirror; a mirror that does not answer for `patience_s` is dropped. Raises what
+    `unlock` is asked if there is a mirror; a mirror that does not answer for `patience_s` is dropped. Raises what
     opening the target or a mirror does.
     """
     with contextlib.ExitStack() as stack:
         target = _open_target(record)
         stack.callback(target.close)
         mirrors = []
+        if record.mirrors:
+            unlock.prepare()
         for mirror in record.mirrors:
-            session = MirrorSession(state, record, mirror, target, passphrase, workers, patience_s)
+            session = MirrorSession(state, record, mirror, target, unlock, workers, patience_s)
             stack.callback(session.close)
             mirrors.append(session)
         yield VolumeSession(state, record, target, tuple(mirrors), gate, workers)

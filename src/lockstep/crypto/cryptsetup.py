@@ -1,0 +1,142 @@
+"""The program cryptsetup: how it is called, how secrets reach it, and what its failures are.
+
+Secrets
+    A passphrase goes to its standard input, exactly as given. Where two are needed, the second one is in a file in
+    memory that has no name (`memory_file`), of which it is told the descriptor. Nothing secret is an argument or in
+    the environment.
+
+Two at once
+    cryptsetup locks a header while it writes it, but not while it computes a key slot, which takes seconds. Who comes
+    to write and finds that somebody else wrote meanwhile gives up and has changed nothing; it is then run again.
+    So a server that writes its token, and an administrator who adds a passphrase, with Lockstep or without, do
+    not meet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from typing import TYPE_CHECKING, Final
+
+from lockstep.errors import CryptsetupFailed, CryptsetupHung, CryptsetupMissing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from typing_extensions import Buffer
+
+TIMEOUT_S: Final = 120  # argon2id aims at 2 s, and takes many times that on a small or busy machine
+WRONG_PASSPHRASE_EXIT: Final = 2  # cryptsetup(8), RETURN CODES
+ATTEMPTS: Final = 10  # a server writes its token when its state changes, and at most every half a minute otherwise
+
+_OVERTAKEN: Final = b"concurrent LUKS2 metadata update"
+
+Completed = subprocess.CompletedProcess[bytes]
+
+
+def run(
+    action: str,
+    path: str,
+    command: str,
+    *arguments: str,
+    stdin: Buffer = b"",
+    stdout: int = subprocess.PIPE,
+    after: Sequence[str] = (),
+    fds: Sequence[int] = (),
+) -> Completed:
+    """Run `cryptsetup COMMAND ARGUMENTS PATH AFTER` to its end; the exit code is the caller's to judge.
+
+    It inherits the descriptors `fds`. CryptsetupMissing, CryptsetupHung. A process that even SIGKILL cannot end (a disk
+    that never answers) keeps the caller waiting for the kernel.
+    """
+    # An account without root's PATH can use it just as well: on plain files it needs no privilege.
+    search = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
+    program = shutil.which("cryptsetup", path=search)
+    if program is None:
+        raise CryptsetupMissing
+    # Absolute, so that no path can be taken for an option.
+    argv = [program, command, *arguments, "--batch-mode", os.path.abspath(path), *after]
+    for attempt in range(ATTEMPTS):
+        try:
+            result = subprocess.run(
+                argv,
+                input=stdin,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "LC_ALL": "C"},
+                timeout=TIMEOUT_S,
+                pass_fds=fds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            # "from None": the cause holds what the child had printed so far.
+            raise CryptsetupHung(action=action, path=path, timeout_s=TIMEOUT_S) from None
+        if not result.returncode or _OVERTAKEN not in result.stderr or attempt == ATTEMPTS - 1:
+            break
+    return result
+
+
+def run_into(
+    output: bytearray,
+    action: str,
+    path: str,
+    command: str,
+    *arguments: str,
+    stdin: Buffer,
+    fds: Sequence[int] = (),
+) -> tuple[Completed, int]:
+    """Like `run`, with the standard output in `output` only, and its length.
+
+    Reading after the child's end is enough: the kernel's pipe buffer holds more than a key's dump.
+    """
+    read_fd, write_fd = os.pipe()
+    try:
+        try:
+            result = run(action, path, command, *arguments, stdin=stdin, stdout=write_fd, fds=fds)
+        finally:
+            os.close(write_fd)
+        return result, os.readv(read_fd, [output])
+    finally:
+        os.close(read_fd)
+
+
+def checked(
+    action: str,
+    path: str,
+    command: str,
+    *arguments: str,
+    stdin: Buffer = b"",
+    after: Sequence[str] = (),
+    fds: Sequence[int] = (),
+) -> Completed:
+    """Like `run`, and CryptsetupFailed unless it succeeded."""
+    result = run(action, path, command, *arguments, stdin=stdin, after=after, fds=fds)
+    if result.returncode != 0:
+        raise failure(action, path, result)
+    return result
+
+
+def failure(action: str, path: str, result: Completed) -> CryptsetupFailed:
+    """What a failed run is, if there is no better name for it."""
+    return CryptsetupFailed(action=action, path=path, exit_code=result.returncode, reason=message(result))
+
+
+def message(result: Completed) -> str:
+    """Its complaints in one line, without the last full stop: our sentences have their own."""
+    text = " ".join(result.stderr.decode(errors="replace").split())
+    return text.removesuffix(".") or "it gave no reason"
+
+
+@contextlib.contextmanager
+def memory_file(content: Buffer) -> Iterator[int]:
+    """A file that is on no disk and has no name, as a descriptor; a child sees it as `/dev/fd/N`."""
+    fd = os.memfd_create("lockstep", os.MFD_CLOEXEC)
+    try:
+        left = memoryview(content).cast("B")
+        while left:
+            left = left[os.write(fd, left) :]
+        yield fd
+    finally:
+        os.close(fd)

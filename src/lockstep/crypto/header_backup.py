@@ -1,0 +1,76 @@
+"""Copies of a LUKS2 header: the header and the key slots, as `cryptsetup luksHeaderBackup` writes them.
+
+A copy is a whole header, which `--header` takes as well. It opens with the passphrases of its time, for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.crypto import cryptsetup, luks
+from lockstep.errors import BackupNotWritten
+
+
+def write(path: str, output: str) -> None:
+    """Copy the header at `path` to the file `output`, durably, in place of what has that name.
+
+    BackupNotWritten, and what `luks.read_header` raises; then `output` is as it was.
+    """
+    luks.read_header(path)
+    output = os.path.abspath(output)
+    directory = os.path.dirname(output)
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".lockstep-") as aside:
+            made = f"{aside}/header"
+            cryptsetup.checked("back up the header of", path, "luksHeaderBackup", f"--header-backup-file={made}")
+            luks.read_header(made)
+            _sync(made)
+            os.replace(made, output)
+        _sync(directory)
+    except OSError as error:
+        raise BackupNotWritten(path=output, reason=os.strerror(error.errno or 0)) from error
+
+
+def put_back(path: str, backup: str) -> None:
+    """Write the copy `backup` over the header at `path`, whatever is there; a missing file is made.
+
+    HeaderNotCreated, CryptsetupMissing, CryptsetupFailed, CryptsetupHung.
+    """
+    created = not os.path.lexists(path) and luks.create_header_file(path)
+    try:
+        cryptsetup.checked("restore the header of", path, "luksHeaderRestore", f"--header-backup-file={backup}")
+    except BaseException:
+        if created:
+            os.unlink(path)
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What two headers are compared by: their key slots, and what proves a volume key."""
+
+    keyslots: dict[int, Any]
+    digests: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, path: str) -> Content:
+        """Raises what `luks.read_metadata` raises."""
+        metadata = luks.read_metadata(path)
+        slots = {int(number): stored for number, stored in metadata["keyslots"].items()}
+        digests = sorted((each["salt"], each["digest"]) for each in metadata["digests"].values())
+        return cls(slots, tuple(digests))
+
+    def slots_not_in(self, other: Content) -> tuple[int, ...]:
+        """The key slots that the other header does not have, or has with another passphrase."""
+        return tuple(sorted(n for n, stored in self.keyslots.items() if other.keyslots.get(n) != stored))
+
+
+def _sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,259 @@
+"""Copies of a mirror's header: made, put back, and missed where there is none.
+
+Without its header a mirror is noise, and a detached header is one file. So somebody must have a copy of it that was
+made after the last change of a passphrase; the audit trail knows, and `reminders` says how it stands.
+
+Putting a copy back
+    1. The copy must be of this mirror: LUKS UUID, volume, and volume key if the header that is there can be read.
+    2. It takes force where its key slots are others than those that are there: what was removed would come back.
+    3. The copy's token is of its time, and says nothing about the data of today. So it gets a new token first, in a
+       copy of the copy: a new generation, which fits no intent bitmap, so that everything is copied; and the state that
+       the header that is there tells, or else `syncing`: what the mirror holds is not known. Then the header is
+       overwritten at once.
+    4. Whatever fails before that has changed nothing. If overwriting is interrupted, the header may be damaged, and
+       putting the copy back again mends it.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from lockstep.crypto import header_backup, luks
+from lockstep.crypto.header_backup import Content
+from lockstep.disk.mirror import require_unused
+from lockstep.disk.probe import inspect, overlap, signatures
+from lockstep.errors import (
+    BackupExists,
+    BackupKeysDiffer,
+    BackupMissing,
+    BackupNotWritten,
+    BackupOfAnother,
+    HeaderDamaged,
+    HeaderUnreadable,
+    LuksError,
+    MirrorHoldsData,
+    NotLuks2,
+    StillServed,
+)
+from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
+from lockstep.service import keys, mirrors
+from lockstep.service.managing import manager
+from lockstep.service.state import State
+from lockstep.volume.link import SYNCING
+
+BACKED_UP, RESTORED = "header-backup", "header-restored"
+"""Events of the audit trail."""
+
+MISSING, OUTDATED, CURRENT = "missing", "outdated", "current"
+"""How it stands with the copy of a header."""
+
+_CHANGES: Final = (keys.ADDED, keys.REMOVED, keys.CHANGED)
+
+
+Slots = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A header that was put back; `compared` is false when there was nothing sound to compare it with."""
+
+    mirror: MirrorRecord
+    compared: bool
+    back: Slots
+    gone: Slots
+    state: str
+
+
+# --- reminding ---
+
+
+def backups(registry: Registry, volume: VolumeRecord) -> dict[str, str]:
+    """LUKS UUID of each mirror -> MISSING, OUTDATED or CURRENT, by what Lockstep's own commands did."""
+    found = {mirror.luks_uuid: MISSING for mirror in volume.mirrors}
+    for row in registry.audit_rows(volume=volume.name, events=(BACKED_UP, RESTORED, *_CHANGES)):
+        uuid = row.details.get("luks_uuid")
+        if uuid in found:
+            if row.event in (BACKED_UP, RESTORED):
+                found[uuid] = CURRENT
+            elif found[uuid] == CURRENT:
+                found[uuid] = OUTDATED
+    return found
+
+
+def reminders(registry: Registry, volume: VolumeRecord) -> Iterator[str]:
+    """A sentence for each mirror whose detached header has no copy of today's passphrases."""
+    known = backups(registry, volume)
+    for mirror in volume.mirrors:
+        if mirror.header_path is not None:
+            sentence = reminder(volume.name, mirror.header_path, known[mirror.luks_uuid])
+            if sentence:
+                yield sentence
+
+
+def reminder(name: str, header: str, backup: str) -> str | None:
+    """What to tell whoever has a detached header; None when there is a copy."""
+    advice = f"Make one, on another disk: lockstep header backup {name} OUTPUT"
+    if backup == MISSING:
+        return f"THE HEADER {header} HAS NO SECOND COPY. If it is lost, nobody can ever open the mirror. {advice}"
+    if backup == OUTDATED:
+        return f"The last copy of the header {header} is older than its passphrases. {advice}"
+    return None
+
+
+# --- backing up ---
+
+
+def back_up_header(state: State, name: str, mirror_path: str | None, output: str, *, force: bool) -> MirrorRecord:
+    """Copy a mirror's header to a file; it may be served meanwhile.
+
+    Raises NotManager, BackupExists unless `force`, BackupNotWritten, MirrorOfAnotherVolume, and header errors.
+    """
+    actor = manager(state, f"back up a header of {name}")
+    with state.registry() as registry:
+        volume = registry.volume(name)
+        mirror = mirrors.chosen(volume, mirror_path)
+        path = mirrors.header_path(mirror)
+        _refuse_output(volume, output, force=force)
+        with state.key_lock(mirror.luks_uuid):
+            mirrors.require_same_disk(volume, mirror, luks.read_uuid(path))
+            header_backup.write(path, output)
+            reason = f"{actor.user} copied the header of the mirror {mirror.path} to {os.path.abspath(output)}"
+            details = {"mirror": mirror.path, "luks_uuid": mirror.luks_uuid, "output": os.path.abspath(output)}
+            registry.audit(BACKED_UP, actor=actor, volume=name, reason=reason, details=details)
+    return mirror
+
+
+def _refuse_output(volume: VolumeRecord, output: str, *, force: bool) -> None:
+    try:
+        found = os.stat(output)
+    except FileNotFoundError:
+        if os.path.islink(output):
+            raise BackupNotWritten(path=output, reason="it is a link that leads nowhere") from None
+        return
+    except OSError as error:
+        raise BackupNotWritten(path=output, reason=error.strerror) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise BackupNotWritten(path=output, reason="it is there, and is not a file")
+    if not force:
+        raise BackupExists(path=output)
+    disks = [volume.target_path, *(each for mirror in volume.mirrors for each in (mirror.path, mirror.header_path))]
+    for disk in disks:
+        if disk and os.path.exists(disk) and (how := overlap(inspect(output), inspect(disk))):
+            raise BackupNotWritten(path=output, reason=f"it is the storage of {disk} ({how})")
+
+
+# --- putting back ---
+
+
+def restore_header(state: State, name: str, mirror_path: str | None, backup: str, *, force: bool) -> Restored:
+    """Put a copy of a mirror's header back, over whatever is there.
+
+    Raises NotManager, StillServed, BackupMissing, BackupOfAnother, MirrorOfAnotherVolume, DiskBusy, DiskLocked; unless
+    `force` BackupKeysDiffer, and MirrorHoldsData where the header's place was given to something else.
+    """
+    actor = manager(state, f"restore a header of {name}")
+    with state.registry() as registry, contextlib.ExitStack() as stack:
+        volume = registry.volume(name)
+        mirror = mirrors.chosen(volume, mirror_path)
+        path = mirrors.header_path(mirror)
+        if not stack.enter_context(state.volume_lock(name)):
+            raise StillServed(volume=name, action="given another header")
+        stack.enter_context(state.key_lock(mirror.luks_uuid))
+        token = _token_of(backup, volume, mirror)
+        require_unused(inspect(mirror.path))
+        back, gone = _compared(volume, mirror, backup, force=force)
+        compared = back is not None
+        token = _renewed(token, mirror, _present_token(path))
+        _put_back(state, path, backup, token)
+        registry.set_generation(mirror.id, token.generation)
+        done = Restored(mirror, compared, back or (), gone or (), token.state)
+        reason = f"{actor.user} restored the header of the mirror {mirror.path} from {os.path.abspath(backup)}"
+        reason += f": {_listed(done.back)} came back, {_listed(done.gone)} lost" if compared else ""
+        details = {"mirror": mirror.path, "luks_uuid": mirror.luks_uuid, "backup": os.path.abspath(backup)}
+        what = {"compared": compared, "slots_back": done.back, "slots_gone": done.gone}
+        registry.audit(RESTORED, actor=actor, volume=name, reason=reason, details=details | what)
+    return done
+
+
+def _token_of(backup: str, volume: VolumeRecord, mirror: MirrorRecord) -> luks.Token:
+    """Return the token of a copy that is one of this mirror's header."""
+    try:
+        header = luks.read_header(backup)
+    except (NotLuks2, HeaderDamaged, HeaderUnreadable) as error:
+        raise BackupMissing(path=backup, reason=str(error).removesuffix(".")) from error
+    if header.uuid != mirror.luks_uuid:
+        reason = f"it has the LUKS UUID {header.uuid}, not {mirror.luks_uuid}"
+        raise BackupOfAnother(backup=backup, path=mirror.path, reason=reason)
+    if header.token is None:
+        raise BackupOfAnother(backup=backup, path=mirror.path, reason="it has no lockstep token")
+    if header.token.volume_id != volume.id:
+        reason = f"it belongs to the volume {header.token.volume_name}"
+        raise BackupOfAnother(backup=backup, path=mirror.path, reason=reason)
+    return header.token
+
+
+def _compared(
+    volume: VolumeRecord, mirror: MirrorRecord, backup: str, *, force: bool
+) -> tuple[Slots, Slots] | tuple[None, None]:
+    """Return the key slots that would come back, and those that would be lost; None where that cannot be known."""
+    path = mirrors.header_path(mirror)
+    try:
+        present = Content.of(path)
+    except (NotLuks2, HeaderDamaged, HeaderUnreadable):
+        if not force:
+            _refuse_other_content(path)
+        return None, None
+    mirrors.require_same_disk(volume, mirror, luks.read_uuid(path))
+    offered = Content.of(backup)
+    if offered.digests != present.digests:
+        raise BackupOfAnother(backup=backup, path=mirror.path, reason="it holds another volume key")
+    back, gone = offered.slots_not_in(present), present.slots_not_in(offered)
+    if (back or gone) and not force:
+        raise BackupKeysDiffer(backup=backup, path=path, back=_listed(back), gone=_listed(gone))
+    return back, gone
+
+
+def _refuse_other_content(path: str) -> None:
+    if os.path.exists(path):
+        found = [each for each in signatures(inspect(path)) if "luks" not in each.lower()]
+        if found:
+            raise MirrorHoldsData(path=path, found=" and ".join(found))
+
+
+def _present_token(path: str) -> luks.Token | None:
+    """The token of the header that is there, if it can be read: it knows the state of the data."""
+    try:
+        return luks.read_header(path).token
+    except LuksError:
+        return None
+
+
+def _listed(slots: Slots) -> str:
+    if not slots:
+        return "no key slot"
+    return f"key slot{'s' if len(slots) > 1 else ''} {', '.join(map(str, slots))}"
+
+
+def _renewed(token: luks.Token, mirror: MirrorRecord, present: luks.Token | None) -> luks.Token:
+    """Return the token with a generation that was never given, and with the state of the data, if that is known."""
+    seen = max(token.generation, mirror.generation, present.generation if present else 0)
+    generation = seen + 1 + secrets.randbits(31)
+    return replace(token, generation=generation, state=present.state if present else SYNCING)
+
+
+def _put_back(state: State, path: str, backup: str, token: luks.Token) -> None:
+    with tempfile.TemporaryDirectory(dir=state.run_dir, prefix="header-") as aside:
+        renewed = f"{aside}/header"
+        try:
+            shutil.copyfile(backup, renewed)
+        except OSError as error:
+            raise BackupMissing(path=backup, reason=error.strerror or str(error)) from error
+        luks.write_token(renewed, token, token_id=luks.read_header(renewed).token_id)
+        header_backup.put_back(path, renewed)
+    luks.read_header(path)

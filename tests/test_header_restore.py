@@ -1,0 +1,242 @@
+"""Copies of a mirror's header: what they bring back, what is refused, and that no old header makes a mirror in sync."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lockstep.crypto import keyslots, luks
+from tests.keys import NEW, Keys, opens
+from tests.lab import MIB, PASSPHRASE, Lab, Volume, run
+from tests.test_service_refusals import ForkLab
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    lab = ForkLab(tmp_path)
+    monkeypatch.setenv("PATH", lab.quick_format()["PATH"])
+    return lab
+
+
+def header_of(volume: Volume) -> Path:
+    return volume.header or volume.mirror
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def damage_first(path: Path) -> None:
+    overwrite(path, 512, b"\xa5" * 512)
+
+
+def damage_both(path: Path) -> None:
+    overwrite(path, 512, b"\xa5" * 512)
+    overwrite(path, 16384 + 512, b"\xa5" * 512)
+
+
+def wipe(path: Path) -> None:
+    overwrite(path, 0, bytes(MIB))
+
+
+def state_of(volume: Volume) -> tuple[int, str]:
+    token = luks.read_header(str(header_of(volume))).token
+    assert token is not None
+    return token.generation, token.state
+
+
+# --- the header's two copies, and the copy elsewhere -------------------------------------------------------
+
+
+def test_a_damaged_first_copy_is_mended_from_the_second(lab: Lab) -> None:
+    volume = lab.volume(size_bytes=MIB)
+    damage_first(volume.mirror)
+    keys = Keys.of(volume)
+    keys("add", "--key-file", lab.key, "--new-key-file", keys.new).ok()
+    with volume.served():
+        pass
+    volume.assert_equal_disks()
+
+
+@pytest.mark.parametrize("damage", [damage_both, wipe], ids=["damaged", "wiped"])
+@pytest.mark.parametrize("header", [False, True], ids=["inline", "detached"])
+def test_a_lost_header_comes_back_and_everything_is_copied(
+    lab: Lab, header: bool, damage: Callable[[Path], None]
+) -> None:
+    volume = lab.volume(size_bytes=2 * MIB, content=b"before".ljust(512) * 512, header=header)
+    with volume.served() as served:
+        lab.lockstep("header", "backup", "vol", lab.home / "copy").ok()
+        run("qemu-io", "-f", "raw", "-c", "write -P 9 0 1M", served.uri)
+    data_at = 0 if header else 16 * MIB
+    good = volume.mirror.read_bytes()[data_at:]
+    overwrite(volume.mirror, data_at + MIB, b"\xee" * 65536)  # what no bitmap knows of: only a full copy repairs it
+    damage(header_of(volume))
+
+    lab.lockstep("serve", "vol", "--key-file", lab.key).failed(1, "lockstep header restore NAME BACKUP")
+    restored = json.loads(lab.lockstep("header", "restore", "vol", lab.home / "copy", "--json").ok())
+    assert (restored["compared"], restored["state"]) == (False, "syncing")
+    (mirror,) = json.loads(lab.lockstep("status", "vol", "--json").ok())["volumes"][0]["mirrors"]
+    assert (mirror["state"], mirror["dirty_bytes"]) == ("behind", 2 * MIB)
+    volume.restore(lab.home / "output").failed(1, "syncing")
+    with volume.served():
+        pass
+    assert volume.mirror.read_bytes()[data_at:] == good
+    volume.assert_equal_disks()
+
+
+def test_a_header_file_that_is_gone_is_made_again(lab: Lab) -> None:
+    volume = lab.volume(size_bytes=MIB, header=True)
+    assert volume.header is not None
+    lab.lockstep("header", "backup", "vol", lab.home / "copy").ok()
+    volume.header.unlink()
+    lab.lockstep("key", "list", "vol").failed(1, "cannot be read", "lockstep header restore NAME BACKUP")
+    lab.lockstep("header", "restore", "vol", lab.home / "copy").ok()
+    assert opens(volume.header, PASSPHRASE)
+    assert volume.header.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_copy_serves_as_the_header_of_a_restore(lab: Lab) -> None:
+    """Without a registry, on another machine, and for an inline header as well."""
+    volume = lab.volume(size_bytes=MIB, content=b"content".ljust(512) * 64)
+    with volume.served():
+        pass
+    lab.lockstep("header", "backup", "vol", lab.home / "copy").ok()
+    wipe(volume.mirror)
+    output = ("restore", volume.mirror, lab.home / "output", "--key-file", lab.key)
+    lab.lockstep(*output).failed(1, "no LUKS2 header")
+    lab.lockstep(*output, "--header", lab.home / "copy").ok()
+    assert (lab.home / "output").read_bytes() == volume.target.read_bytes()
+
+
+# --- an older header over a sound one ---------------------------------------------------------------------
+
+
+def test_other_passphrases_take_force_and_the_state_stays_true(lab: Lab) -> None:
+    volume = lab.volume(size_bytes=MIB)
+    lab.lockstep("header", "backup", "vol", lab.home / "copy").ok()
+    with volume.served():
+        pass
+    keyslots.change(str(volume.mirror), PASSPHRASE, NEW, iter_time_ms=1)
+    before, (generation, state) = volume.mirror.read_bytes(), state_of(volume)
+    restore = ("header", "restore", "vol", lab.home / "copy")
+    lab.lockstep(*restore).failed(1, "key slot 0 would come back, key slot 1 would be lost", "--force")
+    assert volume.mirror.read_bytes() == before
+    assert "Key slots that came back with it: 0" in lab.lockstep(*restore, "--force").ok()
+    assert (opens(volume.mirror, PASSPHRASE), opens(volume.mirror, NEW)) == (True, False)
+    assert state == "in-sync"
+    assert state_of(volume)[0] > generation
+    assert state_of(volume)[1] == state, "the data is what it was, so a restore gives it back"
+    volume.restore(lab.home / "output").ok()
+    assert (lab.home / "output").read_bytes() == volume.target.read_bytes()
+    (mirror,) = json.loads(lab.lockstep("status", "vol", "--json").ok())["volumes"][0]["mirrors"]
+    assert (mirror["state"], mirror["dirty_bytes"]) == ("behind", MIB)
+
+
+def test_what_is_not_a_copy_of_this_header_is_refused(lab: Lab) -> None:
+    volume = lab.volume("vol", MIB)
+    lab.volume("other", MIB)
+    home = lab.home
+    lab.lockstep("header", "backup", "other", home / "others").ok()
+    lab.lockstep("header", "backup", "vol", home / "damaged").ok()
+    (home / "damaged").chmod(0o600)
+    damage_both(home / "damaged")
+    run("cryptsetup", "luksHeaderBackup", str(volume.mirror), "--header-backup-file", str(home / "rekeyed"))
+    (home / "rekeyed").chmod(0o600)
+    uuid = run("cryptsetup", "luksUUID", str(volume.mirror)).strip()
+    token = run("cryptsetup", "token", "export", "--token-id=0", str(volume.mirror))
+    options = ["--batch-mode", f"--uuid={uuid}", "--key-file", str(lab.key), "--sector-size=512"]
+    run("cryptsetup", "luksFormat", *options, str(home / "rekeyed"))
+    run("cryptsetup", "token", "import", "--json-file=-", str(home / "rekeyed"), stdin=token.encode())
+    before = volume.mirror.read_bytes()
+    for backup, fragments in {
+        "others": ("is not a backup of the header", "it has the LUKS UUID"),
+        "damaged": ("There is no header backup in", "is damaged"),
+        "nothing": ("There is no header backup in", "No such file"),
+        "rekeyed": ("is not a backup of the header", "another volume key"),
+    }.items():
+        lab.lockstep("header", "restore", "vol", home / backup, "--force").failed(1, *fragments)
+    assert volume.mirror.read_bytes() == before
+
+
+def test_another_disk_in_the_mirrors_place_keeps_its_header(lab: Lab) -> None:
+    volume, other = lab.volume("vol", MIB), lab.volume("other", MIB)
+    lab.lockstep("header", "backup", "vol", lab.home / "copy").ok()
+    other.mirror.replace(volume.mirror)
+    before = volume.mirror.read_bytes()
+    lab.lockstep("header", "restore", "vol", lab.home / "copy", "--force").failed(1, "is not the mirror of vol")
+    assert volume.mirror.read_bytes() == before
+    volume.mirror.write_bytes(bytes(17 * MIB))
+    run("mkfs.ext4", "-q", str(volume.mirror))
+    before = volume.mirror.read_bytes()
+    lab.lockstep("header", "restore", "vol", lab.home / "copy").failed(1, "ext4 file system", "--force")
+    assert volume.mirror.read_bytes() == before
+    lab.lockstep("header", "restore", "vol", lab.home / "copy", "--force").ok()
+
+
+def test_a_served_mirror_keeps_its_header(lab: Lab) -> None:
+    volume = lab.volume(size_bytes=MIB)
+    with volume.served():
+        lab.lockstep("header", "backup", "vol", lab.home / "copy").ok()
+        before = state_of(volume)
+        lab.lockstep("header", "restore", "vol", lab.home / "copy").failed(1, "is being served", "Stop it first")
+        assert state_of(volume) == before
+
+
+# --- making copies, and missing them ----------------------------------------------------------------------
+
+
+def test_a_copy_overwrites_nothing(lab: Lab) -> None:
+    volume = lab.volume(size_bytes=MIB, header=True)
+    assert volume.header is not None
+    copy = lab.home / "copy"
+    lab.lockstep("header", "backup", "vol", copy).ok()
+    before = {path: path.read_bytes() for path in (copy, volume.header, volume.mirror, volume.target)}
+    lab.lockstep("header", "backup", "vol", copy).failed(1, "exists already", "--force")
+    for path in (volume.header, volume.mirror, volume.target):
+        lab.lockstep("header", "backup", "vol", path, "--force").failed(1, "it is the storage of")
+    lab.lockstep("header", "backup", "vol", "/dev/null", "--force").failed(1, "is not a file")
+    lab.lockstep("header", "backup", "vol", lab.home / "no" / "copy").failed(1, "No such file")
+    assert {path: path.read_bytes() for path in before} == before
+    lab.lockstep("header", "backup", "vol", copy, "--force").ok()
+    assert copy.stat().st_mode & 0o077 == 0
+    assert copy.read_bytes() == volume.header.read_bytes()
+    assert not [name for name in os.listdir(lab.home) if name.startswith(".lockstep-")]
+
+
+def test_a_detached_header_without_a_copy_is_spoken_of(lab: Lab) -> None:
+    reminder = "HAS NO SECOND COPY"
+    target, mirror = lab.disk("target", MIB), lab.home / "mirror"
+    made = ("create", "vol", "--target", target, "--mirror", mirror, "--header", lab.home / "header")
+    assert reminder in lab.lockstep(*made, "--key-file", lab.key, "--iter-time", 1).ok()
+    volume = Volume(lab, "vol", target, mirror, lab.home / "header")
+
+    def told() -> tuple[str, bool]:
+        (shown,) = json.loads(lab.lockstep("status", "--json").ok())["volumes"]
+        assert shown["mirrors"][0]["header"] == str(volume.header)
+        return shown["mirrors"][0]["header_backup"], "lockstep header backup vol" in lab.lockstep("status").ok()
+
+    assert told() == ("missing", True)
+    with volume.served() as served:
+        assert reminder in served.log.read_text()
+        lab.lockstep("header", "backup", "vol", lab.home / "copy").ok()
+        assert told() == ("current", False)
+    key = Keys.of(volume)
+    key("add", "--key-file", lab.key, "--new-key-file", key.new).ok()
+    assert told() == ("outdated", True)
+    lab.lockstep("header", "backup", "vol", lab.home / "copy", "--force").ok()
+    assert told() == ("current", False)
+    with volume.served() as served:
+        assert served.log.read_text().count(reminder) == 1
+    rows = [json.loads(line) for line in lab.lockstep("audit", "vol", "--json").ok().splitlines()]
+    copies = [row["details"]["output"] for row in rows if row["event"] == "header-backup"]
+    assert copies == [str(lab.home / "copy")] * 2
+
+
+def test_an_inline_header_is_hinted_at_once(lab: Lab) -> None:
+    made = ("create", "vol", "--target", lab.disk("target", MIB), "--mirror", lab.home / "mirror")
+    assert "lockstep header backup vol" in lab.lockstep(*made, "--key-file", lab.key, "--iter-time", 1).ok()
+    assert "header backup" not in lab.lockstep("status").ok()
