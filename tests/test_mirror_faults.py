@@ -35,7 +35,7 @@ class Plugged:
         self.socket = socket
 
     def __enter__(self) -> None:
-        subprocess.run(["fusermount3", "-u", "-z", self.point], capture_output=True, check=False)  # of one that was pulled
+        subprocess.run(["fusermount3", "-u", "-z", self.point], capture_output=True, check=False)  # if it is dead
         self.point.mkdir(exist_ok=True)
         self.fuse = subprocess.Popen(["nbdfuse", f"{self.point}/disk", "--unix", self.socket])
         wait_until((self.point / "disk").exists, "nbdfuse to show the disk")
