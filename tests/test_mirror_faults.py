@@ -35,7 +35,8 @@ class Plugged:
         self.socket = socket
 
     def __enter__(self) -> None:
-        subprocess.run(["fusermount3", "-u", "-z", self.point], capture_output=True, check=False)  # if it is dead
+        # One that was pulled has left its mount point behind.
+        subprocess.run(["fusermount3", "-u", "-z", self.point], capture_output=True, check=False)
         self.point.mkdir(exist_ok=True)
         self.fuse = subprocess.Popen(["nbdfuse", f"{self.point}/disk", "--unix", self.socket])
         wait_until((self.point / "disk").exists, "nbdfuse to show the disk")

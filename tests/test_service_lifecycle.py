@@ -253,6 +253,8 @@ MIRROR = {
     "error": (str, type(None)),
     "held": list,
     "frozen_since": (*NUMBER, type(None)),
+    "header": (str, type(None)),
+    "header_backup": (str, type(None)),
 }
 VOLUME = {
     "name": str,
@@ -279,7 +281,7 @@ def status_conforms(text: str) -> list[dict[str, Any]]:
     volumes: list[dict[str, Any]] = document["volumes"]
     for volume in volumes:
         conforms(volume, VOLUME)
-        conforms(volume["target"], {"path": str})
+        conforms(volume["target"], {"path": str, "error": (str, type(None))})
         assert volume["serving"] == (volume["uri"] is not None)
         for client in volume["clients"]:
             conforms(client, CLIENT)

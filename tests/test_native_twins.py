@@ -1,0 +1,116 @@
+"""The native inner loops do what their Python twins do: same counts, same replies, same bytes on the disk."""
+
+import os
+import tempfile
+from array import array
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lockstep.crypto.cipher import FallbackXts
+from lockstep.disk import runs
+from lockstep.nbd import frames, wire
+
+native_runs = pytest.importorskip("lockstep.disk._runs", reason="the native loops were not built")
+native_frames = pytest.importorskip("lockstep.nbd._frames", reason="the native loops were not built")
+native_xts = pytest.importorskip("lockstep.crypto._xts", reason="the native loops were not built")
+
+REGION_SHIFT, GROUP_SHIFT = 12, 2
+SIZE = 1 << 16
+KEY = bytes(range(64))
+
+
+def request(command: int, flags: int, cookie: int, offset: int, length: int, magic: int = wire.REQUEST_MAGIC) -> bytes:
+    return wire.REQUEST.pack(magic, flags, command, cookie, offset, length)
+
+
+WRITES = st.tuples(st.integers(0, 2**64 - 1), st.integers(0, SIZE + 10), st.integers(0, 600)).map(
+    lambda w: request(wire.CMD_WRITE, 0, *w) + b"d" * w[2]
+)
+OTHERS = st.one_of(
+    st.binary(max_size=40),
+    st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)).map(
+        lambda r: request(*r, 5)
+    ),
+    st.just(request(wire.CMD_WRITE, 0, 1, 0, 5, magic=7) + b"12345"),
+    st.just(request(wire.CMD_WRITE, 0, 1, 0, 2**32 - 1)),
+)
+
+
+@given(parts=st.lists(st.one_of(WRITES, WRITES, WRITES, OTHERS), max_size=80), cut=st.integers(0, 3000), data=st.data())
+def test_runs_are_found_and_answered_alike(parts: list[bytes], cut: int, data: st.DataObject) -> None:
+    buffer = b"".join(parts)
+    end = max(0, len(buffer) - cut % 700)
+    start = data.draw(st.integers(0, min(end, 30))) if cut % 3 == 0 else 0
+    one, other = frames.new_run(), frames.new_run()
+    arguments = (buffer, start, end, 1 + cut * 8, SIZE)
+    count = frames._find_writes(*arguments, one)
+    assert native_frames.find_writes(*arguments, other) == count
+    assert one[: 4 * count] == other[: 4 * count]
+    assert frames._pack_replies(one, count) == native_frames.pack_replies(other, count)
+    for at in range(count):
+        offset, length, position = one[4 * at : 4 * at + 3]
+        head = wire.REQUEST.unpack_from(buffer, position - wire.REQUEST_BYTES)
+        assert head[1:] == (0, wire.CMD_WRITE, frames.cookie_of(one, at), offset, length)
+
+
+EXTENTS = st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, 9000)), max_size=12).map(
+    lambda extents: [(offset, min(length, SIZE - offset)) for offset, length in extents]
+)
+
+
+def as_run(extents: list[tuple[int, int]]) -> "array[int]":
+    numbers: list[int] = []
+    for position, (offset, length) in enumerate(extents):
+        numbers += [offset, length, position, 0]
+    return array("Q", numbers)
+
+
+@given(extents=EXTENTS, mask=st.sampled_from([0, 511, 4095]), marks=st.binary(min_size=16, max_size=16))
+def test_runs_are_judged_alike(extents: list[tuple[int, int]], mask: int, marks: bytes) -> None:
+    run, count = as_run(extents), len(extents)
+    assert native_runs.aligned(run, count, mask) == runs._aligned(run, count, mask)
+    states = bytearray(byte & 1 for byte in marks)
+    one, other = bytearray(4), bytearray(4)
+    found = runs._covered(run, count, states, one, REGION_SHIFT, GROUP_SHIFT)
+    assert native_runs.covered(run, count, states, other, REGION_SHIFT, GROUP_SHIFT) == found
+    assert one == other
+
+
+@given(extents=EXTENTS, sector=st.sampled_from([512, 4096]), short=st.booleans())
+def test_runs_are_written_alike(extents: list[tuple[int, int]], sector: int, short: bool) -> None:
+    data = os.urandom(9100)
+    whole = [(offset // sector * sector, max(1, length // sector) * sector) for offset, length in extents]
+    results = []
+    for write_run, xts in (
+        (runs._write_run, FallbackXts(KEY, sector)),
+        (native_runs.write_run, native_xts.Xts(KEY, sector)),
+    ):
+        with tempfile.TemporaryFile(dir="/dev/shm") as plain, tempfile.TemporaryFile(dir="/dev/shm") as cipher:
+            flags = 1 << 30 if short else 0  # which no kernel knows: every write fails
+            encrypt: Any = xts.encrypt_run
+            done = write_run(plain.fileno(), flags, data, as_run(extents), len(extents))
+            encrypted = encrypt(cipher.fileno(), 512, 7, data, as_run(whole), len(whole), flags)
+            results.append((done, encrypted, plain.read(), cipher.read()))
+    assert results[0] == results[1]
+    assert results[0][:2] == ((0, 0) if short else (len(extents), len(extents)))
+
+
+@pytest.mark.parametrize("loops", [runs._covered, native_runs.covered], ids=["python", "native"])
+def test_a_write_outside_of_the_disk_is_refused(loops: Any) -> None:
+    with pytest.raises(ValueError, match="outside"):
+        loops(as_run([(SIZE, 1)]), 1, bytearray(16), bytearray(4), REGION_SHIFT, GROUP_SHIFT)
+
+
+def test_a_count_beyond_the_run_is_refused() -> None:
+    run = as_run([(0, 1)])
+    for call in (
+        lambda: native_runs.aligned(run, 2, 0),
+        lambda: native_runs.write_run(1, 0, b"", run, 2),
+        lambda: native_frames.pack_replies(run, 2),
+        lambda: native_xts.Xts(KEY, 512).encrypt_run(1, 0, 0, b"", run, 2, 0),
+    ):
+        with pytest.raises(ValueError, match="shorter"):
+            call()

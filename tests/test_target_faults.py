@@ -1,0 +1,111 @@
+"""P6: what the target cannot read, the mirror answers; what the target cannot write is not called equal."""
+
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.lab import MIB, Lab, Volume, needs, run, wait_until
+
+pytestmark = needs("nbdkit", "nbdfuse", "fusermount3", "/dev/fuse", "qemu-io", root=True)
+
+SIZE_BYTES = 8 * MIB
+
+
+class Faulty:
+    """A disk that fails what its switches say, once they are on."""
+
+    def __init__(self, home: Path, content: bytes) -> None:
+        home.mkdir()
+        self.image, self.disk = home / "image", home / "mnt" / "disk"
+        self.image.write_bytes(content)
+        self.disk.parent.mkdir()
+        self.reads, self.writes = home / "reads", home / "writes"
+        socket = home / "socket"
+        filters = [f"error-pread-file={self.reads}", f"error-pwrite-file={self.writes}"]
+        rates = ["error-pread-rate=1", "error-pwrite-rate=1"]
+        self._nbdkit = subprocess.Popen(
+            ["nbdkit", "-f", "-U", socket, "--filter=error", "file", self.image, *filters, *rates]
+        )
+        wait_until(socket.exists, "nbdkit to listen")
+        self._fuse = subprocess.Popen(["nbdfuse", self.disk, "--unix", socket])
+        wait_until(self.disk.exists, "nbdfuse to show the disk")
+
+    def close(self) -> None:
+        subprocess.run(["fusermount3", "-u", "-z", self.disk.parent], capture_output=True, check=False)
+        self._fuse.wait()
+        self._nbdkit.terminate()
+        self._nbdkit.wait()
+
+    @contextmanager
+    def failing(self, switch: Path) -> Iterator[None]:
+        """Fail meanwhile, also what the page cache would answer."""
+        with self.disk.open("rb") as disk:
+            os.fsync(disk.fileno())
+            os.posix_fadvise(disk.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        switch.touch()
+        try:
+            yield
+        finally:
+            switch.unlink()
+
+
+@pytest.fixture
+def target(lab: Lab) -> Iterator[Faulty]:
+    target = Faulty(lab.home / "faulty", random.Random(2).randbytes(SIZE_BYTES))
+    yield target
+    target.close()
+
+
+@pytest.fixture
+def volume(lab: Lab, target: Faulty) -> Volume:
+    disks = ["--target", target.disk, "--mirror", lab.home / "mirror", "--key-file", lab.key]
+    lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
+    return Volume(lab, "vol", target.disk, lab.home / "mirror", None)
+
+
+def test_reads_that_the_target_fails_are_served_from_the_mirror_and_reported(
+    lab: Lab, volume: Volume, target: Faulty
+) -> None:
+    expected = target.image.read_bytes()
+    with volume.served() as served:
+        with target.failing(target.reads):
+            out = lab.home / "out"
+            run("nbdcopy", served.uri, str(out))
+            assert out.read_bytes() == expected
+            run("qemu-io", "-f", "raw", "-c", "read 1001 77", served.uri)
+            status = served.status()
+            assert "of the target at offset" in status["target"]["error"]
+            assert "vol" not in status["target"]["error"] or str(volume.mirror) in status["target"]["error"]
+        assert "Reads that the target has failed so far" in served.log.read_text()
+        assert served.mirror_state() == "in-sync"
+
+
+def test_without_an_equal_mirror_the_client_gets_the_error(lab: Lab, volume: Volume, target: Faulty) -> None:
+    lab.lockstep("revoke", "vol", "root").ok()
+    with volume.served(in_sync=False) as served:
+        run("qemu-io", "-f", "raw", "-c", "write -P 1 0 64k", served.uri)  # not given to the mirror
+        with target.failing(target.reads):
+            said = run("qemu-io", "-f", "raw", "-c", "read 0 4k", served.uri, check=False)
+            assert "Input/output error" in said
+
+
+def test_a_write_that_the_target_fails_is_an_error_and_leaves_its_region_different(
+    volume: Volume, target: Faulty
+) -> None:
+    with volume.served() as served:
+        with target.failing(target.writes):
+            said = run("qemu-io", "-f", "raw", "-c", "write -P 9 1M 4k", served.uri, check=False)
+            assert "Input/output error" in said
+            mirror = served.mirror()
+            assert mirror["state"] == "behind"
+            assert mirror["dirty_bytes"] == 64 << 10
+            assert "the target failed" in mirror["error"]
+        run("qemu-io", "-f", "raw", "-c", "write -P 8 1M 4k", served.uri)
+        assert served.mirror_state() == "behind", "a failing target does not overwrite the better copy by itself"
+        volume.lab.lockstep("sync", "vol", "--wait").ok()
+    volume.assert_equal_disks()

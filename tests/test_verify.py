@@ -1,0 +1,159 @@
+"""Verify says where target and mirror differ, and never that they do when they do not, however busy the clients are."""
+
+import json
+import random
+import subprocess
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from tests.lab import MIB, Clock, Lab, Served, Volume, needs, run, wait_until
+
+SIZE_BYTES = 16 * MIB
+DATA_OFFSET_BYTES = 16 * MIB  # where a mirror with an inline header keeps its data
+
+
+def damage(volume: Volume, *offsets: int) -> None:
+    """Change one byte of the mirror at each of these offsets of the target's."""
+    with volume.mirror.open("rb+") as mirror:
+        for offset in offsets:
+            mirror.seek(DATA_OFFSET_BYTES + offset)
+            byte = mirror.read(1)
+            mirror.seek(DATA_OFFSET_BYTES + offset)
+            mirror.write(bytes([byte[0] ^ 1]))
+
+
+def verify(volume: Volume, *options: object, code: int = 0) -> dict[str, Any]:
+    done = volume.lab.lockstep("verify", volume.name, "--key-file", volume.lab.key, "--json", *options)
+    assert done.code == code, (done.code, done.err)
+    found = json.loads(done.out)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture
+def volume(lab: Lab) -> Volume:
+    return lab.volume("vol", SIZE_BYTES, content=random.Random(1).randbytes(SIZE_BYTES))
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["served", "at-rest"])
+def test_differences_are_listed_joined_repaired_and_remembered(volume: Volume, served: bool) -> None:
+    offsets = (5, 512, 1024 + 7, 3 * MIB, SIZE_BYTES - 1)
+
+    def examine() -> None:
+        assert verify(volume)["mismatches"] == []
+        damage(volume, *offsets)
+        found = verify(volume, code=3)
+        assert found["compared_bytes"] == SIZE_BYTES
+        assert found["mismatches"] == [
+            {"offset": 0, "length": 1536},
+            {"offset": 3 * MIB, "length": 512},
+            {"offset": SIZE_BYTES - 512, "length": 512},
+        ]
+        assert found["repaired_bytes"] == 0
+        assert verify(volume, "--repair")["repaired_bytes"] == 2560
+        assert verify(volume)["mismatches"] == []
+
+    if served:
+        with volume.served():
+            examine()
+    else:
+        with volume.served():
+            pass
+        examine()
+    volume.assert_equal_disks()
+    rows = [json.loads(row) for row in volume.lab.lockstep("verify", "vol", "--history", "--json").ok().splitlines()]
+    assert [row["details"]["differing_bytes"] for row in rows] == [0, 2560, 2560, 0]
+    assert "2560 bytes differ, in 3 places" in volume.lab.lockstep("verify", "vol", "--history").ok()
+
+
+def test_what_a_person_reads(volume: Volume) -> None:
+    with volume.served():
+        damage(volume, 7 * MIB)
+        done = volume.lab.lockstep("verify", "vol")
+        assert "1.0 KiB" not in done.out
+        assert f"offset {7 * MIB}, 512 bytes" in done.out
+        done.failed(3, "differs from its target in 1 places, 512 bytes", "lockstep verify vol --repair")
+
+
+def test_verify_changes_nothing_unless_it_repairs(volume: Volume) -> None:
+    with volume.served():
+        pass
+    damage(volume, 100)
+    before = volume.mirror.read_bytes(), volume.target.read_bytes()
+    verify(volume, code=3)
+    assert (volume.mirror.read_bytes(), volume.target.read_bytes()) == before
+
+
+def test_what_is_known_to_differ_is_no_finding(volume: Volume) -> None:
+    volume.lab.lockstep("revoke", "vol", "root").ok()
+    volume.lab.lockstep("grant", "vol", "nobody").ok()
+    with volume.served() as served:
+        run("qemu-io", "-f", "raw", "-c", "write -P 1 0 64k", served.uri)
+        found = verify(volume)
+        assert found["mismatches"] == []
+        assert found["compared_bytes"] == SIZE_BYTES - (64 << 10)
+
+
+@needs("fio")
+def test_a_busy_volume_gives_no_false_alarm(lab: Lab) -> None:
+    """Writes of any size and alignment, from several connections, while everything is compared again and again."""
+    volume = lab.volume("vol", SIZE_BYTES)
+    with volume.served() as served:
+        load = ["--rw=randwrite", "--bsrange=1k-96k", "--blockalign=512", "--iodepth=16", "--numjobs=3"]
+        where = ["--ioengine=nbd", f"--uri={served.uri}", f"--size={SIZE_BYTES}", "--time_based", "--runtime=60"]
+        writers = subprocess.Popen(["fio", "--name=w", *load, *where], stdout=subprocess.DEVNULL)
+        try:
+            for _ in range(4):
+                found = verify(volume)
+                assert found["mismatches"] == []
+                assert found["compared_bytes"] == SIZE_BYTES
+            assert writers.poll() is None, "the writers ended before the comparisons did"
+        finally:
+            writers.terminate()
+            writers.wait()
+    volume.assert_equal_disks()
+
+
+@needs("gcc")
+def test_a_scrub_begins_by_itself_in_its_window_and_repairs_nothing(lab: Lab) -> None:
+    clock = Clock(lab, datetime(2026, 6, 6, 12, 0, tzinfo=UTC))  # a Saturday
+    volume = lab.volume("vol", 4 * MIB)
+    lab.lockstep("set", "vol", "scrub=sun 03:00-04:00", "--timezone", "UTC").ok()
+    with volume.served() as served:
+        damage(volume, 4096)
+
+        def scrubs() -> list[str]:
+            return lab.lockstep("verify", "vol", "--history").ok().splitlines()
+
+        assert "never compared" in scrubs()[0]
+        clock.set(datetime(2026, 6, 7, 3, 0, 1, tzinfo=UTC))
+        wait_until(lambda: "scrub by lockstep" in scrubs()[0], "the scrub to be over")
+        assert "512 bytes differ, in 1 places" in scrubs()[0]
+        assert served.mirror_state() == "in-sync"
+        clock.set(datetime(2026, 6, 7, 3, 10, tzinfo=UTC))
+        assert verify(volume, code=3)["mismatches"] == [{"offset": 4096, "length": 512}]
+        assert len(scrubs()) == 2, "once in a window"
+    lab.lockstep("set", "vol", "scrub=off").ok()
+    lab.lockstep("set", "vol", "scrub=whenever").failed(2, "whenever")
+
+
+def test_two_at_a_time_are_one_too_many(lab: Lab) -> None:
+    volume = lab.volume("vol", SIZE_BYTES)
+    with volume.served() as served:
+        while not begin(served):
+            pass
+
+
+def begin(served: Served) -> bool:
+    """Begin two comparisons at once; whether the second was refused, as it is unless the first was that quick."""
+    done = [subprocess.Popen(command(served.volume), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [each.communicate()[1] for each in done]
+    return any("are being compared already" in each for each in said)
+
+
+def command(volume: Volume) -> list[str]:
+    program = sys.executable
+    return [program, "-m", "lockstep", "--state-dir", str(volume.lab.state), "verify", volume.name]
