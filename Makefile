@@ -48,14 +48,14 @@ format: $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f src/lockstep/crypto/_xts.c src/lockstep/crypto/*.so
+	rm -f src/lockstep/*/_*.c src/lockstep/*/*.so
 
 # --- what the commands above need ---
 
 $(VENV)/bin/python: | $(VENV)/build-packages
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: pyproject.toml setup.py constraints.txt src/lockstep/crypto/_xts.pyx | $(VENV)/bin/python
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard src/lockstep/*/*.pyx src/lockstep/*.pxd) | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

@@ -166,7 +166,7 @@ def test_the_command_lines_are_found() -> None:
     assert sum(1 for page in PAGES for _ in named(text_of(page))) > 40
     assert complaint(["serve", "web", "--no-such"]) == "serve has no option --no-such"
     assert complaint(["--no-such", "serve"]) == "there is no option --no-such"
-    assert complaint(["verify", "web"]) == "there is no command verify"
+    assert complaint(["verfy", "web"]) == "there is no command verfy"
     assert complaint(["tls", "init", "DIR", "--no-such"]) == "tls init has no option --no-such"
     assert complaint(["tls", "verify"]) == "there is no command tls verify"
     assert complaint(["tls", "init", "DIR", "--host", "h"]) is None
@@ -460,7 +460,7 @@ def test_the_constants_are_those_of_the_code() -> None:
 def test_the_intervals_are_those_of_the_code() -> None:
     assert f"every {background.TIDY_INTERVAL_S:.0f} s" in doc("architecture.md")
     assert f"for {intent.GROUP_REGIONS} regions at a time" in doc("architecture.md")
-    assert f"with {serve.WORKERS} worker threads" in doc("architecture.md")
+    assert f"{serve.WORKERS} worker threads" in doc("architecture.md")
 
 
 def test_the_memory_formula_names_constants_of_the_table() -> None:

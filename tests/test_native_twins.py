@@ -3,6 +3,7 @@
 import os
 import tempfile
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -106,11 +107,12 @@ def test_a_write_outside_of_the_disk_is_refused(loops: Any) -> None:
 
 def test_a_count_beyond_the_run_is_refused() -> None:
     run = as_run([(0, 1)])
-    for call in (
+    calls: tuple[Callable[[], Any], ...] = (
         lambda: native_runs.aligned(run, 2, 0),
         lambda: native_runs.write_run(1, 0, b"", run, 2),
         lambda: native_frames.pack_replies(run, 2),
         lambda: native_xts.Xts(KEY, 512).encrypt_run(1, 0, 0, b"", run, 2, 0),
-    ):
+    )
+    for call in calls:
         with pytest.raises(ValueError, match="shorter"):
             call()

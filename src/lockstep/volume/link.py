@@ -7,8 +7,8 @@
                                                                         target write           -> behind
     behind     regions differ, and nothing is copying them: they are    a window's opening, a
                held, nobody may update the mirror, or the target failed sync, the next start   -> syncing
-    degraded   the mirror failed, did not answer in time, or is away,   its return             -> syncing,
-               and is not touched any more                                                        behind
+    degraded   the mirror failed, did not answer in time, or is away,   its return             -> syncing
+               and is not touched any more                              so, what is held       -> behind
 
 The state is never stored: it is derived from what is known of the regions and of the failure.
 
