@@ -1,0 +1,1 @@
+"""Inner loops alone, with pytest-benchmark: `make bench-micro`. For before and after, not for quoting."""
