@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 RUN_PACKAGES := cryptsetup-bin nbdfuse libnbd-bin fuse3 util-linux e2fsprogs kmod
 BUILD_PACKAGES := gcc libc6-dev libssl-dev python3-dev python3-venv
 TEST_PACKAGES := python3-libnbd qemu-utils qemu-system-common nbdkit nbd-client fio xfsprogs btrfs-progs strace
+BENCH_PACKAGES := postgresql
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test check bench bench-quick fuzz format clean
+.PHONY: demo test check bench bench-quick bench-grow bench-users bench-micro fuzz format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/run-packages $(VENV)/installed
@@ -28,11 +29,21 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
+# docs/benchmarks.md says what each measures. The packages of a database are wanted by bench-users alone.
+bench bench-quick bench-grow bench-users: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
+bench-users: $(VENV)/bench-packages
+bench:
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
-
-bench-quick: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
+bench-quick:
 	$(BIN)/python -m benchmarks --quick $(BENCH_ARGS)
+bench-grow:
+	$(BIN)/python -m benchmarks --grow $(BENCH_ARGS)
+bench-users:
+	$(SUDO) $(BIN)/python -m benchmarks --users $(BENCH_ARGS)
+
+bench-micro: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check 'pytest-benchmark>=5.1,<6'
+	$(BIN)/pytest benchmarks/micro $(BENCH_ARGS)
 
 # Coverage-guided fuzzing of the protocol, FUZZ_SECONDS each; the suite runs the same bodies briefly.
 FUZZ_SECONDS ?= 300
@@ -63,7 +74,8 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard src/lockst
 $(VENV)/build-packages: PACKAGES = $(BUILD_PACKAGES)
 $(VENV)/run-packages: PACKAGES = $(RUN_PACKAGES)
 $(VENV)/test-packages: PACKAGES = $(TEST_PACKAGES)
-$(VENV)/build-packages $(VENV)/run-packages $(VENV)/test-packages: Makefile
+$(VENV)/bench-packages: PACKAGES = $(BENCH_PACKAGES)
+$(VENV)/build-packages $(VENV)/run-packages $(VENV)/test-packages $(VENV)/bench-packages: Makefile
 	@mkdir -p $(VENV)
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
 	if [ -n "$$missing" ]; then \

@@ -1,31 +1,23 @@
-"""Run the benchmark: `python -m benchmarks --help`.
-
-All servers are up for the whole run and are loaded in turn: round by round, workload by workload, the peers in an
-order that rotates. What drifts on the machine then drifts for all of them, and no one is always first.
-"""
+"""Run a benchmark: `python -m benchmarks --help`. What it shows and what not is in docs/benchmarks.md."""
 
 import argparse
-import importlib.util
-import os
-import shutil
 import signal
 import sys
-import tempfile
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.fio import Timing, check_engine, measure
+from benchmarks.bulk import measure_copies
+from benchmarks.fio import Timing, check_engine
+from benchmarks.grow import measure_growth
 from benchmarks.machine import machine, versions
-from benchmarks.peers import LUKS_HEADER_BYTES, Lockstep, Nbdkit, Peer, Qemu
 from benchmarks.processes import BenchmarkError, require
-from benchmarks.report import Results, show, write_json
-from benchmarks.workloads import WORKLOADS
+from benchmarks.report import show, write
+from benchmarks.results import Results
+from benchmarks.stage import CHUNK_BYTES, KINDS, file_system, load_all, real_directory
+from benchmarks.users import measure_users, user_programs
+from benchmarks.workloads import DISK_WORKLOADS, REACHES, USER_REACHES, WORKLOADS
 
-KINDS: dict[str, type[Peer]] = {"lockstep": Lockstep, "nbdkit": Nbdkit, "qemu": Qemu}
 SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-CHUNK_BYTES = 1 << 20
+PROJECT = Path(__file__).parent.parent
 
 
 def main() -> int:
@@ -40,33 +32,86 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    write_json(results, options.json)
+    write(results, options.json)
     show(results)
+    print(f"Written to {options.json} and {options.json.with_suffix('.svg')}.")
     return 1 if options.check and not results.all_reached() else 0
+
+
+def _run(options: argparse.Namespace) -> Results:
+    _check_programs(options)
+    settings = {name: getattr(options, name) for name in ("size", "bulk_size", "rounds", "bulk_rounds", "kinds")}
+    settings |= {"dir": f"{options.dir} ({file_system(options.dir)})", **vars(options.timing)}
+    title, reaches, measure = MODES[options.mode]
+    results = Results(title, machine(), versions(), settings, reaches)
+    measure(results, options)
+    return results
+
+
+def _measure_table(results: Results, options: argparse.Namespace) -> None:
+    load_all(results, options, options.dir, WORKLOADS)
+    try:
+        disk_dir = real_directory(options.disk_dir)
+    except BenchmarkError as refusal:
+        results.notes.append(f"The rows with flushes were not measured: {refusal}")
+    else:
+        results.settings["disk_dir"] = f"{disk_dir} ({file_system(disk_dir)})"
+        load_all(results, options, disk_dir, DISK_WORKLOADS)
+    if "lockstep" in options.kinds:
+        measure_copies(results, options)
+
+
+MODES = {
+    "table": ("Lockstep and its peers", REACHES, _measure_table),
+    "grow": ("Lockstep as things grow", (), measure_growth),
+    "users": ("Real users", USER_REACHES, measure_users),
+}
+
+
+# --- options ---
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--peers", type=_kinds, default=list(KINDS), help=f"which of {','.join(KINDS)} (default: all)")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--grow", dest="mode", action="store_const", const="grow", help="cost against size")
+    modes.add_argument("--users", dest="mode", action="store_const", const="users", help="databases, cold disks")
+    parser.set_defaults(mode="table")
+    kinds = ",".join(KINDS)
+    parser.add_argument("--peers", dest="kinds", type=_kinds, default=list(KINDS), help=f"of {kinds} (default: all)")
     parser.add_argument(
         "--sectors",
         type=_sectors,
-        default=[512],
-        help="encryption sectors of lockstep; each is a peer: 512, 4096 or 512,4096 (default: 512)",
+        help="encryption sectors of lockstep; each is a peer: 512, 4096 or 512,4096 (default: both; else 4096, "
+        "and 512 for --users)",
     )
     parser.add_argument("--dir", type=Path, default=Path("/dev/shm"), help="where the disks live (default: /dev/shm)")
+    parser.add_argument("--disk-dir", type=Path, help="for rows with flushes (default: a temporary place)")
     parser.add_argument("--size", type=_size, help="of each target (default: 512M; 128M when quick)")
+    parser.add_argument("--bulk-size", type=_size, help="of what is copied whole (default: 2G; 256M when quick)")
     parser.add_argument("--rounds", type=int, help="(default: 5; 1 when quick)")
-    parser.add_argument("--seconds", type=float, help="counted per cell (default: 3; 1 when quick)")
-    parser.add_argument("--quick", action="store_true", help="a look in under a minute, not a result")
+    parser.add_argument("--seconds", type=float, help="counted per cell (default: 3; 0.8 when quick)")
+    parser.add_argument("--quick", action="store_true", help="a look, not a result")
     parser.add_argument("--check", action="store_true", help="exit 1 unless every reach row is measured and met")
-    default = Path(__file__).parent / "results" / "latest.json"
-    parser.add_argument("--json", type=Path, default=default, help="(default: benchmarks/results/latest.json)")
-    options = parser.parse_args()
-    size_bytes, rounds, seconds = (128 << 20, 1, 1.0) if options.quick else (512 << 20, 5, 3.0)
-    options.size = options.size or size_bytes
-    options.rounds = options.rounds or rounds
-    options.seconds = options.seconds or seconds
+    parser.add_argument("--json", type=Path, help="(default: docs/benchmarks/latest.json; build/ when quick)")
+    return _completed(parser.parse_args())
+
+
+def _completed(options: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on the mode."""
+    quick = options.quick
+    options.sectors = options.sectors or {"users": [512], "grow": [4096]}.get(
+        options.mode, [4096] if quick else [512, 4096]
+    )
+    options.size = options.size or (128 << 20 if quick else 512 << 20)
+    options.bulk_size = options.bulk_size or (256 << 20 if quick else 2 << 30)
+    options.rounds = options.rounds or (1 if quick else 5)
+    options.bulk_rounds = min(options.rounds, 3)
+    seconds = options.seconds or (0.8 if quick else 3.0)
+    options.timing = Timing(ramp_s=0.5 if seconds >= 2 else 0.25, run_s=seconds)
+    name = "latest.json" if options.mode == "table" else f"{options.mode}.json"
+    directory = PROJECT / "build" / "benchmarks" if quick else PROJECT / "docs" / "benchmarks"
+    options.json = options.json or directory / name
     return options
 
 
@@ -94,91 +139,14 @@ def _size(text: str) -> int:
     return size_bytes
 
 
-def _run(options: argparse.Namespace) -> Results:
-    _check_programs(options.peers)
-    timing = Timing(ramp_s=0.5 if options.seconds >= 2 else 0.25, run_s=options.seconds)
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lockstep-bench-", dir=options.dir)))
-        peers = _peers(options, scratch)
-        _make_targets(peers, options.size)
-        settings = {"size_bytes": options.size, "rounds": options.rounds, "dir": str(options.dir), **vars(timing)}
-        results = Results(machine(), versions(), settings, [peer.name for peer in peers])
-        for peer in peers:
-            _say(f"starting {peer.name}")
-            stack.enter_context(peer)
-        for peer in peers:
-            peer.await_in_sync()
-        for number in range(options.rounds):
-            _round(number, peers, timing, results)
-        for peer in peers:
-            results.proofs[peer.name] = peer.prove()
-    return results
-
-
-def _round(number: int, peers: Sequence[Peer], timing: Timing, results: Results) -> None:
-    for index, workload in enumerate(WORKLOADS):
-        first = (number + index) % len(peers)
-        for peer in [*peers[first:], *peers[:first]]:
-            _settle(peers)
-            cell = measure(workload, peer, number, timing)
-            results.cells.append(cell)
-            _say(f"round {number + 1}  {workload.name:20} {peer.name:14} {cell.iops:10,.0f} IOPS")
-    for peer in peers:
-        peer.await_in_sync()
-
-
-def _settle(peers: Sequence[Peer], limit_s: float = 10) -> None:
-    """Wait until no server works off what the last cell left behind: that would be charged to the next peer."""
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        before_s = sum(peer.server.cpu_s() for peer in peers)
-        time.sleep(0.2)
-        if sum(peer.server.cpu_s() for peer in peers) - before_s < 0.02:
-            return
-    _say(f"the servers were still busy after {limit_s:g} s without load")
-
-
-def _check_programs(kinds: Sequence[str]) -> None:
-    programs = {"fio": "fio"}
-    for kind in kinds:
+def _check_programs(options: argparse.Namespace) -> None:
+    programs = {"fio": "fio", "findmnt": "util-linux"}
+    for kind in options.kinds:
         programs |= KINDS[kind].programs
+    if options.mode == "users":
+        programs |= user_programs()
     require(programs)
     check_engine()
-    if "lockstep" in kinds and importlib.util.find_spec("lockstep") is None:
-        raise BenchmarkError("this Python has no lockstep: `pip install -e .` in the project's directory")
-
-
-def _peers(options: argparse.Namespace, scratch: Path) -> list[Peer]:
-    peers: list[Peer] = []
-    for kind in options.peers:
-        if kind == "lockstep":
-            peers += [Lockstep(scratch / f"lockstep-{size}", options.size, size) for size in options.sectors]
-        elif kind == "nbdkit":
-            peers.append(Nbdkit(scratch / kind, options.size))
-        else:
-            peers.append(Qemu(scratch / kind, options.size))
-    return peers
-
-
-def _make_targets(peers: Sequence[Peer], size_bytes: int) -> None:
-    """Write the same random bytes to every target: no hole to fill, no zero to skip, nothing alike to compress."""
-    disks = sum(1 + peer.mirrors for peer in peers) + 1  # one more for what is restored
-    needed = disks * (size_bytes + LUKS_HEADER_BYTES)
-    free = shutil.disk_usage(peers[0].home.parent).free
-    if free < needed:
-        raise BenchmarkError(f"needs {needed >> 20} MiB, {free >> 20} are free; choose --size or --dir")
-    for peer in peers:
-        peer.home.mkdir()
-    first, *others = (peer.target for peer in peers)
-    with first.open("wb") as target:
-        for _ in range(size_bytes // CHUNK_BYTES):
-            target.write(os.urandom(CHUNK_BYTES))
-    for other in others:
-        shutil.copyfile(first, other)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

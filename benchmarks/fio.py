@@ -1,4 +1,4 @@
-"""One cell: one fio, one connection, one workload, and what the server spent on it."""
+"""One fio, one or several loads at once, and what the server spent on it."""
 
 import json
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.peers import Peer
 from benchmarks.processes import BenchmarkError, run
+from benchmarks.results import Cell
 from benchmarks.workloads import Workload
 
 GIB = 1 << 30
@@ -19,67 +20,79 @@ class Timing:
     run_s: float
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One measurement. `client_cpu` is fio's own share of one core: near 1, fio is what was measured."""
-
-    workload: str
-    peer: str
-    round: int
-    iops: float
-    bandwidth_bytes_s: float
-    latency_mean_us: float
-    latency_p99_us: float
-    server_cpu_s_per_gib: float
-    client_cpu: float
-
-
-def measure(workload: Workload, peer: Peer, round_number: int, timing: Timing) -> Cell:
-    """Load the peer with fio.
+def measure(
+    peer: Peer, round_number: int, timing: Timing, *loads: Workload, row: str = "", span: tuple[int, int] | None = None
+) -> list[Cell]:
+    """Load the peer with all `loads` at once; a cell for each. `span`: offset and length of the part that is loaded.
 
     fio does not count the bytes of its ramp but the server spends CPU on them, so the CPU is taken as spread evenly
-    over ramp and run.
+    over ramp and run. It is charged to the loads by their bytes.
     """
     cpu_before_s = peer.server.cpu_s()
-    job = _fio(workload, peer, timing)
+    jobs = _fio(peer, timing, loads, span or (0, peer.size_bytes))
     cpu_s = (peer.server.cpu_s() - cpu_before_s) * timing.run_s / (timing.run_s + timing.ramp_s)
-    counted = job["read" if "read" in workload.pattern else "write"]
-    if not counted["io_bytes"]:
-        raise BenchmarkError(f"fio moved no data: {workload.name} on {peer.name}")
-    return Cell(
-        workload=workload.name,
-        peer=peer.name,
-        round=round_number,
-        iops=counted["iops"],
-        bandwidth_bytes_s=counted["bw_bytes"],
-        latency_mean_us=counted["clat_ns"]["mean"] / 1e3,
-        latency_p99_us=counted["clat_ns"]["percentile"]["99.000000"] / 1e3,
-        server_cpu_s_per_gib=cpu_s / (counted["io_bytes"] / GIB),
-        client_cpu=(job["usr_cpu"] + job["sys_cpu"]) / 100,
-    )
+    moved_bytes = sum(job[way]["io_bytes"] for job in jobs for way in ("read", "write"))
+    cells = []
+    for load, job in zip(loads, jobs, strict=True):
+        others = [other.name for other in loads if other is not load]
+        name = row or (f"{load.name} beside {' and '.join(others)}" if others else load.name)
+        figures = _figures(job, name, peer.name) | {"server_cpu_s_per_gib": cpu_s / (moved_bytes / GIB)}
+        figures["client_cpu"] = load.connections * (job["usr_cpu"] + job["sys_cpu"]) / 100
+        headline = "mean_us" if load.rate_iops else load.headline
+        cells.append(Cell(name, peer.name, round_number, headline, figures))
+    return cells
 
 
-def _fio(workload: Workload, peer: Peer, timing: Timing) -> dict[str, Any]:
-    options: dict[str, object] = {
-        "name": workload.name,
+def _figures(job: dict[str, Any], name: str, peer: str) -> dict[str, float]:
+    """Reads and writes together; of the two 99th percentiles, the worse."""
+    ways = [job[way] for way in ("read", "write") if job[way]["total_ios"]]
+    if not ways:
+        raise BenchmarkError(f"fio moved no data: {name} on {peer}")
+    total = sum(way["total_ios"] for way in ways)
+    return {
+        "iops": sum(way["iops"] for way in ways),
+        "bytes_s": sum(way["bw_bytes"] for way in ways),
+        "mean_us": sum(way["clat_ns"]["mean"] * way["total_ios"] for way in ways) / total / 1e3,
+        "p99_us": max(way["clat_ns"]["percentile"]["99.000000"] for way in ways) / 1e3,
+    }
+
+
+def _fio(peer: Peer, timing: Timing, loads: tuple[Workload, ...], span: tuple[int, int]) -> list[dict[str, Any]]:
+    offset, length = span
+    common: dict[str, object] = {
         "ioengine": "nbd",
         "uri": peer.uri,
-        "rw": workload.pattern,
-        "bs": workload.block_bytes,
-        "iodepth": workload.depth,
-        "size": peer.size_bytes,
+        "offset": offset,
+        "size": length,
         "time_based": 1,
         "ramp_time": f"{timing.ramp_s * 1000:.0f}ms",
         "runtime": f"{timing.run_s * 1000:.0f}ms",
         "norandommap": 1,
+        "randrepeat": 0,
         "thread": 1,
+        "group_reporting": 1,
         "output-format": "json",
     }
-    printed = run(["fio", *(f"--{name}={value}" for name, value in options.items())], cwd=peer.home)
-    job: dict[str, Any] = json.loads(printed[printed.index("{") :])["jobs"][0]  # the engine chats before the JSON
-    if job["error"]:
-        raise BenchmarkError(f"fio met error {job['error']}: {workload.name} on {peer.name}")
-    return job
+    words = []
+    for load in loads:
+        own: dict[str, object] = {
+            "name": load.name.replace("/", "-"),
+            "new_group": 1,
+            "rw": load.pattern,
+            "bs": load.block_bytes,
+            "iodepth": load.depth,
+            "numjobs": load.connections,
+            "rwmixread": load.reads_percent,
+            "fsync": load.fsync_writes,
+            "rate_iops": load.rate_iops,
+        }
+        words += [f"--{name}={value}" for name, value in {**own, **common}.items() if value != 0]
+    printed = run(["fio", *words], cwd=peer.home)
+    jobs: list[dict[str, Any]] = json.loads(printed[printed.index("{") :])["jobs"]  # the engine chats before the JSON
+    for load, job in zip(loads, jobs, strict=True):
+        if job["error"]:
+            raise BenchmarkError(f"fio met error {job['error']}: {load.name} on {peer.name}")
+    return jobs
 
 
 def check_engine() -> None:

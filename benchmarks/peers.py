@@ -6,17 +6,18 @@ same random target in it.
 """
 
 import filecmp
-import json
 import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from benchmarks.processes import BenchmarkError, Server, run, wait_for
 from benchmarks.qmp import Qmp
+from lockstep.service.control_client import ask_status
+from lockstep.service.state import ENVIRONMENT, State
 
 LUKS_HEADER_BYTES = 16 << 20
 
@@ -78,15 +79,27 @@ class Lockstep(Peer):
     def __init__(self, home: Path, size_bytes: int, sector_bytes: int) -> None:
         super().__init__(f"lockstep-{sector_bytes}", home, size_bytes)
         self.sector_bytes = sector_bytes
+        self.state = State(str(home / "state"))
 
     def start(self) -> None:
         """Create the volume and serve it."""
+        self.create()
+        self.serve()
+
+    def create(self, *, preallocated: bool = True) -> None:
+        """Create the volume, not served yet."""
         self._make_key()
         with self.mirror.open("wb") as mirror:
-            os.posix_fallocate(mirror.fileno(), 0, self.size_bytes + LUKS_HEADER_BYTES)
+            if preallocated:
+                os.posix_fallocate(mirror.fileno(), 0, self.size_bytes + LUKS_HEADER_BYTES)
+            else:
+                mirror.truncate(self.size_bytes + LUKS_HEADER_BYTES)
         disks = ["--target", str(self.target), "--mirror", str(self.mirror)]
         luks = ["--key-file", str(self.key_file), "--sector-size", str(self.sector_bytes), "--iter-time", "100"]
-        self._lockstep("create", self.name, *disks, *luks)
+        self.lockstep("create", self.name, *disks, *luks)
+
+    def serve(self) -> None:
+        """Serve it, and wait until clients may connect."""
         socket = ["--socket", str(self.home / "socket")]
         self.server = Server(
             self._command("serve", self.name, "--key-file", str(self.key_file), *socket),
@@ -94,36 +107,44 @@ class Lockstep(Peer):
         )
         self.uri = self.server.await_ready(self._ready_uri)
 
+    def stop(self) -> None:
+        """End it in order."""
+        self.server.terminate()
+        self.server.await_end()
+
     def await_in_sync(self) -> None:
-        """Ask `lockstep status` until its one mirror is in sync."""
-        wait_for(lambda: self._mirror_state() == "in-sync", 600, f"the mirror of {self.name} to be in sync")
+        """Wait for its one mirror to be in sync."""
+        wait_for(lambda: self.mirror_status()["state"] == "in-sync", 600, f"the mirror of {self.name} to be in sync")
+
+    def mirror_status(self) -> dict[str, Any]:
+        """What its status says of the mirror, asked at its control socket: a command would take half a second."""
+        (mirror,) = ask_status(self.state.control(self.name), self.name)["mirrors"]
+        return dict(mirror)
 
     def prove(self) -> str:
         """Restore from the mirror alone, and compare with the target."""
-        self.server.terminate()
-        self.server.await_end()
+        self.stop()
         restored = self.home / "restored"
-        self._lockstep("restore", str(self.mirror), str(restored), "--key-file", str(self.key_file))
+        self.restore(restored)
         if not filecmp.cmp(self.target, restored, shallow=False):
             raise BenchmarkError(f"{self.name}: what `lockstep restore` gives back differs from the target")
         restored.unlink()
         return "`lockstep restore` from the mirror alone gives back the target, byte for byte"
 
-    def _command(self, *arguments: str) -> list[str]:
-        state = f"LOCKSTEP_STATE_DIR={self.home / 'state'}"
-        return ["env", state, sys.executable, "-m", "lockstep", *arguments]
+    def restore(self, output: Path) -> None:
+        """Write what the mirror alone gives back to a new file."""
+        self.lockstep("restore", str(self.mirror), str(output), "--key-file", str(self.key_file))
 
-    def _lockstep(self, *arguments: str) -> str:
+    def lockstep(self, *arguments: str) -> str:
+        """Run a command to its end."""
         return run(self._command(*arguments))
+
+    def _command(self, *arguments: str) -> list[str]:
+        return ["env", f"{ENVIRONMENT}={self.state.path}", sys.executable, "-m", "lockstep", *arguments]
 
     def _ready_uri(self) -> str | None:
         lines = self.server.log.read_text().splitlines()
         return next((line.removeprefix("ready ").strip() for line in lines if line.startswith("ready ")), None)
-
-    def _mirror_state(self) -> str:
-        (volume,) = json.loads(self._lockstep("status", self.name, "--json"))["volumes"]
-        (mirror,) = volume["mirrors"]
-        return str(mirror["state"])
 
 
 class Nbdkit(Peer):

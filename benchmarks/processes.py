@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+POLL_S = 0.01
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -28,11 +29,25 @@ def require(programs: Mapping[str, str]) -> None:
 
 def run(command: list[str], cwd: Path | None = None) -> str:
     """Run a program to its end and return what it printed."""
-    done = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip()
-        raise BenchmarkError(f"exit code {done.returncode} from: {' '.join(command)}\n{said}")
-    return done.stdout
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, error = process.communicate()
+        except BaseException:
+            kill_all(process)  # its children as well, which would keep files and mounts busy
+            raise
+    if process.returncode != 0:
+        raise BenchmarkError(f"exit code {process.returncode} from: {' '.join(command)}\n{(error or output).strip()}")
+    return output
+
+
+def kill_all(process: "subprocess.Popen[Any]") -> None:
+    """End a process that has a session of its own, and its children, whatever their state."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def wait_for(condition: Callable[[], T | None], timeout_s: float, what: str) -> T:
@@ -41,7 +56,7 @@ def wait_for(condition: Callable[[], T | None], timeout_s: float, what: str) -> 
     while not (value := condition()):
         if time.monotonic() > deadline:
             raise BenchmarkError(f"waited {timeout_s:g} s in vain for {what}")
-        time.sleep(0.05)
+        time.sleep(POLL_S)
     return value
 
 
@@ -73,6 +88,13 @@ class Server:
         """CPU seconds spent so far by the server, its descendants and the children they have reaped."""
         return sum(_cpu_ticks(pid) for pid in _tree(self._process.pid)) / TICKS_PER_S
 
+    def memory_bytes(self) -> tuple[int, int]:
+        """Resident memory now, and the most it ever was; of the server without its children."""
+        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        sizes = {name: value for name, _, value in (line.partition(":") for line in lines)}
+        now, most = (int(sizes[name].split()[0]) << 10 for name in ("VmRSS", "VmHWM"))
+        return now, most
+
     def terminate(self) -> None:
         """Ask for an end with SIGTERM."""
         self._process.terminate()
@@ -88,9 +110,7 @@ class Server:
 
     def kill(self) -> None:
         """End the server and its children, whatever their state."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        kill_all(self._process)
 
     def _last_words(self) -> str:
         code = self._process.returncode

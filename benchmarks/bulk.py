@@ -1,0 +1,156 @@
+"""The rates of Lockstep's copies of a whole disk, beside those of the steps that a copy cannot do without.
+
+The steps are a sequential read, encryption, and a sequential write, in pieces of 1 MiB, each alone and in one thread;
+the rate of the slowest is the measure. All of it happens in one round, one after the other.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benchmarks.client import RawClient
+from benchmarks.peers import LUKS_HEADER_BYTES, Lockstep
+from benchmarks.processes import POLL_S, BenchmarkError
+from benchmarks.results import Cell, Results
+from benchmarks.stage import in_turn, make_random, note, require_space, say, scratch_directory
+from lockstep.crypto.cipher import XtsCipher
+
+PIECE_BYTES = 1 << 20
+LOOK_S = 0.025  # each look costs the server a millisecond
+NO_SUCH_COMMAND = "exit code 2"
+
+
+def measure_copies(results: Results, options: argparse.Namespace) -> None:
+    """Initial sync, resync, verify and restore, for each sector size."""
+    size_bytes: int = options.bulk_size
+    with scratch_directory(options.dir) as scratch:
+        require_space(scratch, 3 * (size_bytes + LUKS_HEADER_BYTES))
+        target = scratch / "target"
+        make_random(target, size_bytes)
+        for number in range(options.bulk_rounds):
+            for sector_bytes in in_turn(options.sectors, number):
+                home = scratch / f"lockstep-{sector_bytes}"
+                home.mkdir()
+                lockstep = Lockstep(home, size_bytes, sector_bytes)
+                lockstep.target = target
+                try:
+                    _measure(results, lockstep, number)
+                finally:
+                    lockstep.kill()
+                    shutil.rmtree(home)
+
+
+def _measure(results: Results, lockstep: Lockstep, number: int) -> None:
+    floors = {
+        "read_bytes_s": _rate(lockstep.size_bytes, _read, lockstep.target),
+        "xts_bytes_s": _rate(lockstep.size_bytes, _encrypt, lockstep.size_bytes, lockstep.sector_bytes),
+        "write_bytes_s": _rate(lockstep.size_bytes, _writer(lockstep.home / "written", lockstep.size_bytes)),
+    }
+    slowest = min(floors.values())
+
+    def rate(row: str, bytes_s: float) -> None:
+        figures = {"bytes_s": bytes_s, "share": bytes_s / slowest, **floors}
+        note(results, Cell(row, lockstep.name, number, "bytes_s", figures))
+
+    lockstep.start()
+    rate("initial-sync", _copied(lockstep))
+    _make_half_dirty(lockstep)
+    lockstep.server.kill()
+    lockstep.serve()
+    rate("resync", _copied(lockstep))
+    try:
+        verify_s = _seconds(_verify, lockstep) - _seconds(lockstep.lockstep, "list")  # its start-up
+    except BenchmarkError as error:
+        if NO_SUCH_COMMAND not in str(error):
+            raise
+        say("this lockstep has no command verify: not measured")
+    else:
+        rate("verify", lockstep.size_bytes / verify_s)
+    lockstep.stop()
+    rate("restore", _restored(lockstep))
+
+
+def _copied(lockstep: Lockstep) -> float:
+    """Bytes per second of a copy that has just begun, between the first and the last look at it that found it busy.
+
+    The flush and the token that follow are not in it: they cost as much after a small copy as after a large one.
+    """
+    looks: list[tuple[float, int]] = []
+    while dirty_bytes := int(lockstep.mirror_status()["dirty_bytes"]):
+        looks.append((time.monotonic(), dirty_bytes))
+        time.sleep(LOOK_S)
+    if len(looks) < 3:
+        raise BenchmarkError("a copy was over before it could be measured; choose a larger --bulk-size")
+    (began_s, first_bytes), (ended_s, last_bytes) = looks[0], looks[-1]
+    lockstep.await_in_sync()
+    return (first_bytes - last_bytes) / (ended_s - began_s)
+
+
+def _restored(lockstep: Lockstep) -> float:
+    """Bytes per second of a restore, from the first byte of its output to the end of the command."""
+    output = lockstep.home / "restored"
+    with ThreadPoolExecutor(1) as worker:
+        work = worker.submit(lockstep.restore, output)
+        while not work.done() and not (output.exists() and output.stat().st_blocks):
+            time.sleep(POLL_S)
+        began_s = time.monotonic()
+        work.result()
+    return lockstep.size_bytes / (time.monotonic() - began_s)
+
+
+def _make_half_dirty(lockstep: Lockstep) -> None:
+    """Write to every other MiB, so that the server that is killed next leaves a good half of the disk to be copied."""
+    with contextlib.closing(RawClient(lockstep.uri)) as client:
+        for offset in range(0, lockstep.size_bytes, 2 << 20):
+            client.write(offset, os.urandom(4096))
+
+
+def _verify(lockstep: Lockstep) -> None:
+    said = json.loads(lockstep.lockstep("verify", lockstep.name, "--json"))
+    if said["mismatches"] or said["compared_bytes"] != lockstep.size_bytes:
+        raise BenchmarkError(f"{lockstep.name}: verify compared {said['compared_bytes']} bytes: {said['mismatches']}")
+
+
+def _read(path: Path) -> None:
+    piece = bytearray(PIECE_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(piece):
+            pass
+
+
+def _encrypt(size_bytes: int, sector_bytes: int) -> None:
+    cipher = XtsCipher(os.urandom(64), sector_bytes)
+    plain, secret = bytearray(PIECE_BYTES), bytearray(PIECE_BYTES)
+    for offset in range(0, size_bytes, PIECE_BYTES):
+        cipher.encrypt_into(offset // 512, plain, secret)
+
+
+def _writer(path: Path, size_bytes: int) -> Callable[[], None]:
+    """A function that writes a file whose space is there already, as the mirror's is, and flushes it."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size_bytes)
+
+    def write() -> None:
+        piece = os.urandom(PIECE_BYTES)
+        with path.open("rb+", buffering=0) as file:
+            for _ in range(size_bytes // PIECE_BYTES):
+                file.write(piece)
+            os.fsync(file.fileno())
+
+    return write
+
+
+def _rate(size_bytes: int, step: Callable[..., None], *arguments: object) -> float:
+    return size_bytes / _seconds(step, *arguments)
+
+
+def _seconds(step: Callable[..., object], *arguments: object) -> float:
+    began_s = time.monotonic()
+    step(*arguments)
+    return time.monotonic() - began_s
