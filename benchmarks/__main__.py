@@ -88,7 +88,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, default=Path("/dev/shm"), help="where the disks live (default: /dev/shm)")
     parser.add_argument("--disk-dir", type=Path, help="for rows with flushes (default: a temporary place)")
     parser.add_argument("--size", type=_size, help="of each target (default: 512M; 128M when quick)")
-    parser.add_argument("--bulk-size", type=_size, help="of what is copied whole (default: 2G; 256M when quick)")
+    parser.add_argument("--bulk-size", type=_size, help="of what is copied whole (default: 2G; 512M when quick)")
     parser.add_argument("--rounds", type=int, help="(default: 5; 1 when quick)")
     parser.add_argument("--seconds", type=float, help="counted per cell (default: 3; 0.8 when quick)")
     parser.add_argument("--quick", action="store_true", help="a look, not a result")
@@ -104,7 +104,7 @@ def _completed(options: argparse.Namespace) -> argparse.Namespace:
         options.mode, [4096] if quick else [512, 4096]
     )
     options.size = options.size or (128 << 20 if quick else 512 << 20)
-    options.bulk_size = options.bulk_size or (256 << 20 if quick else 2 << 30)
+    options.bulk_size = options.bulk_size or (512 << 20 if quick else 2 << 30)
     options.rounds = options.rounds or (1 if quick else 5)
     options.bulk_rounds = min(options.rounds, 3)
     seconds = options.seconds or (0.8 if quick else 3.0)

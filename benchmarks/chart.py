@@ -10,7 +10,7 @@ from html import escape
 
 from benchmarks.results import Results, Spread
 
-WIDTH, LEFT, RIGHT, BAR, GAP, TOP = 1000, 330, 150, 16, 12, 78
+WIDTH, LEFT, RIGHT, BAR, GAP, TOP = 1100, 430, 150, 16, 12, 78
 COLOURS = ("#1b6ca8", "#58a4d4", "#8c8c8c", "#d08a3c", "#7a9a4a", "#a06a9a")
 REFERENCE = "nbdkit"
 LESS_IS_BETTER = ("mean_us", "s", "bytes")
