@@ -12,7 +12,7 @@ BENCH_PACKAGES := postgresql
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test check bench bench-quick bench-grow bench-users bench-micro fuzz format clean
+.PHONY: demo test check bench bench-quick bench-grow bench-users bench-micro fuzz torture rescue-test format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/run-packages $(VENV)/installed
@@ -52,6 +52,11 @@ fuzz: $(VENV)/installed
 	mkdir -p build/fuzz/negotiation build/fuzz/connection
 	$(BIN)/python -m fuzz.fuzz_negotiation -max_total_time=$(FUZZ_SECONDS) build/fuzz/negotiation
 	$(BIN)/python -m fuzz.fuzz_connection -max_total_time=$(FUZZ_SECONDS) -max_len=4000 -rss_limit_mb=1024 build/fuzz/connection
+
+# Crash tests with new seeds, for TORTURE_SECONDS: power cuts that the disks allow, and kill -9 under load.
+TORTURE_SECONDS ?= 3600
+torture: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
+	$(SUDO) $(BIN)/python -m tests.torture --seconds $(TORTURE_SECONDS) $(TORTURE_ARGS)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -572,6 +572,12 @@ class Client:
         replies, self._replies = self._replies, {}
         return replies
 
+    def arrived(self) -> list[Reply]:
+        """Wait for the server to send something; return the replies that are whole by now."""
+        self._take()
+        replies, self._replies = self._replies, {}
+        return list(replies.values())
+
     def call(self, command: int, offset: int = 0, length: int = 0, flags: int = 0, payload: bytes = b"") -> Reply:
         """Send one request, and wait for its reply."""
         request = self.request(command, offset, length, flags, payload)

@@ -3,75 +3,25 @@
 import random
 import shutil
 import subprocess
-import time
 
-from tests.lab import MIB, Lab, Served, Volume, wait_until
+from tests.kill_loop import assert_recovers, kill_under_file_system, kill_under_fio, marks
+from tests.lab import MIB, Lab, needs, wait_until
 
 SIZE_BYTES = 32 * MIB
-REGION_BYTES = 64 << 10
-
-
-def start_writer(served: Served, seed: int, span_bytes: int) -> "subprocess.Popen[bytes]":
-    """Write at random within the first `span_bytes`, many at a time, until killed."""
-    options = {
-        "name": "writer",
-        "ioengine": "nbd",
-        "uri": served.uri,
-        "rw": "randwrite",
-        "bsrange": "512-128k",
-        "bs_unaligned": 1,
-        "iodepth": 16,
-        "size": span_bytes,
-        "norandommap": 1,
-        "randseed": seed,
-        "time_based": 1,
-        "runtime": 60,
-        "thread": 1,
-        "fdatasync": 50,
-    }
-    arguments = [f"--{name}={value}" for name, value in options.items()]
-    return subprocess.Popen(
-        ["fio", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=served.volume.lab.home
-    )
-
-
-def copied_bytes(served: Served) -> int:
-    """What this server's log says that it copied at its start."""
-    lines = [line for line in served.log.read_text().splitlines() if " bytes to mirror " in line]
-    return int(lines[-1].split("copying ")[1].split()[0]) if lines else 0
-
-
-def assert_recovers(volume: Volume, most_bytes: int) -> int:
-    """Start again after a crash: copies at most so much, and the disks end equal. Returns what was copied."""
-    log = volume.lab.home / f"{volume.name}.log"
-    log.write_text("")
-    with volume.served() as served:
-        copied = copied_bytes(served)
-        assert copied <= most_bytes, f"{copied} bytes were copied, {most_bytes} could differ"
-    volume.assert_equal_disks()
-    return copied
 
 
 def test_kill_9_under_load_copies_only_what_was_being_written(lab: Lab) -> None:
+    """`make torture` does so for an hour."""
     volume = lab.volume("vol", SIZE_BYTES, content=random.Random(1).randbytes(4 * MIB))
-    span_bytes = 8 * MIB
     chance = random.Random(2)
-    for seed in range(3):
-        with volume.served() as served:
-            before = volume.target.read_bytes()
-            writer = start_writer(served, seed, span_bytes)
-            wait_until(lambda: volume.target.read_bytes() != before, "the writer to have written")  # noqa: B023
-            time.sleep(chance.random() / 2)  # the moment of death is what varies
-            served.kill()
-            writer.kill()
-            writer.wait()
-        assert assert_recovers(volume, span_bytes + REGION_BYTES) > 0
+    for _ in range(3):
+        assert kill_under_fio(volume, chance, 8 * MIB) > 0
 
 
-def marks(lab: Lab) -> bytes:
-    """The bits of the only bitmap: a disk of this size has one page of them."""
-    bitmap = next((lab.state / "intent").glob("*.intent"))
-    return bitmap.read_bytes()[512 + 4 : 1024]
+@needs("nbdfuse", "fusermount3", "losetup", "mount", "mkfs.ext4", "e2fsck", "/dev/fuse", root=True)
+def test_kill_9_under_a_file_system_loses_no_synced_file(lab: Lab) -> None:
+    volume = lab.volume("vol", SIZE_BYTES)
+    assert kill_under_file_system(volume, random.Random(3)) > 0
 
 
 def test_marks_of_regions_at_rest_are_cleared(lab: Lab) -> None:
