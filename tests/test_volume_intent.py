@@ -171,7 +171,7 @@ def test_a_damaged_byte_marks_its_whole_page(position: int, flip: int) -> None:
 
 def test_a_target_written_since_an_orderly_end_is_noticed(tmp_path: Path) -> None:
     bitmap, path = fresh(tmp_path)
-    bitmap.settle(1, written_ns=5)
+    bitmap.claim(1, 1, bytes(COUNT), written_ns=5)
     bitmap.close()
     assert load(str(path), IDENTITY, 1, 5).marked == bytes(COUNT)
     assert load(str(path), IDENTITY, 1, 6).marked == b"\1" * COUNT

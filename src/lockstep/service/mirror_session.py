@@ -9,7 +9,7 @@ copies of one mirror that went different ways never come to the same generation.
     serve   token: state, whenever it changes; "in-sync" only after a flush
             before marks are cleared: a new generation, in the same three steps
     return  of a mirror that failed or was away: as at the start
-    retire  the same as claim, after both disks were flushed: only what differs is still marked
+    retire  the same as claim, after both disks were flushed; only what differs is still marked when it is settled
 
 A power cut between any two of these leaves a pair that still fits. A mirror that was swapped, copied back or written
 elsewhere has another generation, and everything is copied. While a mirror is away the bitmap keeps the generation that
@@ -135,9 +135,10 @@ class MirrorSession:
                 self._intent.claim(generation, following, marked, written_ns)
                 return
             following = self._following()
-            self._intent.claim(self._token.generation, following, marked)
+            kept = _either(marked, self._intent.marked())  # a copy of the mirror from before still fits
+            self._intent.claim(self._token.generation, following, kept)
             self._write_token(following, self.link.token_state)
-            self._intent.settle(following, written_ns)
+            self._intent.claim(following, following, marked, written_ns)
             self._generations = (following, following)
         except OSError as error:
             raise StateDirUnusable(path=self._state_dir, reason=error.strerror or str(error)) from error

@@ -122,16 +122,19 @@ class IntentBitmap:
     # --- life ---
 
     def claim(self, generation: int, following: int, marked: bytes | bytearray, written_ns: int = 0) -> None:
-        """Write the whole bitmap anew, durably: its mirror has `generation`, and is about to be given `following`."""
+        """Write the whole bitmap anew, durably: its mirror has `generation`, and is about to be given `following`.
+
+        `written_ns`: at an orderly end, when the target was written.
+        """
         self._pages.create(_header(self._identity, generation, following, written_ns), marked)
 
     def advance(self, generation: int, following: int) -> None:
         """Note, durably, that the mirror has `generation` and is about to be given `following`."""
         self._pages.write_header(_header(self._identity, generation, following, 0))
 
-    def settle(self, generation: int, written_ns: int = 0) -> None:
-        """Note, durably, that the mirror was given `generation`; and at an orderly end, when the target was written."""
-        self._pages.write_header(_header(self._identity, generation, generation, written_ns))
+    def settle(self, generation: int) -> None:
+        """Note, durably, that the mirror was given `generation`."""
+        self._pages.write_header(_header(self._identity, generation, generation, 0))
 
     def discard(self) -> None:
         """Take the bitmap away, durably: everything counts as different from here on, and nothing need be marked."""
