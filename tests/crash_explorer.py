@@ -21,6 +21,7 @@ docs/formats.md has them, the data by AES-XTS with the volume key that dissect.f
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -85,6 +86,7 @@ class Image:
     written_ns: int
     # Of sectors whose content was open at the cut that made this image: what the mirror may have as well.
     open: dict[int, list[bytes]] = field(default_factory=dict)
+    silent: bool = False  # the mirror's header could not be written, so it need not say that it misses something
 
 
 @dataclass
@@ -160,6 +162,7 @@ class Expected:
         self.base = base.ljust(-(-len(base) // SECTOR_BYTES) * SECTOR_BYTES, b"\0")
         self.requests: list[Request] = []
         self.flushes: list[Request] = []
+        self.faults: list[tuple[int, int]] = []  # when, and which bits of recorder.c's faults from then on
         by_number: dict[int, Request] = {}
         for at, record in enumerate(log):
             if record.kind == MARK:
@@ -178,6 +181,8 @@ class Expected:
                     (self.flushes if made.kind == "flush" else self.requests).append(made)
                 elif "ends" in noted and not noted["error"]:
                     by_number[noted["ends"]].ends = at
+                elif "fault" in noted:
+                    self.faults.append((at, noted["fault"]))
         self.target = self._versions(seed, self.requests)
         self.mirror = self._versions(seed, [each for each in self.requests if not each.held])
         self.first_held = min((each.begins for each in self.requests if each.held), default=NEVER)
@@ -313,6 +318,7 @@ class Explorer:
                     self._recover(image, other, chance)
                     going_on = image
             older = [*older[-3:], image]
+        run.after.silent = self._silenced(expected, len(run.log))
         return going_on if chance.random() < 0.6 else run.after
 
     def _run(self, start: Image, for_seed: int, **asked: object) -> Run:
@@ -365,14 +371,16 @@ class Explorer:
             after_cut[sector] = [data for _, data in begun[expected.settled(begun, flushed, cut) :]]
         _compare("the target", _padded(files[self.target_path]), expected.base, after_cut, {})
         image.open = {**start.open, **after_cut}
+        image.silent = self._silenced(expected, cut)
 
         token = self.mirror.token(files)
         data = _padded(self.mirror.data(files, SIZE_BYTES))
         self._look_at_marks(image)
         self._look_for_what_is_barred(expected, data)
-        if token["state"] not in ("in-sync", "frozen"):
+        as_before = token["generation"] == self.mirror.token(start.files)["generation"]
+        if token["state"] not in ("in-sync", "frozen") or image.silent or (start.silent and as_before):
             return
-        before = start.open if token["generation"] == self.mirror.token(start.files)["generation"] else {}
+        before = start.open if as_before else {}
         if token["state"] == "frozen":
             there = _padded(self.mirror.data(start.files, SIZE_BYTES))
             before = {at: [*before.get(at, []), _sector(there, at)] for at in range(len(there) // SECTOR_BYTES)}
@@ -393,9 +401,14 @@ class Explorer:
             on_mirror[sector] = choices
         _compare(f"the mirror alone, {token['state']},", data, expected.base, on_mirror, before)
 
+    def _silenced(self, expected: Expected, cut: int) -> bool:
+        """Whether the disk that has the mirror's header has failed before."""
+        bit = 1 if self.mirror.header_path == self.mirror.path else 16
+        return any(when <= cut and faults & bit for when, faults in expected.faults)
+
     def _with_mirror_of(self, image: Image, other: Image) -> Image:
         theirs = {path: other.files[path] for path in (self.mirror.path, self.mirror.header_path)}
-        return Image({**image.files, **theirs}, image.written_ns, image.open)
+        return dataclasses.replace(image, files={**image.files, **theirs})
 
     def _look_at_marks(self, image: Image, where: str = "") -> None:
         generation = int(self.mirror.token(image.files)["generation"])
@@ -445,7 +458,7 @@ class Explorer:
         begun = self._with_mirror_of(image, older) if how < 0.2 else image
         if 0.1 < how < 0.3:
             files = {path: content for path, content in begun.files.items() if not path.endswith(".intent")}
-            begun = Image(files, image.written_ns, image.open)
+            begun = dataclasses.replace(begun, files=files)
         run = self._run(begun, 0, script="recovery")
         target, data = run.after.files[self.target_path], self.mirror.data(run.after.files, SIZE_BYTES)
         before = image.files[self.target_path]

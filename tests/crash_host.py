@@ -142,15 +142,15 @@ class History:
         self.size = self.clients[0].size
         self.in_flight: dict[int, tuple[int, int, int]] = {}  # cookie -> number, first grain, grain after
         held_from = chance.choice((self.requests // 2, self.requests + 1, self.requests + 1))
-        fault_at = chance.choice((self.requests * 3 // 4, self.requests + 1, self.requests + 1))
-        fault = chance.choice((1, 1, 4))
+        fault, fault_at = chance.choice((1, 17, 4)), chance.choice((self.requests // 3, self.requests + 1))
+        fault_ends = fault_at + chance.randint(5, self.requests)  # then the mirror comes back, if there is time
         depth, hot = chance.choice((1, 3, 8)), chance.randrange(self.size)
         if chance.random() < 0.7:
             host.await_state("in-sync", "behind")
         for step in range(self.requests):
-            if step == fault_at:
-                host.mark(fault=fault)
-                host.faults[0] = fault
+            if step in (fault_at, fault_ends):
+                host.faults[0] = fault if step == fault_at else 0
+                host.mark(fault=host.faults[0])
             if chance.random() < 0.05:
                 hot, depth = chance.randrange(self.size), chance.choice((1, 3, 8))
                 time.sleep(chance.random() / 5)  # so that marks grow old somewhere else: what varies is the moment
