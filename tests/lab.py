@@ -450,7 +450,10 @@ class Clients:
 class Storage:
     """A disk on nbdkit, shown as a file by nbdfuse: every request is on record, and it can be slow or stop."""
 
-    def __init__(self, home: Path, size_bytes: int, *, write_delay_ms: int = 0) -> None:
+    def __init__(
+        self, home: Path, size_bytes: int, *, write_delay_ms: int = 0, plugin: Sequence[str] | None = None
+    ) -> None:
+        """Keep the data in the file `image`, or where another of nbdkit's plugins, with its options, keeps it."""
         home.mkdir()
         self.image = home / "image"
         self.path = home / "mnt" / "disk"
@@ -462,7 +465,11 @@ class Storage:
         self._fuse: subprocess.Popen[bytes] | None = None
         options = (f"logfile={self._log}", f"delay-write={write_delay_ms}ms")
         self._nbdkit = subprocess.Popen(
-            ["nbdkit", "-f", "-U", socket, "--filter=log", "--filter=delay", "file", self.image, *options]
+            [
+                *("nbdkit", "-f", "-U", socket, "--filter=log", "--filter=delay"),
+                *(plugin or ("file", self.image)),
+                *options,
+            ]
         )
         wait_until(socket.exists, "nbdkit to listen")
         self._fuse = subprocess.Popen(["nbdfuse", self.path, "--unix", socket])

@@ -30,7 +30,7 @@ from lockstep.registry import models, schema
 from lockstep.registry.store import VolumeRecord
 from lockstep.service import background, serve, status
 from lockstep.service.state import ENVIRONMENT, SYSTEM_DIRECTORY, State
-from lockstep.volume import intent, link, pages, regions, write_path
+from lockstep.volume import intent, link, pages, regions, restore_record, write_path
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.progress import SyncProgress
 from lockstep.volume.regions import RegionMap
@@ -366,9 +366,24 @@ def test_the_mirror_is_made_as_described() -> None:
     assert headers[1][1:] == ["a file of 16 MiB, mode 0600", "0"]
 
 
+def test_the_record_of_a_restore_is_as_described(tmp_path: Path) -> None:
+    (example,) = [block for block in fences(doc("formats.md"), "json") if restore_record.TYPE in block]
+    written = tmp_path / "record"
+    written.write_text(example)
+    record = restore_record.RestoreRecord.load(str(written))
+    assert record is not None
+    record.save(str(written))
+    assert json.loads(written.read_text()) == json.loads(example)
+    rows = table(doc("formats.md"), "restore record", "meaning")
+    assert {span for names, *_ in rows for span in spans(names)} == set(json.loads(example))
+    for name in ("formats.md", "operations.md"):
+        assert f"`OUTPUT{restore_record.SUFFIX}`" in doc(name)
+
+
 def test_the_versions_are_those_that_are_written() -> None:
     versions = {row[0]: row[2] for row in table(doc("formats.md"), "what", "where", "version")}
     assert versions["token"] == str(luks.TOKEN_VERSION)
+    assert versions["record of a restore"] == str(restore_record.VERSION)
     assert versions["intent bitmap"] == str(intent.VERSION)
     assert versions["registry"] == schema.REVISION
 

@@ -186,6 +186,30 @@ class MirrorAmbiguous(UsageError):
     next_step = "Say with --mirror PATH which one is meant."
 
 
+class RangeInvalid(UsageError):
+    """Data: offset, length, size_bytes."""
+
+    happened = "There is no range of {length} bytes at {offset}: the mirror holds a disk of {size_bytes} bytes."
+    cause = "The range (--offset, --length) was meant for another disk, or is empty."
+    next_step = "Leave --length out to restore everything from --offset on, and both for the whole disk."
+
+
+class StreamCannot(UsageError):
+    """Data: option."""
+
+    happened = "{option} is impossible when the output is - (standard output)."
+    cause = "What was written to a pipe cannot be read again, and takes no record of how far it came."
+    next_step = "Give a file or a device as the output, or leave {option} out."
+
+
+class StreamIsTerminal(UsageError):
+    """The data would go to a terminal."""
+
+    happened = "Standard output is a terminal, and a disk's data is nothing to look at."
+    cause = "The output - is meant for a pipe."
+    next_step = "Write it into a pipe (`lockstep restore MIRROR - | ssh ...`), or name a file or a device."
+
+
 class MirrorMissing(UsageError):
     """Data: option."""
 
@@ -208,6 +232,17 @@ class AuditDamaged(DifferencesFound):
         "Somebody who can write the registry changed it, or put it back from a backup. The {rows} rows before are good."
     )
     next_step = "Compare it with what was shipped elsewhere (lockstep audit --json), and find out who could write it."
+
+
+class OutputDiffers(DifferencesFound):
+    """Data: path, mirror, count_bytes, offset."""
+
+    happened = (
+        "{path} does not give back what was written to it: {count_bytes} bytes differ from the mirror {mirror}, "
+        "the first at byte {offset} of the disk."
+    )
+    cause = "The output's disk, its cable or the memory is faulty, or something else wrote to it meanwhile."
+    next_step = "Do not use this output. Restore to another disk, and check this one (`dmesg`, `smartctl -a`)."
 
 
 class StillBehind(DifferencesFound):
@@ -568,6 +603,49 @@ class OutputExists(DiskError):
     happened = "{path} is not empty: {found}."
     cause = "Restoring overwrites the whole output."
     next_step = "Give another output, or repeat the command with --force if this one may be overwritten."
+
+
+class RestoreUnfinished(DiskError):
+    """Data: path, record, done_bytes, length."""
+
+    happened = "{path} is an unfinished restore: {done_bytes} of {length} bytes (its record is {record})."
+    cause = "That restore was interrupted, or is still running."
+    next_step = "Repeat the command with --resume to go on with it, or with --force to start again from the beginning."
+
+
+class RestoreStopped(DiskError):
+    """Data: path, mirror, done_bytes, length, reason."""
+
+    happened = "Restoring {mirror} to {path} stopped after {done_bytes} of {length} bytes: {reason}."
+    cause = "A disk is failing or full, or it was disconnected."
+    next_step = (
+        "What was restored is kept. Make room or repair the disk (`dmesg` has the kernel's messages), then repeat the "
+        "command with --resume: it goes on there."
+    )
+
+
+class NothingToResume(DiskError):
+    """Data: path, record."""
+
+    happened = "There is no record {record}, so what {path} holds is not known to be an unfinished restore."
+    cause = "That restore ended, was never begun, or has its record elsewhere."
+    next_step = "Leave --resume out, or say with --record where the record is."
+
+
+class ResumeUnfit(DiskError):
+    """Data: path, record, reason."""
+
+    happened = "The restore to {path} cannot be resumed: {reason}."
+    cause = "The record {record} is of another restore, or the mirror or the output changed since."
+    next_step = "Give the same mirror, output and range as before, or start again from the beginning with --force."
+
+
+class RestoreRecordInvalid(DiskError):
+    """Data: path, reason."""
+
+    happened = "{path} cannot be used as the record of a restore: {reason}."
+    cause = "Another file has this name, or it was damaged."
+    next_step = "Give another name with --record, or take the file away if nobody needs it."
 
 
 class OutputTooSmall(DiskError):

@@ -1,11 +1,12 @@
 """How things look: errors, sizes, JSON, progress. One state, printed for people or for programs."""
 
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from typing import Any
+from typing import Any, Self
 from zoneinfo import ZoneInfo
 
 import typer
@@ -33,9 +34,9 @@ def console() -> Console:
     return Console(soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON document on one line."""
-    typer.echo(json.dumps(value))
+def print_json(value: Any, *, err: bool = False) -> None:
+    """Print one JSON document on one line; with `err` on standard error, where data has standard output."""
+    typer.echo(json.dumps(value), err=err)
 
 
 def human_bytes(count: float) -> str:
@@ -66,35 +67,65 @@ def human_seconds(count: float) -> str:
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
+class ProgressBars:
+    """Is told (phase, bytes done, bytes in all): a bar for each phase on a terminal, JSON lines if asked for."""
+
+    def __init__(self, names: dict[str, str], *, as_json: bool, err: bool = False) -> None:
+        """`names`: phase -> how the bar is called; `err` sends JSON to standard error, where bars always are."""
+        self._names = names
+        self._as_json = as_json
+        self._err = err
+        self._phase: str | None = None
+        self._show: Callable[[int, int], None] = lambda _done, _total: None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Show how far a phase is."""
+        if phase != self._phase:
+            self._phase = phase
+            self._stack.close()
+            if self._as_json:
+                self._show = self._json_lines(phase)
+            elif sys.stderr.isatty():
+                self._show = self._stack.enter_context(_bar(self._names[phase], done, total))
+        self._show(done, total)
+
+    def _json_lines(self, phase: str) -> Callable[[int, int], None]:
+        """Report whole percents, so that a pipe is not flooded."""
+        last = -1
+
+        def report(done: int, total: int) -> None:
+            nonlocal last
+            percent = 100 * done // total if total else 100
+            if percent != last:
+                last = percent
+                print_json({"phase": phase, "done_bytes": done, "total_bytes": total}, err=self._err)
+
+        return report
+
+
 @contextlib.contextmanager
-def progress_bar(what: str, *, as_json: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that is told (bytes done, bytes in all): a bar on a terminal, JSON lines if asked for."""
-    if as_json:
-        yield _json_progress()
-    elif sys.stderr.isatty():
-        columns = (
-            TextColumn(what),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(what, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-    else:
-        yield lambda _done, _total: None
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that is told (bytes done, bytes in all): a bar on a terminal, else nothing."""
+    with ProgressBars({what: what}, as_json=False) as bars:
+        yield functools.partial(bars, what)
 
 
-def _json_progress() -> Callable[[int, int], None]:
-    """Report whole percents, so that a pipe is not flooded."""
-    last = -1
-
-    def report(done: int, total: int) -> None:
-        nonlocal last
-        percent = 100 * done // total if total else 100
-        if percent != last:
-            last = percent
-            print_json({"done_bytes": done, "total_bytes": total})
-
-    return report
+@contextlib.contextmanager
+def _bar(what: str, done: int, total: int) -> Iterator[Callable[[int, int], None]]:
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, completed=done, total=total)  # what was there already has no speed
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -5,63 +5,113 @@ from typing import Annotated
 
 import typer
 
-from lockstep.cli.options import Credential, Header, Json, KeyFile, TokenOnly, unlock_from
-from lockstep.cli.output import human_bytes, print_json, progress_bar
+from lockstep.cli.options import Credential, Header, Json, KeyFile, TokenOnly, size_bytes, unlock_from
+from lockstep.cli.output import ProgressBars, human_bytes, print_json
 from lockstep.cli.state import state_of
-from lockstep.service.recovery import note_restore
+from lockstep.service.recovery import COPYING, STDOUT, VERIFYING, Restored, Wanted, note_restore
 from lockstep.service.recovery import restore as restore_mirror
+
+_BARS = {COPYING: "Restoring", VERIFYING: "Verifying"}
 
 
 def restore(
     context: typer.Context,
     mirror: Annotated[str, typer.Argument(metavar="MIRROR", help="The mirror: a block device or an image file.")],
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Where the data goes: a device, or a new file.")],
+    output: Annotated[
+        str, typer.Argument(metavar="OUTPUT", help="Where the data goes: a device, a new file, or - for a pipe.")
+    ],
     header: Header = None,
     key_file: KeyFile = None,
     credential: Credential = None,
     token_only: TokenOnly = False,
+    offset: Annotated[
+        int | None, typer.Option(metavar="SIZE", parser=size_bytes, help="Leave out what is before this position.")
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(metavar="SIZE", parser=size_bytes, help="Restore so much only; default: up to the end."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what the output holds.")] = False,
     incomplete: Annotated[
         bool, typer.Option("--incomplete", help="Restore even if the mirror was never, or is no more, complete.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted restore to this output stopped.")
+    ] = False,
+    record: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Note here how far the restore is; default: OUTPUT.restoring."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the output back and compare it with the mirror.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Restore a target from its mirror alone; what unlocks it is all that is needed besides."""
+    wanted = Wanted(
+        mirror_path=mirror,
+        output_path=output,
+        header_path=header,
+        offset=offset or 0,
+        length=length,
+        force=force,
+        incomplete=incomplete,
+        resume=resume,
+        verify=verify,
+        record_path=record,
+    )
     began_s: float | None = None
+    done_bytes = 0
 
-    def note(done_bytes: int, total_bytes: int) -> None:
-        nonlocal began_s
+    def note(phase: str, done: int, total: int) -> None:
+        nonlocal began_s, done_bytes
         began_s = began_s or time.monotonic()  # the copy begins here: what came before was the passphrase
-        show(done_bytes, total_bytes)
+        done_bytes = done if phase == COPYING else total
+        bars(phase, done, total)
 
     unlock = unlock_from(key_file, credential, token_only=token_only, what=f"the mirror {mirror}")
-    with progress_bar("Restoring", as_json=as_json) as show:
-        done = restore_mirror(
-            mirror,
-            output,
-            unlock,
-            header_path=header,
-            force=force,
-            incomplete=incomplete,
-            on_progress=note,
-        )
+    to_stdout = output == STDOUT
+    try:
+        with ProgressBars(_BARS, as_json=as_json, err=to_stdout) as bars:
+            done = restore_mirror(wanted, unlock, on_progress=note)
+    except KeyboardInterrupt:
+        if began_s is not None and not to_stdout:
+            typer.echo(f"Interrupted: {output} is unfinished, with {human_bytes(done_bytes)} restored.", err=True)
+            typer.echo("Repeat the command with --resume to go on there, or delete it and its record.", err=True)
+        raise
     note_restore(state_of(context, None), mirror, done)
     elapsed_s = time.monotonic() - (began_s or 0)
     if as_json:
-        print_json(
-            {
-                "restored_bytes": done.size_bytes,
-                "volume": done.volume_name,
-                "output": done.output,
-                "frozen": done.frozen,
-            }
-        )
-        return
-    rate = human_bytes(done.size_bytes / elapsed_s)
-    typer.echo(f"Restored {human_bytes(done.size_bytes)} of {done.volume_name} to {done.output} ({rate}/s).")
+        print_json(_as_json(done), err=to_stdout)
+    else:
+        _tell(done, elapsed_s, err=to_stdout)
+
+
+def _as_json(done: Restored) -> dict[str, object]:
+    return {
+        "restored_bytes": done.extent.length,
+        "volume": done.volume_name,
+        "output": done.output,
+        "frozen": done.frozen,
+        "offset": done.extent.offset,
+        "resumed_bytes": done.resumed_bytes,
+        "verified": done.verified,
+    }
+
+
+def _tell(done: Restored, elapsed_s: float, *, err: bool) -> None:
+    rate = human_bytes((done.extent.length - done.resumed_bytes) / elapsed_s)
+    output = "standard output" if done.output == STDOUT else done.output
+    again = f"; {human_bytes(done.resumed_bytes)} of it were there already" if done.resumed_bytes else ""
+    typer.echo(
+        f"Restored {human_bytes(done.extent.length)} of {done.volume_name} to {output} ({rate}/s){again}.", err=err
+    )
+    if done.verified:
+        typer.echo("It was read back, and equals the mirror.", err=err)
     if done.frozen:
         typer.echo(
-            "It is the disk as it was when the mirror froze: what was written since, without permission, is not in it."
+            "It is the disk as it was when the mirror froze: what was written since, without permission, is not in it.",
+            err=err,
         )
 
 

@@ -41,7 +41,7 @@ def verify(
         _show_history(state, name, as_json=as_json)
         return
     manager(state, f"verify {name}")
-    with progress_bar("Comparing", as_json=False) as show:
+    with progress_bar("Comparing") as show:
         try:
             results = _while_served(state, name, repair=repair, on_progress=show)
         except NotServed:

@@ -157,6 +157,15 @@ class PlainDisk:
         """Make every completed write durable."""
         os.fdatasync(self._fd)
 
+    def resize(self, size_bytes: int) -> None:
+        """Empty a file and give it a size: all of it reads as zeroes then."""
+        os.ftruncate(self._fd, 0)
+        os.ftruncate(self._fd, size_bytes)
+
+    def forget_cache(self, offset: int, length: int) -> None:
+        """Have the range read from the medium next time, as far as it was flushed."""
+        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+
     def prefetch(self, offset: int, length: int) -> None:
         """Start reading the range into the page cache."""
         if length:  # 0 would mean up to the end

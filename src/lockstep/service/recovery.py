@@ -1,10 +1,24 @@
-"""Restoring from a mirror alone: no registry, no target, only the mirror, its header and what unlocks it."""
+"""Restoring from a mirror alone: no registry, no target, only the mirror, its header and what unlocks it.
+
+Whatever can be refused is refused before the first byte, and nothing is left behind then. After that nothing is taken
+away: the output stays, and beside it the record of how far it came (volume/restore_record.py); `resume` goes on there.
+
+1. header, token, range; the output is looked at, locked if it exists, and compared with the record: refusals
+2. what unlocks the mirror; it is locked; samples of what is to be resumed are compared: the last refusals
+3. a missing output is made; the record, durably; a file is emptied and given its size
+4. the copy, with checkpoints; the last one also when it fails or is interrupted
+5. flush; read back and compare, if asked; then the record is removed
+"""
 
 import contextlib
+import dataclasses
 import logging
 import os
+import stat
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from lockstep.crypto import luks
 from lockstep.crypto.cipher import self_test
@@ -13,23 +27,41 @@ from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.mirror import open_mirror
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import Disk, holds_data, inspect, overlap, signatures, users_of
+from lockstep.disk.stream import Stream
 from lockstep.errors import (
     DiskBusy,
     DiskFailed,
     LockstepError,
     MirrorIncomplete,
+    NothingToResume,
     NoToken,
+    OutputDiffers,
     OutputExists,
     OutputIsMirror,
     OutputTooSmall,
+    RangeInvalid,
+    RestoreRecordInvalid,
+    RestoreStopped,
+    RestoreUnfinished,
+    ResumeUnfit,
+    StreamCannot,
+    StreamIsTerminal,
 )
 from lockstep.service.managing import commander
 from lockstep.service.memory import protect_memory
 from lockstep.service.state import State
 from lockstep.volume.link import FROZEN, IN_SYNC
-from lockstep.volume.restore import copy_out
+from lockstep.volume.restore import DiskSink, Extent, Progress, copy_out, differences, samples
+from lockstep.volume.restore_record import SUFFIX, RestoreRecord, remove_record
 
 log = logging.getLogger(__name__)
+
+STDOUT: Final = "-"
+COPYING: Final = "copy"
+VERIFYING: Final = "verify"
+
+OnProgress = Callable[[str, int, int], None]
+"""Is given COPYING or VERIFYING, the bytes done and the bytes in all."""
 
 
 @dataclass(frozen=True)
@@ -38,51 +70,61 @@ class Restored:
 
     volume_name: str
     output: str
-    size_bytes: int
+    extent: Extent
     luks_uuid: str
     frozen: bool  # it is the disk as it was when writes began that the mirror was not given
+    resumed_bytes: int  # were there already
+    verified: bool
 
 
-def restore(
-    mirror_path: str,
-    output_path: str,
-    unlock: Unlock,
-    *,
-    header_path: str | None = None,
-    force: bool = False,
-    incomplete: bool = False,
-    on_progress: Callable[[int, int], None],
-) -> Restored:
-    """Restore the target that a mirror holds, exactly its size, onto a disk or a file.
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be restored to where: `length` None is up to the end, `record_path` None is beside the output."""
 
-    `on_progress` is given bytes done and bytes in all. Raises MirrorIncomplete unless `incomplete`; OutputExists
-    unless `force`; OutputIsMirror, OutputTooSmall, DiskBusy, DiskFailed, and whatever opening the mirror raises.
-    An output that this made is removed when the restore fails.
+    mirror_path: str
+    output_path: str
+    header_path: str | None = None
+    offset: int = 0
+    length: int | None = None
+    force: bool = False
+    incomplete: bool = False
+    resume: bool = False
+    verify: bool = False
+    record_path: str | None = None
+
+
+def restore(wanted: Wanted, unlock: Unlock, *, on_progress: OnProgress) -> Restored:
+    """Restore the target that a mirror holds, or a range of it, onto a disk, a file, or standard output.
+
+    Raises MirrorIncomplete unless `incomplete`; OutputExists or RestoreUnfinished unless `force` or `resume`;
+    RangeInvalid, NothingToResume, ResumeUnfit, RestoreRecordInvalid, OutputIsMirror, OutputTooSmall, StreamCannot,
+    StreamIsTerminal, DiskBusy, DiskFailed, and whatever opening the mirror raises: nothing was changed then.
+    RestoreStopped when a disk failed later, OutputDiffers when it was compared.
     """
     protect_memory()
     self_test()
-    with contextlib.ExitStack() as stack:
-        header = luks.read_header(header_path or mirror_path)
-        token = header.token
-        if token is None:
-            raise NoToken(path=mirror_path)
-        if token.state not in (IN_SYNC, FROZEN) and not incomplete:
-            raise MirrorIncomplete(path=mirror_path, state=token.state)
-        size_bytes = token.target_size_bytes
-        _refuse_same_storage(mirror_path, header_path, output_path)
-        made = not os.path.lexists(output_path)
-        with contextlib.ExitStack() as undo:
-            if made:
-                _make_output(output_path)
-                undo.callback(os.unlink, output_path)
-            output = _open_output(inspect(output_path), size_bytes, made=made, force=force)
-            stack.callback(output.close)
-            unlock.prepare()
-            mirror = open_mirror(mirror_path, header_path, header, unlock, size_bytes, writable=False)
-            stack.callback(mirror.close)
-            _copy(mirror, mirror_path, output, size_bytes, made, on_progress)
-            undo.pop_all()
-    return Restored(token.volume_name, output_path, size_bytes, header.uuid, token.state == FROZEN)
+    header = luks.read_header(wanted.header_path or wanted.mirror_path)
+    token = header.token
+    if token is None:
+        raise NoToken(path=wanted.mirror_path)
+    if token.state not in (IN_SYNC, FROZEN) and not wanted.incomplete:
+        raise MirrorIncomplete(path=wanted.mirror_path, state=token.state)
+    extent = _range(wanted, token.target_size_bytes)
+    begun = RestoreRecord(header.uuid, token.generation, token.target_size_bytes, extent.offset, extent.length)
+
+    def opened() -> EncryptedDisk:
+        unlock.prepare()
+        return open_mirror(
+            wanted.mirror_path, wanted.header_path, header, unlock, token.target_size_bytes, writable=False
+        )
+
+    if wanted.output_path == STDOUT:
+        _to_stream(wanted, extent, opened, on_progress)
+        resumed_bytes = 0
+    else:
+        resumed_bytes = _DiskRestore(wanted, extent, begun, on_progress).run(opened)
+    frozen = token.state == FROZEN
+    return Restored(token.volume_name, wanted.output_path, extent, header.uuid, frozen, resumed_bytes, wanted.verify)
 
 
 def note_restore(state: State, mirror_path: str, done: Restored) -> None:
@@ -98,56 +140,233 @@ def note_restore(state: State, mirror_path: str, done: Restored) -> None:
             if done.luks_uuid in known:
                 actor, path = commander(), os.path.abspath(mirror_path)
                 reason = f"{actor.user} restored the mirror {path} to {done.output}"
-                details = {"mirror": path, "output": done.output, "bytes": done.size_bytes, "frozen": done.frozen}
+                details = {
+                    "mirror": path,
+                    "output": done.output,
+                    "bytes": done.extent.length,
+                    "offset": done.extent.offset,
+                }
+                details["frozen"] = done.frozen
                 registry.audit("restore", actor=actor, volume=known[done.luks_uuid], reason=reason, details=details)
     except LockstepError as error:
         log.warning("the restore is not in the audit trail: %s", error)
 
 
-def _copy(
-    mirror: EncryptedDisk,
-    mirror_path: str,
-    output: PlainDisk,
-    size_bytes: int,
-    made: bool,
-    on_progress: Callable[[int, int], None],
-) -> None:
-    try:
-        if not output.disk.is_block:
-            os.truncate(output.disk.path, size_bytes)
-        copy_out(mirror, output, size_bytes, blank=made, on_progress=lambda done: on_progress(done, size_bytes))
-    except OSError as error:
-        raise DiskFailed(
-            path=f"{mirror_path} to {output.disk.path}", doing="Copying", reason=error.strerror or str(error)
-        ) from error
+def _range(wanted: Wanted, size_bytes: int) -> Extent:
+    length = size_bytes - wanted.offset if wanted.length is None else wanted.length
+    if length < 1 or wanted.offset + length > size_bytes:
+        raise RangeInvalid(offset=wanted.offset, length=length, size_bytes=size_bytes)
+    return Extent(wanted.offset, length)
 
 
-def _refuse_same_storage(mirror_path: str, header_path: str | None, output_path: str) -> None:
-    if not os.path.exists(output_path):
-        return
+# --- to standard output -----------------------------------------------------------------------------------
+
+
+def _to_stream(wanted: Wanted, extent: Extent, opened: Callable[[], EncryptedDisk], on_progress: OnProgress) -> None:
+    for option, given in (
+        ("--resume", wanted.resume),
+        ("--verify", wanted.verify),
+        ("--record", wanted.record_path is not None),
+    ):
+        if given:
+            raise StreamCannot(option=option)
+    fd = sys.stdout.fileno()
+    if os.isatty(fd):
+        raise StreamIsTerminal
+    kind = os.fstat(fd).st_mode
+    if stat.S_ISREG(kind) or stat.S_ISBLK(kind):  # the shell opened it, and not necessarily emptied
+        _refuse_same_storage(wanted, f"/proc/self/fd/{fd}")
+    stream, progress = Stream(fd), Progress()
+    with contextlib.closing(opened()) as mirror:
+        try:
+            copy_out(
+                mirror, stream, extent, progress, on_progress=lambda done: on_progress(COPYING, done, extent.length)
+            )
+            stream.flush()
+        except OSError as error:
+            raise DiskFailed(
+                path=f"{wanted.mirror_path} to standard output", doing="Copying", reason=error.strerror or str(error)
+            ) from error
+
+
+# --- to a disk --------------------------------------------------------------------------------------------
+
+
+class _DiskRestore:
+    """One restore onto a file or a block device; `begun` is its record with nothing done."""
+
+    def __init__(self, wanted: Wanted, extent: Extent, begun: RestoreRecord, on_progress: OnProgress) -> None:
+        self._wanted = wanted
+        self._extent = extent
+        self._begun = begun
+        self._on_progress = on_progress
+        self._path = wanted.output_path
+        self._record_path = os.path.abspath(wanted.record_path or wanted.output_path + SUFFIX)
+
+    def run(self, opened: Callable[[], EncryptedDisk]) -> int:
+        """Do it; return how many bytes were there already."""
+        record = self._found_record()
+        with contextlib.ExitStack() as stack:
+            output = self._existing_output(record)
+            if output is not None:
+                stack.callback(output.close)
+            mirror = stack.enter_context(contextlib.closing(opened()))
+            progress = Progress()
+            if output is None:
+                output = self._made_output()
+                stack.callback(output.close)
+            elif record is not None and record.done_bytes and self._wanted.resume:
+                progress = Progress(record.done_bytes, record.witness)
+                self._refuse_other_output(mirror, output, progress)
+            else:
+                self._save_begun()
+            resumed_bytes = progress.done_bytes
+            try:
+                self._fill(mirror, output, progress)
+                if self._wanted.verify:
+                    self._verify(mirror, output)
+                remove_record(self._record_path)
+            except OSError as error:
+                raise RestoreStopped(
+                    path=self._path,
+                    mirror=self._wanted.mirror_path,
+                    done_bytes=progress.done_bytes,
+                    length=self._extent.length,
+                    reason=error.strerror or str(error),
+                ) from error
+        return resumed_bytes
+
+    # --- before the first byte ---
+
+    def _found_record(self) -> RestoreRecord | None:
+        """Read the record that is there. Refuse a file that is none, or does not fit what is to be resumed."""
+        if os.path.realpath(self._record_path) == os.path.realpath(self._path):
+            raise RestoreRecordInvalid(path=self._record_path, reason="it is the output")
+        record, begun = RestoreRecord.load(self._record_path), self._begun
+        if record is None or not self._wanted.resume:
+            return record
+        if (record.luks_uuid, record.target_size_bytes) != (begun.luks_uuid, begun.target_size_bytes):
+            raise self._unfit("it was begun from another mirror")
+        if (record.offset, record.length) != (begun.offset, begun.length):
+            raise self._unfit(f"it was begun for another range, {record.length} bytes at {record.offset}")
+        if record.generation != begun.generation:
+            raise self._unfit("the mirror was served since it was begun, and may hold newer data")
+        return record
+
+    def _existing_output(self, record: RestoreRecord | None) -> PlainDisk | None:
+        """Claim the output if it exists and may be overwritten, or gone on with."""
+        if not os.path.lexists(self._path):
+            return None
+        _refuse_same_storage(self._wanted, self._path)
+        disk = inspect(self._path)
+        users = users_of(disk)
+        if users:
+            raise DiskBusy(path=disk.path, users=" and ".join(users))
+        if disk.is_block and disk.size_bytes < self._extent.length:
+            raise OutputTooSmall(path=disk.path, size_bytes=disk.size_bytes, needed_bytes=self._extent.length)
+        if self._wanted.resume:
+            self._refuse_unresumable(disk, record)
+        elif not self._wanted.force:
+            if record is not None:
+                raise RestoreUnfinished(
+                    path=self._path, record=self._record_path, done_bytes=record.done_bytes, length=record.length
+                )
+            _refuse_content(disk)
+        return PlainDisk.claim(disk)
+
+    def _refuse_unresumable(self, disk: Disk, record: RestoreRecord | None) -> None:
+        if record is None:
+            if disk.is_block or disk.size_bytes:  # an empty file may be as old as the moment before the record
+                raise NothingToResume(path=self._path, record=self._record_path)
+        elif not record.done_bytes:
+            # A file may be overwritten: the record says so. A device's name may have gone to another disk since.
+            if disk.is_block and not self._wanted.force:
+                _refuse_content(disk)
+        elif not disk.is_block and disk.size_bytes != self._extent.length:
+            raise self._unfit(f"it has {disk.size_bytes} bytes now, and had {self._extent.length}")
+
+    def _refuse_other_output(self, mirror: EncryptedDisk, output: PlainDisk, progress: Progress) -> None:
+        """Refuse an output that does not hold what was restored to it, as far as samples tell."""
+        try:
+            found = next(differences(mirror, output, self._extent, samples(self._extent, progress)), None)
+        except OSError as error:
+            raise DiskFailed(path=self._path, doing="Comparing", reason=error.strerror or str(error)) from error
+        if found is not None:
+            at = found.offset - self._extent.offset
+            raise self._unfit(f"it does not hold what was restored to it, at byte {at}")
+
+    def _unfit(self, reason: str) -> ResumeUnfit:
+        return ResumeUnfit(path=self._path, record=self._record_path, reason=reason)
+
+    def _made_output(self) -> PlainDisk:
+        """Make the output and its record; neither is left if one of them cannot be made."""
+        with contextlib.ExitStack() as undo:
+            try:
+                os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            except OSError as error:
+                raise DiskFailed(path=self._path, doing="Making", reason=error.strerror) from error
+            undo.callback(os.unlink, self._path)
+            output = PlainDisk.claim(inspect(self._path))
+            undo.callback(output.close)
+            self._save_begun()
+            undo.pop_all()
+        return output
+
+    def _save_begun(self) -> None:
+        try:
+            self._begun.save(self._record_path)
+        except OSError as error:
+            raise RestoreRecordInvalid(path=self._record_path, reason=error.strerror or str(error)) from error
+
+    # --- from then on ---
+
+    def _fill(self, mirror: EncryptedDisk, output: PlainDisk, progress: Progress) -> None:
+        """Copy what the output lacks; make it and the record of it durable, also when that fails or is interrupted."""
+
+        def checkpoint(done_bytes: int, witness: int | None) -> None:
+            output.flush()
+            dataclasses.replace(self._begun, done_bytes=done_bytes, witness=witness).save(self._record_path)
+
+        def note(done_bytes: int) -> None:
+            self._on_progress(COPYING, done_bytes, self._extent.length)
+
+        if not progress.done_bytes and not output.disk.is_block:
+            output.resize(self._extent.length)
+        sink = DiskSink(output, blank=not output.disk.is_block)
+        try:
+            copy_out(mirror, sink, self._extent, progress, on_progress=note, checkpoint=checkpoint)
+        except BaseException:
+            with contextlib.suppress(OSError):  # then the record stays behind, and more is repeated
+                checkpoint(progress.done_bytes, progress.witness)
+            raise
+        checkpoint(progress.done_bytes, progress.witness)
+
+    def _verify(self, mirror: EncryptedDisk, output: PlainDisk) -> None:
+        """Read the output back from its medium, and compare all of it with the mirror."""
+
+        def note(done_bytes: int) -> None:
+            self._on_progress(VERIFYING, done_bytes, self._extent.length)
+
+        output.forget_cache(0, 0)  # 0 bytes mean up to the end
+        mirror.forget_cache(0, 0)
+        note(0)
+        found = list(differences(mirror, output, self._extent, on_progress=note))
+        if found:
+            remove_record(self._record_path)  # going on would not mend it
+            raise OutputDiffers(
+                path=self._path,
+                mirror=self._wanted.mirror_path,
+                count_bytes=sum(each.length for each in found),
+                offset=found[0].offset,
+            )
+
+
+def _refuse_same_storage(wanted: Wanted, output_path: str) -> None:
     output = inspect(output_path)
-    for path in filter(None, (mirror_path, header_path)):
+    for path in filter(None, (wanted.mirror_path, wanted.header_path)):
         how = overlap(inspect(path), output)
         if how:
-            raise OutputIsMirror(path=output_path, mirror=path, how=how)
-
-
-def _make_output(path: str) -> None:
-    try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    except OSError as error:
-        raise DiskFailed(path=path, doing="Making", reason=error.strerror) from error
-
-
-def _open_output(disk: Disk, size_bytes: int, *, made: bool, force: bool) -> PlainDisk:
-    users = users_of(disk)
-    if users:
-        raise DiskBusy(path=disk.path, users=" and ".join(users))
-    if disk.is_block and disk.size_bytes < size_bytes:
-        raise OutputTooSmall(path=disk.path, size_bytes=disk.size_bytes, needed_bytes=size_bytes)
-    if not made and not force:
-        _refuse_content(disk)
-    return PlainDisk.claim(disk)
+            raise OutputIsMirror(path=wanted.output_path, mirror=path, how=how)
 
 
 def _refuse_content(disk: Disk) -> None:

@@ -1,0 +1,37 @@
+"""Standard output as the place where data goes: a pipe, mostly. It takes bytes in order, once, and gives none back."""
+
+import errno
+import os
+from typing import Final
+
+_ZEROES: Final = bytes(1 << 20)
+_NOT_SYNCED: Final = frozenset({errno.EINVAL, errno.EROFS, errno.ENOTSUP})  # fsync(2): pipes, sockets and the like
+
+
+class Stream:
+    """A descriptor that is written from its position on. Failures are OSErrors."""
+
+    def __init__(self, fd: int) -> None:
+        """Use `fd`, which stays open."""
+        self._fd = fd
+        self._position = 0
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of `data`, which must follow on what was written."""
+        assert offset == self._position
+        self._position += len(data)
+        while data:
+            data = data[os.write(self._fd, data) :]
+
+    def zero(self, offset: int, length: int) -> None:
+        """Write zeroes."""
+        for position in range(offset, offset + length, len(_ZEROES)):
+            self.write(position, memoryview(_ZEROES)[: min(len(_ZEROES), offset + length - position)])
+
+    def flush(self) -> None:
+        """Make what was written durable, if it is a file or a disk."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            if error.errno not in _NOT_SYNCED:
+                raise
