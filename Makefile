@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 # Debian packages: what Lockstep runs on, what builds its kernel, and what the tests and benchmarks compare it with.
 RUN_PACKAGES := cryptsetup-bin nbdfuse libnbd-bin fuse3 util-linux e2fsprogs kmod
 BUILD_PACKAGES := gcc libc6-dev libssl-dev python3-dev python3-venv
-TEST_PACKAGES := python3-libnbd qemu-utils qemu-system-common nbdkit nbd-client fio xfsprogs btrfs-progs strace
+TEST_PACKAGES := python3-libnbd qemu-utils qemu-system-common nbdkit nbd-client fio xfsprogs btrfs-progs strace fdisk
 BENCH_PACKAGES := postgresql
+# A kernel is taken from its package, not installed: `make rescue-test` boots it in QEMU.
+RESCUE_PACKAGES := qemu-system-x86 busybox-static cpio kpartx
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test check bench bench-quick bench-grow bench-users bench-micro fuzz torture rescue-test format clean
+.PHONY: demo test check bench bench-quick bench-grow bench-users bench-micro fuzz torture restore-kills rescue-test format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/run-packages $(VENV)/installed
@@ -57,6 +59,14 @@ fuzz: $(VENV)/installed
 TORTURE_SECONDS ?= 3600
 torture: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
 	$(SUDO) $(BIN)/python -m tests.torture --seconds $(TORTURE_SECONDS) $(TORTURE_ARGS)
+# A restore that is killed at random moments and resumed, so often; the suite does it a few times.
+RESTORE_KILLS ?= 1000
+restore-kills: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
+	RESTORE_KILLS=$(RESTORE_KILLS) $(BIN)/pytest --timeout=0 tests/test_restore_resume.py -k random_moments -s
+
+# docs/rescue.md, typed into a virtual machine that runs Debian's kernel and has never heard of Lockstep. No KVM needed.
+rescue-test: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/rescue-packages $(VENV)/installed
+	$(BIN)/python -m tests.rescue $(RESCUE_ARGS)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
@@ -80,7 +90,8 @@ $(VENV)/build-packages: PACKAGES = $(BUILD_PACKAGES)
 $(VENV)/run-packages: PACKAGES = $(RUN_PACKAGES)
 $(VENV)/test-packages: PACKAGES = $(TEST_PACKAGES)
 $(VENV)/bench-packages: PACKAGES = $(BENCH_PACKAGES)
-$(VENV)/build-packages $(VENV)/run-packages $(VENV)/test-packages $(VENV)/bench-packages: Makefile
+$(VENV)/rescue-packages: PACKAGES = $(RESCUE_PACKAGES)
+$(addprefix $(VENV)/,build-packages run-packages test-packages bench-packages rescue-packages): Makefile
 	@mkdir -p $(VENV)
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
 	if [ -n "$$missing" ]; then \
