@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from lockstep.crypto.unlock import Unlock
 from lockstep.service import background, control_client
 from lockstep.service.serve import Listen, Options, serve
 from lockstep.service.state import State
@@ -83,7 +84,7 @@ class Host:
             serve(
                 self.state,
                 NAME,
-                lambda: PASSPHRASE,
+                Unlock(lambda: PASSPHRASE),
                 Listen(self.state.socket(NAME)),
                 lambda _uris: thread.start(),
                 Options(),

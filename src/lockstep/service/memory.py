@@ -12,6 +12,9 @@ _PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
 _PR_SET_IO_FLUSHER: Final = 57
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4  # bits/mman-linux.h
 
+_M_MMAP_THRESHOLD: Final = -3  # malloc.h
+_LARGE_BYTES: Final = 1 << 20
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -19,6 +22,15 @@ def protect_memory() -> None:
     """Keep what this process will know out of core dumps, and out of other processes' reach."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def keep_small() -> None:
+    """Have the memory of large blocks go back to the system when they are freed (mallopt(3)).
+
+    Left to itself, the C library soon keeps blocks of up to 32 MiB, in an arena for each thread: measured for a volume
+    of 1 TiB during a resync, 130 instead of 92 MiB resident.
+    """
+    _libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def lock_memory() -> None:

@@ -39,6 +39,7 @@ from lockstep.volume import intent
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import IntentBitmap
 from lockstep.volume.link import BEHIND, DEGRADED, FROZEN, IN_SYNC, MirrorLink
+from lockstep.volume.pages import union
 from lockstep.volume.regions import RegionMap
 from lockstep.volume.workers import Workers
 
@@ -114,7 +115,7 @@ class MirrorSession:
         """Close in order: the target has been flushed and nobody writes any more. Raises as `claim` does."""
         await self.link.flush()
         dirty = self.link.regions.dirty()
-        marked = dirty if self.link.error is None else _either(dirty, self._intent.marked())
+        marked = dirty if self.link.error is None else union(dirty, self._intent.marked())
         try:
             await self._scribe.run(self._claim, marked, self._target.written_ns())
         except TimeoutError as failure:
@@ -135,7 +136,7 @@ class MirrorSession:
                 self._intent.claim(generation, following, marked, written_ns)
                 return
             following = self._following()
-            kept = _either(marked, self._intent.marked())  # a copy of the mirror from before still fits
+            kept = union(marked, self._intent.marked())  # a copy of the mirror from before still fits
             self._intent.claim(self._token.generation, following, kept)
             self._write_token(following, self.link.token_state)
             self._intent.claim(following, following, marked, written_ns)
@@ -284,10 +285,6 @@ class MirrorSession:
 
     def _new_workers(self) -> Workers:
         return Workers("lockstep-mirror", MIRROR_THREADS, self._patience_s)
-
-
-def _either(one: bytes, other: bytes) -> bytes:
-    return bytes(a | b for a, b in zip(one, other, strict=True))
 
 
 def _require_token(volume: VolumeRecord, mirror: MirrorRecord, header: luks.Header) -> None:

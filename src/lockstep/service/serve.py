@@ -45,7 +45,7 @@ from lockstep.service.clients import Clients
 from lockstep.service.control import control_interface
 from lockstep.service.export import VolumeExport
 from lockstep.service.gate import VolumeGate
-from lockstep.service.memory import lock_memory, protect_memory
+from lockstep.service.memory import keep_small, lock_memory, protect_memory
 from lockstep.service.served import ServedVolume
 from lockstep.service.state import State
 from lockstep.service.trail import Trail
@@ -90,6 +90,7 @@ def serve(
     Raises whatever keeps it from starting, or from stopping in order.
     """
     protect_memory()
+    keep_small()
     _raise_limits()
     if options.lock_memory:
         lock_memory()

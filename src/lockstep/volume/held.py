@@ -103,7 +103,7 @@ class HeldRecord:
         window, right = marked[: self._count], marked[self._second :]
         if kind is not None:
             return window if kind == OUTSIDE_WINDOW else right
-        return bytes(a | b for a, b in zip(window, right, strict=True))
+        return pages.union(window, right)
 
     def users(self, kind: str) -> list[str]:
         """Who holds regions back in this way."""

@@ -25,9 +25,25 @@ CRC: Final = Struct("<I")
 BODY_BYTES: Final = PAGE_BYTES - CRC.size
 PAGE_BITS: Final = BODY_BYTES * 8
 
-# Byte -> its eight bits, a byte each, and back.
-_SPREAD: Final = [bytes(value >> bit & 1 for bit in range(8)) for value in range(256)]
-_GATHER: Final = {spread: value for value, spread in enumerate(_SPREAD)}
+# A state as a digit, and back: the interpreter turns long binary numbers into digits quickly, a million in a moment.
+_AS_DIGITS: Final = bytes.maketrans(b"\0\1", b"01")
+_AS_STATES: Final = bytes.maketrans(b"01", b"\0\1")
+
+
+def spread(bits: bytes | bytearray) -> bytes:
+    """Return a byte, 0 or 1, for each bit, the lowest bit of the first byte first."""
+    digits = f"{int.from_bytes(bits, 'little'):0{8 * len(bits)}b}"[::-1] if bits else ""
+    return digits.encode().translate(_AS_STATES)
+
+
+def gather(states: bytes | bytearray) -> bytes:
+    """Return the inverse of `spread`; the number of `states` is a multiple of eight."""
+    return int(states[::-1].translate(_AS_DIGITS) or b"0", 2).to_bytes(len(states) // 8, "little")
+
+
+def union(one: bytes | bytearray, other: bytes | bytearray) -> bytes:
+    """Return the states that are 1 in either of two of the same length."""
+    return (int.from_bytes(one, "little") | int.from_bytes(other, "little")).to_bytes(len(one), "little")
 
 
 def sealed(body: bytes) -> bytes:
@@ -50,7 +66,7 @@ def unpack(content: bytes, count: int) -> tuple[bytearray, list[int]]:
     for number in range(1, 2 + (count - 1) // PAGE_BITS):
         page = content[PAGE_BYTES * number : PAGE_BYTES * (number + 1)]
         if intact(page):
-            states += b"".join(map(_SPREAD.__getitem__, page[CRC.size :]))
+            states += spread(page[CRC.size :])
         else:
             damaged.append(number)
             states += b"\1" * PAGE_BITS
@@ -76,7 +92,7 @@ class PagedBits:
     def create(self, header: bytes, states: bytes | bytearray) -> None:
         """Write the whole file anew, durably, in place of the old one: `header`, a page, and a bit for each byte."""
         padded = bytes(states).ljust(len(self._bits) * 8, b"\0")
-        self._bits[:] = bytes(_GATHER[padded[at : at + 8]] for at in range(0, len(padded), 8))
+        self._bits[:] = gather(padded)
         body = b"".join(self._page(page) for page in range(len(self._bits) // BODY_BYTES))
         temporary = self._path + ".new"
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -114,8 +130,7 @@ class PagedBits:
     def marked(self) -> bytes:
         """Which bits are set, or are about to be, a byte each."""
         count = len(self.durable)
-        wanted = int.from_bytes(b"".join(map(_SPREAD.__getitem__, self._bits))[:count], "little")
-        return (wanted | int.from_bytes(self.durable, "little")).to_bytes(count, "little")
+        return union(spread(self._bits)[:count], self.durable)
 
     async def mark(self, numbers: Iterable[int]) -> None:
         """Set bits, and return when the file says so, unless they were cleared meanwhile. Raises OSError."""
