@@ -1,4 +1,4 @@
-"""What a volume costs does not grow with its size: a terabyte, all of it holes, starts and catches up as a small one does."""
+"""What a volume costs does not grow with its size: a terabyte of holes starts and catches up as a megabyte does."""
 
 import json
 import os
