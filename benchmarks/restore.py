@@ -122,9 +122,9 @@ def _write(path: Path, size_bytes: int) -> None:
 
 
 def _restore(mirror: Path, key: Path, output: Path) -> float:
-    """Seconds from the first progress line, when the key is known, to the result."""
+    """Seconds from the first progress line, when the key is known, to the result; no registry knows the mirror."""
     _forget(mirror)
-    command = _command(mirror.parent, "restore", str(mirror), str(output), "--key-file", str(key))
+    command = _command(mirror.parent / "elsewhere", "restore", str(mirror), str(output), "--key-file", str(key))
     with subprocess.Popen([*command, "--incomplete", "--json"], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         began_s = ended_s = 0.0
