@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +26,10 @@ from uuid import UUID
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from dissect.fve.luks import LUKS
+
+from lockstep.crypto import luks
+from lockstep.crypto.unlock import Unlock
+from lockstep.disk.mirror import open_mirror
 
 PASSPHRASE = b"correct horse battery staple"
 PATIENCE_S = 60.0
@@ -212,6 +217,18 @@ class Volume:
             header = files.enter_context(self.header.open("rb")) if self.header else None
             return read_luks(mirror, header, self.target.stat().st_size)
 
+    def copy_by_hand(self) -> None:
+        """Bring the mirror in sync without a server: what one would leave behind that has stopped in order."""
+        path = str(self.header or self.mirror)
+        header, data = luks.read_header(path), self.target.read_bytes()
+        assert header.token is not None
+        detached = str(self.header) if self.header else None
+        disk = open_mirror(str(self.mirror), detached, header, Unlock(lambda: PASSPHRASE), len(data), writable=True)
+        disk.write(0, memoryview(data.ljust(disk.size_bytes, b"\0")))
+        disk.flush()
+        disk.close()
+        luks.write_token(path, replace(header.token, generation=2, state="in-sync"), token_id=header.token_id)
+
     def assert_equal_disks(self) -> None:
         """decrypt(mirror) == target, byte for byte; names the first difference."""
         target, mirror = self.target.read_bytes(), self.decrypted()
@@ -319,6 +336,60 @@ class Served:
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) << 10
         raise AssertionError("no VmRSS")
+
+
+class OpenMirror:
+    """A running `lockstep open`."""
+
+    def __init__(self, volume: Volume, *options: object) -> None:
+        self.volume = volume
+        self.log = volume.lab.home / "open.log"
+        extra = ["--header", volume.header] if volume.header else []
+        command = ["open", volume.mirror, "--key-file", volume.lab.key, *extra, *options]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "lockstep", "--state-dir", str(volume.lab.state), *map(str, command)],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, "XDG_RUNTIME_DIR": str(volume.lab.home), **volume.lab.environment},
+            )
+
+    def line(self, kind: str) -> str:
+        """What its next line of output says, which must be of this kind: ready, overlay or device."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith(f"{kind} "), (line, self.log.read_text())
+        return line.removeprefix(f"{kind} ").strip()
+
+    def stop(self) -> None:
+        """SIGTERM, and the exit code 0 that must follow."""
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(PATIENCE_S)
+        assert code == 0, (code, self.log.read_text())
+
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(PATIENCE_S)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def opened(volume: Volume, *options: object) -> Iterator[tuple[OpenMirror, str]]:
+    """A mirror, opened, and its URI. Stops it in order at the end."""
+    process = OpenMirror(volume, *options)
+    try:
+        yield process, process.line("ready")
+        if process.process.poll() is None:
+            process.stop()
+    finally:
+        process.process.terminate()  # of a test that failed: a device that is attached goes in order
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.process.wait(10)
+        process.kill()
 
 
 _unlocked: dict[UUID, tuple[bytes, int]] = {}  # volume keys that dissect has found, and in which key slot

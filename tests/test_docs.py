@@ -16,9 +16,13 @@ import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from typer.main import get_command
 
 from lockstep import errors
@@ -30,7 +34,7 @@ from lockstep.registry import models, schema
 from lockstep.registry.store import VolumeRecord
 from lockstep.service import background, serve, status
 from lockstep.service.state import ENVIRONMENT, SYSTEM_DIRECTORY, State
-from lockstep.volume import intent, link, pages, regions, restore_record, write_path
+from lockstep.volume import intent, link, overlay, pages, regions, restore_record, write_path
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.progress import SyncProgress
 from lockstep.volume.regions import RegionMap
@@ -385,6 +389,7 @@ def test_the_versions_are_those_that_are_written() -> None:
     assert versions["token"] == str(luks.TOKEN_VERSION)
     assert versions["record of a restore"] == str(restore_record.VERSION)
     assert versions["intent bitmap"] == str(intent.VERSION)
+    assert versions["overlay"] == str(overlay.VERSION)
     assert versions["registry"] == schema.REVISION
 
 
@@ -435,6 +440,44 @@ def test_an_intent_bitmap_can_be_read_by_its_description(tmp_path: Path) -> None
     assert [at for at in range(8 * len(bits)) if bits[at // 8] >> at % 8 & 1] == [3, 4064, 4800]
     assert len(rest) == 2
     assert f"{pages.PAGE_BITS} regions" in doc("formats.md")
+
+
+def test_an_overlay_can_be_read_by_its_description(tmp_path: Path) -> None:
+    """With nothing of Lockstep's but the words of the document."""
+    rows = table(doc("formats.md"), "offset", "bytes", "part")
+    mirror_uuid, volume_key, size_bytes = uuid.uuid4(), os.urandom(64), 600 * 4096
+    path, base = tmp_path / "overlay", overlay.Base(str(mirror_uuid), 77, size_bytes)
+    overlay.OverlayFile.make(str(path), base)
+    file = overlay.OverlayFile.claim(str(path), base)
+    file.unlock(bytearray(volume_key))
+    nothing: Any = SimpleNamespace(size_bytes=size_bytes, sector_bytes=512)
+    disk = overlay.Overlay(nothing, file)
+    disk.write(599 * 4096, memoryview(b"!" * 4096))
+    disk.zero(4096, 8192, allocate=False)
+    disk.close()
+
+    content = path.read_bytes()
+    checksum, version, magic, luks_uuid, generation, size, cluster, data, salt, zeroes = slices(rows, content[:512])
+    assert int.from_bytes(checksum, "little") == zlib.crc32(content[4:512])
+    assert rows[1][2] == f"version, {int.from_bytes(version, 'little')}"
+    assert magic.decode() == spans(rows[2][2])[0]
+    assert luks_uuid == mirror_uuid.bytes
+    numbers = [int.from_bytes(each, "little") for each in (generation, size, cluster, data)]
+    assert numbers == [77, size_bytes, 4096, 1 << 20]
+    assert not any(zeroes)
+    states = content[516:1024] + content[1028:1536]
+    assert [int.from_bytes(content[at : at + 4], "little") for at in (512, 1024)] == [
+        zlib.crc32(content[at + 4 : at + 512]) for at in (512, 1024)
+    ]
+    assert {at: state for at, state in enumerate(states) if state} == {1: 2, 2: 2, 599: 1}
+    meanings = [spans(row[0]) or row[0] for row in table(doc("formats.md"), "byte", "the cluster is")]
+    assert meanings == [str(each) for each in (overlay.MIRROR, overlay.HERE, overlay.ZERO)]
+    key = HKDF(SHA256(), 64, salt, b"lockstep overlay 1").derive(volume_key)
+    sector = (1 << 20) + 599 * 4096
+    context = Cipher(algorithms.AES(key), modes.XTS((599 * 8).to_bytes(16, "little"))).decryptor()
+    assert context.update(content[sector : sector + 512]) == b"!" * 512
+    limits = (overlay.SMALLEST_CLUSTER_BYTES, overlay.LARGEST_CLUSTER_BYTES, overlay.CLUSTERS_WANTED)
+    assert all(f"{limit}" in doc("formats.md") for limit in limits)
 
 
 def test_the_region_sizes_are_those_of_the_code() -> None:

@@ -218,6 +218,14 @@ class MirrorMissing(UsageError):
     next_step = "Add --mirror PATH, or leave {option} out."
 
 
+class OverlayUnwanted(UsageError):
+    """Data: overlay."""
+
+    happened = "The overlay {overlay} is for writing, and there is no --writable."
+    cause = "Without --writable the mirror is opened as it is, and nothing can be written."
+    next_step = "Add --writable, or leave --overlay out."
+
+
 class DifferencesFound(LockstepError):
     """Exit code 3."""
 
@@ -672,6 +680,32 @@ class MirrorIncomplete(DiskError):
     next_step = "Use another mirror if there is one; to rescue what this one holds, repeat with --incomplete."
 
 
+class OverlayUnfit(DiskError):
+    """Data: path, reason."""
+
+    happened = "{path} cannot be the overlay: {reason}."
+    cause = "The name is that of another file, or making the overlay was interrupted."
+    next_step = "Give another name with --overlay; an overlay that does not exist yet is made."
+
+
+class OverlayOfAnother(DiskError):
+    """Data: path, reason."""
+
+    happened = "The overlay {path} does not fit this mirror: {reason}."
+    cause = "An overlay belongs to one mirror, as it was when the overlay was made; over anything else it is noise."
+    next_step = (
+        "Open the mirror, or the copy of it, that the overlay was made over; or begin anew with another --overlay."
+    )
+
+
+class OverlayDamaged(DiskError):
+    """Data: path, reason."""
+
+    happened = "The overlay {path} is damaged: {reason}."
+    cause = "Something else was written into the file, or the disk below it returns wrong data."
+    next_step = "Put it back from a copy, or begin anew with another --overlay; the mirror was never written."
+
+
 class NoToken(DiskError):
     """Data: path."""
 
@@ -996,6 +1030,41 @@ class DetachUnflushed(ServiceError):
     happened = "{device} of {export} is detached, but the server did not confirm its last writes: {reason}."
     cause = "The server ended, or failed to write, while the device was still attached."
     next_step = "Serve and attach {export} again, and check the file system on it (`fsck`) before using it."
+
+
+class DrillServed(ServiceError):
+    """Data: volume."""
+
+    happened = "The volume {volume} is being served, so its mirror changes while a drill would look at it."
+    cause = "A `lockstep serve {volume}` runs, and has the mirror for itself."
+    next_step = "Stop it for the time of the drill, or drill a snapshot of the mirror with `lockstep open --writable`."
+
+
+class DrillBusy(ServiceError):
+    """Data: volume."""
+
+    happened = "A drill of {volume} is under way already."
+    cause = "Another `lockstep drill {volume}` runs on this state directory, perhaps started by a timer."
+    next_step = "Wait for its end."
+
+
+class DrillWithoutMirror(ServiceError):
+    """Data: volume."""
+
+    happened = "The volume {volume} has no mirror, so there is nothing to drill."
+    cause = "It was created without --mirror."
+    next_step = "See `lockstep list`; a volume with a mirror is made with `lockstep create --mirror`."
+
+
+class DrillFailed(ServiceError):
+    """Data: volume, step, reason."""
+
+    happened = "The drill of {volume} failed at {step}: {reason}."
+    cause = "What the mirror holds is not whole, or a program that checks it is missing or failed."
+    next_step = (
+        "Open the mirror (`lockstep open --writable --attach`) and look; if it is bad, make a new mirror from the "
+        "target, while there still is one."
+    )
 
 
 class AlreadyServed(ServiceError):

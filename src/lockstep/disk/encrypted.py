@@ -7,13 +7,14 @@ thread. Failures are OSErrors.
 """
 
 import errno
+import functools
 import os
 from array import array
 from typing import Final
 
 from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.luks import Segment
-from lockstep.disk.plain import Promptness, read_all
+from lockstep.disk.plain import Promptness, cached_read_flag, read_all
 from lockstep.disk.runs import WORDS
 
 # One piece is encrypted and written while it is still in the processor's cache.
@@ -94,6 +95,18 @@ class EncryptedDisk:
         read_all(self._fd, into, self._data_offset + offset)
         self._decrypt_into(self._first_iv + (offset >> 9), into, into)
 
+    def read_cached(self, offset: int, into: bytearray | memoryview) -> bool:
+        """Like `read`, or return False where that would wait for the medium, or needs more than whole sectors."""
+        if self._nowait is None or (offset | len(into)) % self.sector_bytes:
+            return False
+        try:
+            if os.preadv(self._fd, (into,), self._data_offset + offset, self._nowait) != len(into):
+                return False
+        except BlockingIOError:
+            return False
+        self._decrypt_into(self._first_iv + (offset >> 9), into, into)
+        return True
+
     def flush(self) -> None:
         """Make every completed write durable."""
         os.fdatasync(self._fd)
@@ -101,3 +114,7 @@ class EncryptedDisk:
     def forget_cache(self, offset: int, length: int) -> None:
         """Have the range read from the medium next time, as far as it was flushed."""
         os.posix_fadvise(self._fd, self._data_offset + offset, length, os.POSIX_FADV_DONTNEED)
+
+    @functools.cached_property
+    def _nowait(self) -> int | None:
+        return cached_read_flag(self._fd)

@@ -7,6 +7,7 @@ written: a disk that is in use, that is the target (under whatever name), that c
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Final
 
 from lockstep.crypto import luks
@@ -93,10 +94,18 @@ def require_unused(disk: Disk) -> None:
 
 
 def open_mirror(
-    path: str, header_path: str | None, header: luks.Header, unlock: Unlock, size_bytes: int, *, writable: bool
+    path: str,
+    header_path: str | None,
+    header: luks.Header,
+    unlock: Unlock,
+    size_bytes: int,
+    *,
+    writable: bool,
+    with_key: Callable[[bytearray], None] | None = None,
 ) -> EncryptedDisk:
     """Unlock the mirror of a target of `size_bytes`, whose `header` was read before, and lock it against others.
 
+    `with_key` is shown the volume key, which is wiped afterwards.
     Raises MirrorTruncated, DiskBusy, DiskLocked, DiskChanged, and what reading the volume key can raise.
     """
     disk = inspect(path)
@@ -112,6 +121,8 @@ def open_mirror(
         key = unlock.volume_key(header_path or path)
         try:
             cipher = XtsCipher(key, header.segment.sector_bytes)
+            if with_key is not None:
+                with_key(key)
         finally:
             luks.wipe(key)
     except BaseException:

@@ -79,7 +79,7 @@ class PlainDisk:
         self.disk = disk
         self.size_bytes = disk.size_bytes
         self._fd = fd
-        self._nowait = self._probe_nowait()
+        self._nowait = cached_read_flag(fd)
         self._promptness = Promptness(fd)
 
     @classmethod
@@ -199,17 +199,18 @@ class PlainDisk:
                 return end
             raise
 
-    def _probe_nowait(self) -> int | None:
-        """Return the flag that makes a read give up rather than wait; None when there is no way to know."""
-        try:
-            os.preadv(self._fd, (bytearray(1),), 0, os.RWF_NOWAIT)
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                return None
-            return 0 if _in_memory(self.disk.real_path) else None
-        return os.RWF_NOWAIT
+
+def cached_read_flag(fd: int) -> int | None:
+    """Return the flag that makes a read of `fd` give up rather than wait; None when there is no way to know."""
+    try:
+        os.preadv(fd, (bytearray(1),), 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            return None
+        return 0 if _in_memory(os.readlink(f"/proc/self/fd/{fd}")) else None
+    return os.RWF_NOWAIT
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:

@@ -142,7 +142,7 @@ def attach(
     AttachNeedsRoot, AttachToolMissing, FuseMissing, AttachFailed, AttachedForAnother, or DetachRefused and DetachStuck
     where a dead attachment is still in use or does not go away.
     """
-    _require_root()
+    require_root()
     place = _Place(run_dir, export, user)
     os.makedirs(run_dir, exist_ok=True)
     with _alone(place):
@@ -169,7 +169,7 @@ def detach(run_dir: str, export: str) -> Attachment:
     Raises DetachRefused (in use), DetachStuck (a step did not end in its time), DetachUnflushed (detached, but the
     server did not take the last writes), NotAttached, AttachNeedsRoot.
     """
-    _require_root()
+    require_root()
     place = _Place(run_dir, export)
     if not os.path.isdir(run_dir):
         raise NotAttached(export=export)
@@ -446,7 +446,8 @@ def _flushed(device: str) -> str | None:
 # --- small things -----------------------------------------------------------------------------------------
 
 
-def _require_root() -> None:
+def require_root() -> None:
+    """Raises AttachNeedsRoot."""
     if os.geteuid() != 0:
         raise AttachNeedsRoot
 

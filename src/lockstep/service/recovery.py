@@ -12,7 +12,6 @@ away: the output stays, and beside it the record of how far it came (volume/rest
 
 import contextlib
 import dataclasses
-import logging
 import os
 import stat
 import sys
@@ -31,7 +30,6 @@ from lockstep.disk.stream import Stream
 from lockstep.errors import (
     DiskBusy,
     DiskFailed,
-    LockstepError,
     MirrorIncomplete,
     NothingToResume,
     NoToken,
@@ -47,14 +45,12 @@ from lockstep.errors import (
     StreamCannot,
     StreamIsTerminal,
 )
-from lockstep.service.managing import commander
 from lockstep.service.memory import protect_memory
+from lockstep.service.noting import note_if_known
 from lockstep.service.state import State
 from lockstep.volume.link import FROZEN, IN_SYNC
 from lockstep.volume.restore import DiskSink, Extent, Progress, copy_out, differences, samples
 from lockstep.volume.restore_record import SUFFIX, RestoreRecord, remove_record
-
-log = logging.getLogger(__name__)
 
 STDOUT: Final = "-"
 COPYING: Final = "copy"
@@ -128,28 +124,10 @@ def restore(wanted: Wanted, unlock: Unlock, *, on_progress: OnProgress) -> Resto
 
 
 def note_restore(state: State, mirror_path: str, done: Restored) -> None:
-    """Put a restore into the audit trail of the state directory, if that knows the mirror.
-
-    A restore needs no registry, and one that is absent or broken is no reason to fail afterwards: the log says so.
-    """
-    if not os.path.exists(state.registry_path):
-        return
-    try:
-        with state.registry() as registry:
-            known = {mirror.luks_uuid: volume.name for volume in registry.volumes() for mirror in volume.mirrors}
-            if done.luks_uuid in known:
-                actor, path = commander(), os.path.abspath(mirror_path)
-                reason = f"{actor.user} restored the mirror {path} to {done.output}"
-                details = {
-                    "mirror": path,
-                    "output": done.output,
-                    "bytes": done.extent.length,
-                    "offset": done.extent.offset,
-                }
-                details["frozen"] = done.frozen
-                registry.audit("restore", actor=actor, volume=known[done.luks_uuid], reason=reason, details=details)
-    except LockstepError as error:
-        log.warning("the restore is not in the audit trail: %s", error)
+    """Put a restore into the audit trail of the state directory, if that knows the mirror."""
+    path = os.path.abspath(mirror_path)
+    details = {"output": done.output, "bytes": done.extent.length, "offset": done.extent.offset, "frozen": done.frozen}
+    note_if_known(state, "restore", f"restored the mirror {path} to {done.output}", path, done.luks_uuid, details)
 
 
 def _range(wanted: Wanted, size_bytes: int) -> Extent:
@@ -175,7 +153,7 @@ def _to_stream(wanted: Wanted, extent: Extent, opened: Callable[[], EncryptedDis
         raise StreamIsTerminal
     kind = os.fstat(fd).st_mode
     if stat.S_ISREG(kind) or stat.S_ISBLK(kind):  # the shell opened it, and not necessarily emptied
-        _refuse_same_storage(wanted, f"/proc/self/fd/{fd}")
+        refuse_same_storage(wanted.output_path, f"/proc/self/fd/{fd}", wanted.mirror_path, wanted.header_path)
     stream, progress = Stream(fd), Progress()
     with contextlib.closing(opened()) as mirror:
         try:
@@ -257,7 +235,7 @@ class _DiskRestore:
         """Claim the output if it exists and may be overwritten, or gone on with."""
         if not os.path.lexists(self._path):
             return None
-        _refuse_same_storage(self._wanted, self._path)
+        refuse_same_storage(self._path, self._path, self._wanted.mirror_path, self._wanted.header_path)
         disk = inspect(self._path)
         users = users_of(disk)
         if users:
@@ -271,7 +249,7 @@ class _DiskRestore:
                 raise RestoreUnfinished(
                     path=self._path, record=self._record_path, done_bytes=record.done_bytes, length=record.length
                 )
-            _refuse_content(disk)
+            refuse_content(disk)
         return PlainDisk.claim(disk)
 
     def _refuse_unresumable(self, disk: Disk, record: RestoreRecord | None) -> None:
@@ -281,7 +259,7 @@ class _DiskRestore:
         elif not record.done_bytes:
             # A file may be overwritten: the record says so. A device's name may have gone to another disk since.
             if disk.is_block and not self._wanted.force:
-                _refuse_content(disk)
+                refuse_content(disk)
         elif not disk.is_block and disk.size_bytes != self._extent.length:
             raise self._unfit(f"it has {disk.size_bytes} bytes now, and had {self._extent.length}")
 
@@ -361,15 +339,16 @@ class _DiskRestore:
             )
 
 
-def _refuse_same_storage(wanted: Wanted, output_path: str) -> None:
+def refuse_same_storage(shown_as: str, output_path: str, *paths: str | None) -> None:
+    """Raise OutputIsMirror where the output is the storage of one of these."""
     output = inspect(output_path)
-    for path in filter(None, (wanted.mirror_path, wanted.header_path)):
+    for path in filter(None, paths):
         how = overlap(inspect(path), output)
         if how:
-            raise OutputIsMirror(path=wanted.output_path, mirror=path, how=how)
+            raise OutputIsMirror(path=shown_as, mirror=path, how=how)
 
 
-def _refuse_content(disk: Disk) -> None:
+def refuse_content(disk: Disk) -> None:
     """Without force, a file that exists is never overwritten, and a device only when it is blank."""
     if not disk.is_block:
         raise OutputExists(path=disk.path, found="the file exists already")

@@ -9,14 +9,12 @@ retire    both disks are flushed and closed in order
 
 import asyncio
 import contextlib
-import errno
 import grp
 import ipaddress
 import logging
 import os
 import resource
 import signal
-import socket
 import stat
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -47,6 +45,7 @@ from lockstep.service.export import VolumeExport
 from lockstep.service.gate import VolumeGate
 from lockstep.service.memory import keep_small, lock_memory, protect_memory
 from lockstep.service.served import ServedVolume
+from lockstep.service.sockets import clear_stale_socket
 from lockstep.service.state import State
 from lockstep.service.trail import Trail
 from lockstep.service.verification import Verification
@@ -174,7 +173,7 @@ async def _serve(
 @contextlib.asynccontextmanager
 async def _listening(server: NbdServer, listen: Listen, name: str) -> AsyncIterator[list[str]]:
     """Claim the sockets; nobody is let in before the server accepts."""
-    _clear_stale_socket(listen.socket)
+    clear_stale_socket(listen.socket)
     uris = [f"nbd+unix:///{name}?socket={quote(listen.socket)}"]
     try:
         await server.listen_unix(listen.socket, listen.group)
@@ -212,20 +211,3 @@ def _warn_of_closed_directories(path: str, group: int) -> None:
         if open_to_group or found.st_mode & stat.S_IXOTH or "system.posix_acl_access" in os.listxattr(directory):
             continue
         log.warning("the group that may connect to %s cannot reach it: %s is closed to the group", path, directory)
-
-
-def _clear_stale_socket(path: str) -> None:
-    """Remove the socket of a server that died. Raises SocketUnusable when it is alive, or not a socket."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise SocketUnusable(path=path, reason="something that is not a socket has that name")
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise SocketUnusable(path=path, reason=error.strerror) from error
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        code = probe.connect_ex(path)
-    if code != errno.ECONNREFUSED:
-        raise SocketUnusable(path=path, reason="another program is listening on it")
-    os.unlink(path)

@@ -46,6 +46,15 @@ class Extent:
         return self.offset + self.length
 
 
+class Source(Protocol):
+    """Where the data comes from: a mirror, or what one sees through its overlay."""
+
+    sector_bytes: int
+
+    def read(self, offset: int, into: memoryview, /) -> None:
+        """Fill `into`; whole sectors."""
+
+
 class Sink(Protocol):
     """Where restored data goes; offsets count from the start of the output."""
 
@@ -79,7 +88,7 @@ class Progress:
 
 
 def copy_out(
-    mirror: EncryptedDisk,
+    mirror: Source,
     sink: Sink,
     extent: Extent,
     progress: Progress,
@@ -185,7 +194,7 @@ def _ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _decrypted(mirror: EncryptedDisk, piece: Extent, buffer: bytearray) -> memoryview:
+def _decrypted(mirror: Source, piece: Extent, buffer: bytearray) -> memoryview:
     """Read a piece of any alignment: the whole sectors round it are decrypted."""
     sector = mirror.sector_bytes
     start = piece.offset - piece.offset % sector

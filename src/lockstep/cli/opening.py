@@ -1,0 +1,160 @@
+"""open, commit: working from the mirror while there is no target."""
+
+import contextlib
+import functools
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from lockstep.cli.options import Credential, Header, Json, KeyFile, TokenOnly, unlock_from
+from lockstep.cli.output import ProgressBars, human_bytes, human_seconds, print_json, report_error
+from lockstep.errors import DetachRefused, NotAttached, OverlayUnwanted
+from lockstep.service import attach as attaching
+from lockstep.service.opening import Opened, exported, opened, place
+
+Mirror = Annotated[str, typer.Argument(metavar="MIRROR", help="The mirror: a block device or an image file.")]
+Incomplete = Annotated[
+    bool, typer.Option("--incomplete", help="Open it even if the mirror was never, or is no more, complete.")
+]
+
+
+def open_mirror(
+    context: typer.Context,
+    mirror: Mirror,
+    header: Header = None,
+    key_file: KeyFile = None,
+    credential: Credential = None,
+    token_only: TokenOnly = False,
+    socket: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Unix socket for NBD clients. Default: one below /run.")
+    ] = None,
+    writable: Annotated[
+        bool, typer.Option("--writable", help="Let clients write, to an overlay; the mirror is only read.")
+    ] = False,
+    overlay: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="The overlay. One that exists is gone on with. Default: VOLUME.overlay in the working directory.",
+        ),
+    ] = None,
+    attach: Annotated[bool, typer.Option("--attach", help="Make it a block device of this machine as well.")] = False,
+    incomplete: Incomplete = False,
+) -> None:
+    """Serve a mirror, decrypted, over NBD, in the foreground, until SIGTERM or Ctrl-C."""
+    if overlay and not writable:
+        raise OverlayUnwanted(overlay=overlay)
+    if attach:
+        attaching.require_root()
+    unlock = unlock_from(key_file, credential, token_only=token_only, what=f"the mirror {mirror}")
+    where = (lambda name: overlay or f"{name}.overlay") if writable else None
+    with contextlib.ExitStack() as stack:
+        view = stack.enter_context(
+            opened(mirror, unlock, header_path=header, overlay_path=where, incomplete=incomplete)
+        )
+        directory = stack.enter_context(place(view.name))
+        path = os.path.abspath(socket) if socket else os.path.join(directory, f"{view.name}.sock")
+        uri = stack.enter_context(exported(view, path))
+        await_signal = stack.enter_context(_signals())
+        typer.echo(f"ready {uri}")
+        if view.frozen:
+            typer.echo("It is the disk as it was when the mirror froze: what was held since is not in it.", err=True)
+        if view.overlay_path:
+            typer.echo(f"overlay {view.overlay_path}")
+        if attach:
+            device = stack.enter_context(_attached(view, path, directory, await_signal))
+            typer.echo(f"device {device}")
+        _note(context, view)
+        await_signal()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], object]]:
+    """Yield a function that waits for the next SIGTERM or Ctrl-C."""
+    reader, writer = os.pipe()
+
+    def told(_number: int, _frame: FrameType | None) -> None:
+        os.write(writer, b".")
+
+    before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: os.read(reader, 1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)
+
+
+@contextlib.contextmanager
+def _attached(view: Opened, socket: str, directory: str, await_signal: Callable[[], object]) -> Iterator[str]:
+    """Attach it. In the end a device that is in use is not pulled away: each further signal tries again."""
+    yield attaching.attach(socket, view.name, directory, view.sector_bytes).device
+    while True:
+        try:
+            attaching.detach(directory, view.name)
+        except NotAttached:  # somebody has done it for us
+            pass
+        except DetachRefused as refused:
+            report_error(refused)
+            await_signal()
+            continue
+        return
+
+
+def _note(context: typer.Context, view: Opened) -> None:
+    """Put it into the audit trail, if there is one. Only now: the registry takes longer to import than all before."""
+    from lockstep.cli.state import state_of  # noqa: PLC0415
+    from lockstep.service.noting import note_if_known  # noqa: PLC0415
+
+    did = f"opened the mirror {os.path.abspath(view.path)}"
+    if view.overlay_path:
+        did += f" with the overlay {view.overlay_path}"
+    note_if_known(state_of(context, None), "open", did, view.path, view.luks_uuid, {"overlay": view.overlay_path})
+
+
+def commit(
+    context: typer.Context,
+    mirror: Mirror,
+    overlay: Annotated[str, typer.Argument(metavar="OVERLAY", help="The overlay that was written over it.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Where the data goes: a device, or a new file.")],
+    header: Header = None,
+    key_file: KeyFile = None,
+    credential: Credential = None,
+    token_only: TokenOnly = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what the output holds.")] = False,
+    incomplete: Incomplete = False,
+    as_json: Json = False,
+) -> None:
+    """Make a disk of a mirror and what was written over it with `open --writable`: the new target."""
+    from lockstep.cli.state import state_of  # noqa: PLC0415 (as in _note)
+    from lockstep.service.committing import commit as commit_overlay  # noqa: PLC0415
+    from lockstep.service.committing import note_commit  # noqa: PLC0415
+
+    unlock = unlock_from(key_file, credential, token_only=token_only, what=f"the mirror {mirror}")
+    began_s = time.monotonic()
+    with ProgressBars({"commit": "Committing"}, as_json=as_json) as bars:
+        done = commit_overlay(
+            mirror,
+            overlay,
+            output,
+            unlock,
+            header_path=header,
+            force=force,
+            incomplete=incomplete,
+            on_progress=functools.partial(bars, "commit"),
+        )
+    note_commit(state_of(context, None), mirror, overlay, done)
+    if as_json:
+        print_json({"committed_bytes": done.size_bytes, "volume": done.volume_name, "output": done.output})
+        return
+    took = human_seconds(time.monotonic() - began_s)
+    typer.echo(f"Wrote {human_bytes(done.size_bytes)} of {done.volume_name}, as changed, to {done.output} in {took}.")
+
+
+COMMANDS = {"open": open_mirror, "commit": commit}

@@ -1,0 +1,110 @@
+"""Making a disk of a mirror and the overlay that was written over it: the new target."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from lockstep.crypto.unlock import Unlock
+from lockstep.disk.plain import PlainDisk
+from lockstep.disk.probe import inspect, users_of
+from lockstep.errors import DiskBusy, DiskFailed, OutputTooSmall
+from lockstep.service.noting import note_if_known
+from lockstep.service.opening import opened
+from lockstep.service.recovery import refuse_content, refuse_same_storage
+from lockstep.service.state import State
+from lockstep.volume.restore import DiskSink, Extent, Progress, copy_out
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What a commit has done."""
+
+    volume_name: str
+    output: str
+    size_bytes: int
+    luks_uuid: str
+
+
+def commit(
+    mirror_path: str,
+    overlay_path: str,
+    output_path: str,
+    unlock: Unlock,
+    *,
+    header_path: str | None = None,
+    force: bool = False,
+    incomplete: bool = False,
+    on_progress: Callable[[int, int], None],
+) -> Committed:
+    """Write what one sees through the overlay, exactly the target's size, onto a disk or a file.
+
+    Mirror and overlay stay as they are. An output that this made is removed when it fails. Raises OutputExists unless
+    `force`; OutputIsMirror, OutputTooSmall, DiskBusy, DiskFailed; what opening the mirror and claiming the overlay
+    raise, DiskLocked while it is open elsewhere.
+    """
+    inspect(overlay_path)
+    if os.path.lexists(output_path):
+        refuse_same_storage(output_path, output_path, mirror_path, header_path, overlay_path)
+    with opened(
+        mirror_path,
+        unlock,
+        header_path=header_path,
+        overlay_path=lambda _name: overlay_path,
+        make_overlay=False,
+        incomplete=incomplete,
+    ) as view:
+        size_bytes = view.size_bytes
+        with _claimed(output_path, size_bytes, force=force) as output:
+            try:
+                if not output.disk.is_block:
+                    output.resize(size_bytes)
+                sink = DiskSink(output, blank=not output.disk.is_block)
+                copy_out(
+                    view.disk,
+                    sink,
+                    Extent(0, size_bytes),
+                    Progress(),
+                    on_progress=lambda done: on_progress(done, size_bytes),
+                )
+                output.flush()
+            except OSError as error:
+                raise DiskFailed(
+                    path=f"{mirror_path} to {output_path}", doing="Copying", reason=error.strerror or str(error)
+                ) from error
+        return Committed(view.name, output_path, size_bytes, view.luks_uuid)
+
+
+@contextlib.contextmanager
+def _claimed(path: str, size_bytes: int, *, force: bool) -> Iterator[PlainDisk]:
+    """The output, which is made where there is none, and then taken away again if the block fails."""
+    with contextlib.ExitStack() as undo:
+        if not os.path.lexists(path):
+            try:
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            except OSError as error:
+                raise DiskFailed(path=path, doing="Making", reason=error.strerror) from error
+            undo.callback(os.unlink, path)
+        else:
+            _refuse_output(path, size_bytes, force=force)
+        with contextlib.closing(PlainDisk.claim(inspect(path))) as output:
+            yield output
+        undo.pop_all()
+
+
+def _refuse_output(path: str, size_bytes: int, *, force: bool) -> None:
+    disk = inspect(path)
+    users = users_of(disk)
+    if users:
+        raise DiskBusy(path=disk.path, users=" and ".join(users))
+    if disk.is_block and disk.size_bytes < size_bytes:
+        raise OutputTooSmall(path=disk.path, size_bytes=disk.size_bytes, needed_bytes=size_bytes)
+    if not force:
+        refuse_content(disk)
+
+
+def note_commit(state: State, mirror_path: str, overlay_path: str, done: Committed) -> None:
+    """Put a commit into the audit trail of the state directory, if that knows the mirror."""
+    did = f"wrote the mirror {os.path.abspath(mirror_path)} and the overlay {overlay_path} to {done.output}"
+    details = {"overlay": os.path.abspath(overlay_path), "output": done.output, "bytes": done.size_bytes}
+    note_if_known(state, "commit", did, mirror_path, done.luks_uuid, details)

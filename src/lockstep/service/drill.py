@@ -1,0 +1,419 @@
+"""A restore drill: whether what the mirror holds can be used, tried on the mirror itself.
+
+The steps, each with its time; the first that fails ends the drill:
+
+    open       the mirror is unlocked, and served with a temporary overlay over it
+    attach     as a block device
+    look       what is on it: a file system, or a partition table with file systems in it
+    replay     of each file system: mounted and unmounted, so that its journal is replayed, as after a power cut
+    check      its own checker finds nothing wrong, and is not allowed to repair
+    read       it is mounted read-only; all directories are walked, and a sample of files is read
+    command    in the place of the last four: a command of the user's, given the device
+
+Everything happens on the overlay: the mirror is never written, whatever a journal or a command does. In the end
+mounts, device and overlay are taken away again, also after a failure or Ctrl-C. What a killed drill left behind is
+taken away by the next one of that volume; it is found by its names, below run/.drill-NAME in the state directory.
+
+A file system that is mounted elsewhere at the same time (the target's, say) is a matter for its kind: ext4 does not
+mind, XFS is told not to, and a btrfs with the same UUID is refused by the kernel, so the drill fails then and says so.
+
+Not handled: what is inside LVM, md or another encryption. The drill says what it found, and asks for a command.
+"""
+
+import contextlib
+import fcntl
+import os
+import random
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from lockstep.crypto.unlock import Unlock
+from lockstep.disk.probe import mounted_paths
+from lockstep.errors import (
+    DetachUnflushed,
+    DrillBusy,
+    DrillFailed,
+    DrillServed,
+    DrillWithoutMirror,
+    LockstepError,
+    NotAttached,
+)
+from lockstep.registry.store import MirrorRecord
+from lockstep.service import attach as attaching
+from lockstep.service.managing import manager
+from lockstep.service.opening import exported, opened
+from lockstep.service.state import State
+
+SAMPLE_FILES: Final = 2000
+SAMPLE_BYTES: Final = 1 << 30
+_READ_BYTES: Final = 1 << 20
+COMMAND_ENDS_S: Final = 10.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a kind of file system is mounted and checked. A checker changes nothing, and fails if anything is wrong."""
+
+    check: tuple[str, ...]
+    package: str
+    options: str = "noatime"
+
+
+_EXT: Final = Kind(("e2fsck", "-f", "-n"), "e2fsprogs")
+KINDS: Final = {
+    "ext2": _EXT,
+    "ext3": _EXT,
+    "ext4": _EXT,
+    "xfs": Kind(("xfs_repair", "-n"), "xfsprogs", "noatime,nouuid"),
+    "btrfs": Kind(("btrfs", "check", "--readonly"), "btrfs-progs"),
+    "vfat": Kind(("fsck.fat", "-n"), "dosfstools"),
+}
+_HARMLESS: Final = ("swap",)  # nothing of it is worth a backup
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step that was taken."""
+
+    name: str
+    what: str
+    seconds: float
+    passed: bool
+    detail: str
+
+
+@dataclass
+class Report:
+    """What a drill of one mirror has shown."""
+
+    volume: str
+    mirror: str
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return all(step.passed for step in self.steps)
+
+
+class _Wrong(Exception):
+    """A step failed; the reason is a phrase."""
+
+
+def drill(
+    state: State,
+    name: str,
+    unlock: Unlock,
+    *,
+    command: str | None = None,
+    on_step: Callable[[Step], None] = lambda _: None,
+) -> list[Report]:
+    """Try every mirror of a volume that is not being served; `on_step` is told of each step as it ends.
+
+    Raises DrillServed, DrillBusy, DrillWithoutMirror, NotManager, AttachNeedsRoot, and what opening the mirror and
+    attaching raise. A mirror that does not pass is no error here: see the reports.
+    """
+    actor = manager(state, f"drill the volume {name}")
+    attaching.require_root()
+    with state.registry() as registry:
+        volume = registry.volume(name)
+        if not volume.mirrors:
+            raise DrillWithoutMirror(volume=name)
+        with state.volume_lock(name) as idle:
+            if not idle:
+                raise DrillServed(volume=name)
+        reports = []
+        for mirror in volume.mirrors:
+            report = Report(name, mirror.path)
+            try:
+                with _place(state, name) as place:
+                    _Drill(report, place, on_step).run(mirror, unlock, command)
+            finally:
+                if report.steps:
+                    outcome = "passed" if report.passed else "failed"
+                    reason = f"{actor.user} drilled the mirror {mirror.path}: it {outcome}"
+                    registry.audit("drill", actor=actor, volume=name, reason=reason, details=described(report))
+            reports.append(report)
+        return reports
+
+
+def require_passed(report: Report) -> None:
+    """Raises DrillFailed."""
+    for step in report.steps:
+        if not step.passed:
+            raise DrillFailed(volume=report.volume, step=f"{step.name} {step.what}".rstrip(), reason=step.detail)
+
+
+def described(report: Report) -> dict[str, Any]:
+    """The report as JSON has it."""
+    steps = [
+        {"step": s.name, "what": s.what, "passed": s.passed, "seconds": round(s.seconds, 3), "detail": s.detail}
+        for s in report.steps
+    ]
+    return {"mirror": report.mirror, "passed": report.passed, "steps": steps}
+
+
+# --- its place ----------------------------------------------------------------------------------------------
+
+
+class _Place:
+    """Where a drill has its overlay, socket and mount point."""
+
+    def __init__(self, directory: str, export: str) -> None:
+        self.directory = directory
+        self.export = export
+        self.overlay = f"{directory}/overlay"
+        self.socket = f"{directory}/socket"
+        self.mount = f"{directory}/mount"
+
+    def clear(self) -> None:
+        """Take away whatever there is."""
+        while self.mount in mounted_paths():
+            _run("umount", self.mount)
+        for device in self._devices():
+            for partition in _loops_over(device):
+                _run("losetup", "-d", partition)
+        with contextlib.suppress(NotAttached, DetachUnflushed):  # the overlay goes as well: nothing is lost
+            attaching.detach(self.directory, self.export)
+        for path in (self.overlay, self.socket, f"{self.directory}/.attach.lock"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(self.mount)
+
+    def _devices(self) -> list[str]:
+        current = attaching.current(self.directory, self.export)
+        return [current.device] if current else _loops_over(f"{self.directory}/{self.export}.fuse/{self.export}")
+
+
+@contextlib.contextmanager
+def _place(state: State, name: str) -> Iterator[_Place]:
+    directory = f"{state.run_dir}/.drill-{name}"
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DrillBusy(volume=name) from error
+        place = _Place(directory, name)
+        place.clear()
+        try:
+            yield place
+        finally:
+            place.clear()
+            os.rmdir(directory)
+    finally:
+        os.close(fd)
+
+
+def _loops_over(path: str) -> list[str]:
+    backings = Path("/sys/block").glob("loop*/loop/backing_file")
+    return [f"/dev/{backing.parts[3]}" for backing in backings if backing.read_text().rstrip("\n") == path]
+
+
+# --- its steps ----------------------------------------------------------------------------------------------
+
+
+class _Drill:
+    def __init__(self, report: Report, place: _Place, on_step: Callable[[Step], None]) -> None:
+        self._report = report
+        self._place = place
+        self._on_step = on_step
+
+    def run(self, mirror: MirrorRecord, unlock: Unlock, command: str | None) -> None:
+        """Take all steps, or those up to the first that fails."""
+        with contextlib.suppress(_Wrong), contextlib.ExitStack() as stack:
+            place = self._place
+            with self._step("open") as note:
+                unlocked = opened(
+                    mirror.path, unlock, header_path=mirror.header_path, overlay_path=lambda _: place.overlay
+                )
+                view = stack.enter_context(unlocked)
+                stack.enter_context(exported(view, place.socket))
+                note(f"{view.size_bytes} bytes{', frozen' if view.frozen else ''}")
+            with self._step("attach") as note:
+                device = attaching.attach(place.socket, place.export, place.directory, view.sector_bytes).device
+                stack.callback(place.clear)
+                note(device)
+            if command is not None:
+                with self._step("command") as note:
+                    note(_run_command(command, device))
+                return
+            with self._step("look") as note:
+                found = list(_look(device, stack))
+                note(", ".join(f"{each.what}: {each.kind or 'nothing known'}" for each in found))
+                _require_something_to_check(found)
+            for each in found:
+                if each.kind in KINDS:
+                    self._try(each)
+
+    def _try(self, found: "_Found") -> None:
+        kind, mount = KINDS[found.kind], self._place.mount
+        what = f"{found.kind} on {found.what}"
+        with self._step("replay", what), _mounted(found, kind.options, mount):
+            pass
+        with self._step("check", what) as note:
+            note(_said(_run(*kind.check, found.device, package=kind.package), lines=1))
+        with self._step("read", what) as note, _mounted(found, f"ro,{kind.options}", mount):
+            note(_read_sample(mount))
+
+    @contextlib.contextmanager
+    def _step(self, name: str, what: str = "") -> Iterator[Callable[[str], None]]:
+        began_s, details = time.monotonic(), [""]
+
+        def ended(passed: bool, detail: str) -> None:
+            step = Step(name, what, time.monotonic() - began_s, passed, detail)
+            self._report.steps.append(step)
+            self._on_step(step)
+
+        try:
+            yield details.append
+        except (_Wrong, LockstepError) as error:
+            ended(False, str(error).removesuffix("."))
+            raise
+        except BaseException:
+            ended(False, "it was interrupted")
+            raise
+        ended(True, details[-1])
+
+
+@dataclass(frozen=True)
+class _Found:
+    what: str
+    device: str
+    kind: str
+    """What blkid calls it; nothing where it knows nothing."""
+
+
+def _look(device: str, stack: contextlib.ExitStack) -> Iterator[_Found]:
+    """What is on the device. Partitions get loop devices of their own: not every kernel makes nodes for them."""
+    signature = _blkid(device)
+    if "TYPE" in signature or "PTTYPE" not in signature:
+        yield _Found("the whole disk", device, signature.get("TYPE", ""))
+        return
+    columns = "NR,START,SECTORS"
+    for line in _run("partx", "--raw", "--noheadings", "--output", columns, device).splitlines():
+        number, start, sectors = map(int, line.split())
+        place = ("--offset", str(start * 512), "--sizelimit", str(sectors * 512))
+        partition = _run("losetup", "--find", "--show", *place, device).strip()
+        stack.callback(_run, "losetup", "-d", partition)
+        yield _Found(f"partition {number}", partition, _blkid(partition).get("TYPE", ""))
+
+
+def _blkid(device: str) -> dict[str, str]:
+    try:
+        said = _run("blkid", "--probe", "--output", "export", device)
+    except _Wrong:  # exit code 2 says that it knows nothing
+        return {}
+    return dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
+
+
+def _require_something_to_check(found: list[_Found]) -> None:
+    opaque = [each for each in found if each.kind and each.kind not in KINDS and each.kind not in _HARMLESS]
+    if opaque:
+        raise _Wrong(f"{opaque[0].what} holds {opaque[0].kind}, which only a command of yours (--command) can check")
+    if not any(each.kind in KINDS for each in found):
+        raise _Wrong("no file system was found; what is there, only a command of yours (--command) can check")
+
+
+@contextlib.contextmanager
+def _mounted(found: _Found, options: str, where: str) -> Iterator[None]:
+    os.makedirs(where, mode=0o700, exist_ok=True)
+    _run("mount", "-t", found.kind, "-o", options, found.device, where)
+    try:
+        yield
+    finally:
+        _run("umount", where)
+
+
+def _read_sample(root: str) -> str:
+    """Look at every directory and file, and read some of the files. Raises _Wrong."""
+    files = entries = 0
+    sample: list[str] = []
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    try:
+        for directory, names, others in os.walk(root, onerror=fail):
+            for name in (*names, *others):
+                entries += 1
+                path = os.path.join(directory, name)
+                if not stat.S_ISREG(os.lstat(path).st_mode):
+                    continue
+                files += 1
+                if len(sample) < SAMPLE_FILES:
+                    sample.append(path)
+                elif (place := random.randrange(files)) < SAMPLE_FILES:  # noqa: S311 (any choice will do)
+                    sample[place] = path
+        read_bytes = _read_files(sample)
+    except OSError as error:
+        raise _Wrong(f"{os.path.relpath(error.filename or root, root)}: {error.strerror}") from error
+    return f"{entries} entries, of {files} files {len(sample)} in the sample, {read_bytes} bytes read"
+
+
+def _read_files(paths: list[str]) -> int:
+    buffer, total = bytearray(_READ_BYTES), 0
+    for path in paths:
+        try:
+            with open(path, "rb", buffering=0) as file:
+                while total < SAMPLE_BYTES and (count := file.readinto(buffer)):
+                    total += count
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from error
+    return total
+
+
+# --- programs -----------------------------------------------------------------------------------------------
+
+
+def _run(*command: str, package: str = "util-linux") -> str:
+    """Run a program to its end, and return what it prints. Raises _Wrong."""
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+        )
+    except FileNotFoundError as error:
+        raise _Wrong(f"the program {command[0]} is not installed (package {package})") from error
+    if done.returncode:
+        raise _Wrong(f"{command[0]} ended with {done.returncode}: {_said(done.stdout + done.stderr)}")
+    return done.stdout
+
+
+def _run_command(command: str, device: str) -> str:
+    """Run a command of the user's in the shell, with the device in $LOCKSTEP_DEVICE. Raises _Wrong.
+
+    In a session of its own, so that it ends as a whole when the drill is interrupted.
+    """
+    child = subprocess.Popen(
+        ["/bin/sh", "-c", command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "LOCKSTEP_DEVICE": device},
+        start_new_session=True,
+    )
+    try:
+        said = child.communicate()[0].decode(errors="replace")
+    except BaseException:
+        os.killpg(child.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(COMMAND_ENDS_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        raise
+    if child.returncode:
+        raise _Wrong(f"it ended with {child.returncode}: {_said(said)}")
+    return _said(said)
+
+
+def _said(text: str, lines: int = 3) -> str:
+    return "; ".join([line.strip() for line in text.splitlines() if line.strip()][-lines:])

@@ -1,0 +1,220 @@
+"""`lockstep drill`: a good backup passes, a bad one fails and says where.
+
+Nothing is left behind, and the mirror is as it was.
+"""
+
+import functools
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.lab import MIB, Lab, Volume, needs, run, wait_until
+from tests.test_service_refusals import ForkLab
+
+pytestmark = needs("nbdfuse", "fusermount3", "losetup", "mount", "blkid", "mkfs.ext4", "/dev/fuse", root=True)
+
+EXT4 = ("mkfs.ext4", "-q", "-F")
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> ForkLab:
+    return ForkLab(tmp_path)
+
+
+def backed_up(lab: Lab, image: Path) -> Volume:
+    """A volume whose mirror is in sync with this image."""
+    volume = lab.volume("vol", image.stat().st_size, content=image.read_bytes())
+    volume.copy_by_hand()
+    return volume
+
+
+def file_system(lab: Lab, size_bytes: int, *make: str) -> Path:
+    """An image with a few files in it."""
+    image, content = lab.home / "image", lab.home / "content"
+    content.mkdir(exist_ok=True)
+    for number in range(20):
+        (content / f"file {number}").write_bytes(os.urandom(20_000))
+    lab.disk("image", size_bytes)
+    if make[0] == "mkfs.ext4":
+        run(*make, "-d", str(content), str(image))
+    elif make[0] == "mkfs.btrfs":
+        run(*make, "--rootdir", str(content), str(image))
+    else:
+        run(*make, str(image))
+    return image
+
+
+def partitioned(lab: Lab, *contents: Path) -> Path:
+    """A disk with an MBR partition table and these partitions, from 1 MiB on."""
+    image, at = lab.home / "disk", MIB
+    table = bytearray(512)
+    with image.open("wb") as disk:
+        for number, content in enumerate(contents):
+            data = content.read_bytes()
+            disk.seek(at)
+            disk.write(data)
+            struct.pack_into("<B3sB3sII", table, 446 + 16 * number, 0, b"", 0x83, b"", at // 512, len(data) // 512)
+            at += len(data)
+        table[510:] = b"\x55\xaa"
+        disk.seek(0)
+        disk.write(table)
+    return image
+
+
+def drill(volume: Volume, *options: object) -> tuple[int, dict[str, object], list[tuple[str, bool]], str]:
+    """Its exit code, the report of the only mirror, its steps, and what it said on standard error."""
+    mirror = volume.mirror.read_bytes()
+    done = volume.lab.lockstep("drill", "vol", "--key-file", volume.lab.key, "--json", *options)
+    assert volume.mirror.read_bytes() == mirror, "the mirror was written"
+    assert_clean(volume)
+    (report,) = json.loads(done.out)["mirrors"]
+    row = json.loads(volume.lab.lockstep("audit", "vol", "--json").ok().splitlines()[-1])
+    assert (row["event"], row["details"]) == ("drill", report)
+    return done.code, report, [(step["step"], step["passed"]) for step in report["steps"]], done.err
+
+
+def assert_clean(volume: Volume) -> None:
+    home = str(volume.lab.home)
+    assert home not in Path("/proc/self/mountinfo").read_text()
+    assert home not in run("losetup", "--list", "--noheadings", "--output", "BACK-FILE")
+    assert not [name for name in os.listdir(volume.lab.state / "run") if name.startswith(".drill")]
+
+
+GOOD = [("open", True), ("attach", True), ("look", True), ("replay", True), ("check", True), ("read", True)]
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "make"),
+    [
+        (8 * MIB, EXT4),
+        pytest.param(112 * MIB, ("mkfs.btrfs", "-q", "-f"), marks=needs("mkfs.btrfs", "btrfs")),
+        pytest.param(300 * MIB, ("mkfs.xfs", "-q", "-f"), marks=needs("mkfs.xfs", "xfs_repair")),
+    ],
+    ids=lambda each: each[0] if isinstance(each, tuple) else "",
+)
+def test_a_good_backup_passes(lab: Lab, size_bytes: int, make: tuple[str, ...]) -> None:
+    volume = backed_up(lab, file_system(lab, size_bytes, *make))
+    code, report, steps, _ = drill(volume)
+    assert (code, report["passed"], steps) == (0, True, GOOD)
+    if make[0] != "mkfs.xfs":
+        assert "of 20 files 20 in the sample, 400000 bytes read" in json.dumps(report)
+
+
+def test_file_systems_in_partitions(lab: Lab) -> None:
+    image = file_system(lab, 8 * MIB, *EXT4)
+    volume = backed_up(lab, partitioned(lab, image, lab.disk("nothing", MIB), image))
+    said = lab.lockstep("drill", "vol", "--key-file", lab.key).ok()
+    assert "partition 1: ext4, partition 2: nothing known, partition 3: ext4" in said
+    assert said.count("check    ok") == said.count("read     ok") == 2
+    assert_clean(volume)
+
+
+def test_a_journal_is_replayed_on_the_overlay_alone(lab: Lab) -> None:
+    """As after a power cut: the image of a mounted file system."""
+    image, mount = file_system(lab, 16 * MIB, *EXT4), lab.home / "mnt"
+    mount.mkdir()
+    run("mount", "-o", "loop", str(image), str(mount))
+    try:
+        (mount / "new").write_bytes(b"x" * 100_000)
+        run("sync", str(mount / "new"))
+        copy = lab.home / "copy"
+        copy.write_bytes(image.read_bytes())
+    finally:
+        run("umount", str(mount))
+    assert "needs_recovery" in run("dumpe2fs", "-h", str(copy))
+    volume = backed_up(lab, copy)
+    code, _, steps, _ = drill(volume)
+    assert (code, steps) == (0, GOOD)
+
+
+def test_a_damaged_file_system_fails(lab: Lab) -> None:
+    image = file_system(lab, 8 * MIB, *EXT4)
+    run("debugfs", "-w", "-R", "clri <2>", str(image))  # its root directory
+    volume = backed_up(lab, image)
+    code, report, steps, said = drill(volume)
+    assert (code, report["passed"]) == (1, False)
+    assert not steps[-1][1]
+    assert all(passed for _, passed in steps[:-1])
+    assert f"The drill of vol failed at {steps[-1][0]} ext4 on the whole disk: " in said
+
+
+@pytest.mark.parametrize("found", ["no file system was found", "the whole disk holds crypto_LUKS"])
+def test_what_it_cannot_check_does_not_pass(lab: Lab, found: str) -> None:
+    image = lab.disk("image", 4 * MIB)
+    if "LUKS" in found:
+        cost = ["--type=luks1", "--pbkdf-force-iterations=1000"]
+        run("cryptsetup", "luksFormat", "-q", *cost, str(image), "-d", str(lab.key))
+    code, _, steps, said = drill(backed_up(lab, image))
+    assert (code, steps) == (1, [("open", True), ("attach", True), ("look", False)])
+    assert found in said
+    assert "--command" in said
+
+
+def test_a_command_of_the_users(lab: Lab) -> None:
+    volume = backed_up(lab, file_system(lab, 8 * MIB, *EXT4))
+    wipe = 'echo on $LOCKSTEP_DEVICE; dd if=/dev/zero of="$LOCKSTEP_DEVICE" bs=1M count=8 conv=fsync 2>/dev/null'
+    code, report, steps, _ = drill(volume, "--command", wipe)
+    assert (code, steps) == (0, [*GOOD[:2], ("command", True)])
+    assert "on /dev/" in json.dumps(report)
+    code, _, steps, said = drill(volume, "--command", "echo all is lost; exit 3")
+    assert (code, steps) == (1, [*GOOD[:2], ("command", False)])
+    assert "it ended with 3: all is lost" in said
+
+
+def test_a_mirror_that_cannot_be_opened_fails_and_is_on_record(lab: Lab) -> None:
+    volume = backed_up(lab, file_system(lab, 8 * MIB, *EXT4))
+    wrong = lab.home / "wrong"
+    wrong.write_bytes(b"wrong")
+    lab.lockstep("drill", "vol", "--key-file", wrong).failed(1, "No key slot")
+    row = json.loads(lab.lockstep("audit", "vol", "--json").ok().splitlines()[-1])
+    assert (row["event"], row["details"]["passed"]) == ("drill", False)
+    assert_clean(volume)
+
+
+def test_a_served_volume_is_not_drilled(lab: Lab) -> None:
+    volume = lab.volume("vol", MIB)
+    with volume.served():
+        lab.lockstep("drill", "vol", "--key-file", lab.key).failed(1, "is being served", "Stop it")
+    target = lab.disk("alone", MIB)
+    lab.lockstep("create", "alone", "--target", target).ok()
+    lab.lockstep("drill", "alone", "--key-file", lab.key).failed(1, "has no mirror")
+
+
+def is_gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+def test_an_interrupted_drill_leaves_nothing_behind(lab: Lab) -> None:
+    """After a kill -9, the next one clears up."""
+    volume = backed_up(lab, file_system(lab, 8 * MIB, *EXT4))
+    mark = lab.home / "mark"
+    command = f"cd {lab.home}; mount $LOCKSTEP_DEVICE content && umount content; echo $$ > mark; exec sleep 600"
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        mark.write_text("")
+        arguments = ["drill", "vol", "--key-file", str(lab.key), "--command", command]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lockstep", "--state-dir", str(lab.state), *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # in the background of a shell, which `make test` may be, it would be ignored
+        wait_until(lambda: bool(mark.read_text()), "the command to run")
+        lab.lockstep("drill", "vol", "--key-file", lab.key).failed(1, "under way already")
+        process.send_signal(number)
+        code, pid = process.wait(60), int(mark.read_text())
+        if number == signal.SIGKILL:
+            os.kill(pid, signal.SIGKILL)
+        else:
+            assert code == 130
+            assert_clean(volume)
+            row = json.loads(lab.lockstep("audit", "vol", "--json").ok().splitlines()[-1])
+            assert (row["event"], row["details"]["passed"]) == ("drill", False)
+        wait_until(functools.partial(is_gone, pid), "the command to end")
+    code, _, steps, _ = drill(volume)
+    assert (code, steps) == (0, GOOD)
