@@ -7,14 +7,14 @@ BIN := $(VENV)/bin
 # Debian packages: what Lockstep runs on, what builds its kernel, and what the tests and benchmarks compare it with.
 RUN_PACKAGES := cryptsetup-bin nbdfuse libnbd-bin fuse3 util-linux e2fsprogs kmod
 BUILD_PACKAGES := gcc libc6-dev libssl-dev python3-dev python3-venv
-TEST_PACKAGES := python3-libnbd qemu-utils qemu-system-common nbdkit nbd-client fio xfsprogs btrfs-progs strace fdisk
+TEST_PACKAGES := python3-libnbd qemu-utils qemu-system-common nbdkit nbd-client fio xfsprogs btrfs-progs strace fdisk postgresql
 BENCH_PACKAGES := postgresql
 # A kernel is taken from its package, not installed: `make rescue-test` boots it in QEMU.
 RESCUE_PACKAGES := qemu-system-x86 busybox-static cpio kpartx
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test check bench bench-quick bench-grow bench-users bench-micro fuzz torture restore-kills rescue-test format clean
+.PHONY: demo test check recovery bench bench-quick bench-grow bench-users bench-micro fuzz torture restore-kills rescue-test format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/run-packages $(VENV)/installed
@@ -30,6 +30,10 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# The long form of the disasters: PostgreSQL works for a minute before it loses its disk.
+recovery: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
+	PG_RECOVERY_SECONDS=60 $(BIN)/pytest tests/test_recovery_instant.py tests/test_recovery_postgresql.py
 
 # docs/benchmarks.md says what each measures. The packages of a database are wanted by bench-users alone.
 bench bench-quick bench-grow bench-users: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
