@@ -571,9 +571,13 @@ class Storage:
         threads = Path(f"/proc/{self._nbdkit.pid}/task").glob("*/stat")
         return all(thread.read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
 
+    def log(self) -> str:
+        """What nbdkit says of each request."""
+        return self._log.read_text(errors="replace")
+
     def events(self) -> list[str]:
         """What was begun and ended, in order: Write, ...Write, Flush, ...Flush, each with its number."""
-        said = self._log.read_text(errors="replace")
+        said = self.log()
         return [f"{what} {number}" for what, number in re.findall(r"((?:\.\.\.)?(?:Write|Zero|Flush)) id=(\d+)", said)]
 
     def durable_since(self, before: int) -> bool:
