@@ -123,13 +123,13 @@ class MemoryExport:
         self.failures = 0
         self._choices = choices
 
-    def read_now(self, offset: int, into: bytearray) -> bool:
-        self._check(offset, len(into))
-        if self._slow():
-            return False
-        self._may_fail()
-        into[:] = self.content[offset : offset + len(into)]
-        return True
+    def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
+        done = self._choices.number(count + 1) if self._slow() else count
+        for at in range(done):
+            offset, length, position = run[4 * at : 4 * at + 3]
+            self._check(offset, length)
+            into[position : position + length] = self.content[offset : offset + length]
+        return done
 
     def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
         done = self._choices.number(count + 1) if self._slow() else count

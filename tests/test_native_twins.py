@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lockstep.crypto.cipher import FallbackXts
 from lockstep.disk import runs
-from lockstep.nbd import frames, wire
+from lockstep.nbd import frames, transmission, wire
 
 native_runs = pytest.importorskip("lockstep.disk._runs", reason="the native loops were not built")
 native_frames = pytest.importorskip("lockstep.nbd._frames", reason="the native loops were not built")
@@ -57,6 +57,38 @@ def test_runs_are_found_and_answered_alike(parts: list[bytes], cut: int, data: s
         assert head[1:] == (0, wire.CMD_WRITE, frames.cookie_of(one, at), offset, length)
 
 
+@given(
+    parts=st.lists(
+        st.one_of(
+            OTHERS,
+            st.tuples(st.integers(0, 2**64 - 1), st.integers(0, SIZE + 9)).map(
+                lambda r: request(wire.CMD_READ, 0, *r, 1 + r[0] % 700)
+            ),
+        ),
+        max_size=80,
+    ),
+    cut=st.integers(0, 60),
+    enough=st.integers(1, 40_000),
+    structured=st.booleans(),
+)
+def test_reads_are_found_and_answered_alike(parts: list[bytes], cut: int, enough: int, structured: bool) -> None:
+    buffer = b"".join(parts)
+    header = wire.OFFSET_DATA if structured else wire.SIMPLE_REPLY
+    one, other = frames.new_run(), frames.new_run()
+    arguments = (buffer, 0, max(0, len(buffer) - cut), enough, 512, SIZE, header.size)
+    count = frames._find_reads(*arguments, one)
+    assert native_frames.find_reads(*arguments, other) == count
+    assert one[: 4 * count] == other[: 4 * count]
+    replies = [bytearray(frames.end_of(one, count)) for _ in range(2)] if count else [bytearray(), bytearray()]
+    frames._pack_data_headers(replies[0], one, count, structured)
+    native_frames.pack_data_headers(replies[1], other, count, structured)
+    assert replies[0] == replies[1]
+    for at in range(count):
+        offset, length, position = one[4 * at : 4 * at + 3]
+        head = transmission.data_header(frames.cookie_of(one, at), offset, length, structured=structured)
+        assert replies[0][position - header.size : position] == head
+
+
 EXTENTS = st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, 9000)), max_size=12).map(
     lambda extents: [(offset, min(length, SIZE - offset)) for offset, length in extents]
 )
@@ -97,6 +129,23 @@ def test_runs_are_written_alike(extents: list[tuple[int, int]], sector: int, sho
             results.append((done, encrypted, plain.read(), cipher.read()))
     assert results[0] == results[1]
     assert results[0][:2] == ((0, 0) if short else (len(extents), len(extents)))
+
+
+@given(extents=EXTENTS)
+def test_runs_are_read_alike(extents: list[tuple[int, int]]) -> None:
+    content = os.urandom(SIZE // 2)  # so some reads lie past its end
+    results = []
+    for read_run in (runs._read_run, native_runs.read_run):
+        with tempfile.TemporaryFile(dir="/dev/shm") as file:
+            file.write(content)
+            file.flush()
+            into = bytearray(9100)
+            results.append((read_run(file.fileno(), 0, into, as_run(extents), len(extents)), into))
+    assert results[0][0] == results[1][0]
+    whole = [offset + length <= len(content) for offset, length in extents]
+    assert results[0][0] == (whole.index(False) if False in whole else len(extents))
+    for position, (offset, length) in list(enumerate(extents))[: results[0][0]][-1:]:
+        assert results[1][1][position : position + length] == content[offset : offset + length]
 
 
 @pytest.mark.parametrize("loops", [runs._covered, native_runs.covered], ids=["python", "native"])

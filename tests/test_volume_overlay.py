@@ -120,7 +120,7 @@ def test_one_sees_what_was_written(
     known = b"".join((b"\0" if zeroes else b"?") * count for count, zeroes in overlay.zeroes(0, SIZE_BYTES))
     assert len(known) == SIZE_BYTES
     assert all(model[at] == 0 for at in range(SIZE_BYTES) if known[at] == 0)
-    cached = bytearray(sector_bytes)
+    cached = memoryview(bytearray(sector_bytes))
     if overlay.read_cached(sector_bytes, cached):
         assert cached == model[sector_bytes : 2 * sector_bytes]
     scene.close(overlay)

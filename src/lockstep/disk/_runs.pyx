@@ -4,7 +4,7 @@
 The GIL is given up round the system calls of a whole run, once: a disk may take its time.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint64_t
 
 from lockstep.run cimport Write
@@ -15,6 +15,7 @@ cdef extern from "sys/uio.h" nogil:
         void *iov_base
         size_t iov_len
     ssize_t pwritev2(int fd, const iovec *parts, int count, int64_t offset, int flags)
+    ssize_t preadv2(int fd, const iovec *parts, int count, int64_t offset, int flags)
 
 
 cdef Py_ssize_t _checked(Py_buffer *run, Py_ssize_t count) except -1:
@@ -97,3 +98,33 @@ def write_run(int fd, int flags, data, run, Py_ssize_t count):
             PyBuffer_Release(&writes)
     finally:
         PyBuffer_Release(&source)
+
+
+def read_run(int fd, int flags, into, run, Py_ssize_t count):
+    """See `runs.py`."""
+    cdef Py_buffer target, reads
+    cdef Py_ssize_t at = 0
+    cdef ssize_t got
+    cdef Write *read
+    cdef iovec part
+    PyObject_GetBuffer(into, &target, PyBUF_WRITABLE)
+    try:
+        PyObject_GetBuffer(run, &reads, PyBUF_SIMPLE)
+        try:
+            count = _checked(&reads, count)
+            read = <Write *> reads.buf
+            with nogil:
+                while at < count:
+                    if read[at].position + read[at].length > <uint64_t> target.len:
+                        break
+                    part.iov_base = <char *> target.buf + read[at].position
+                    part.iov_len = read[at].length
+                    got = preadv2(fd, &part, 1, read[at].offset, flags)
+                    if got < 0 or <uint64_t> got != read[at].length:
+                        break
+                    at += 1
+            return at
+        finally:
+            PyBuffer_Release(&reads)
+    finally:
+        PyBuffer_Release(&target)

@@ -95,7 +95,7 @@ class EncryptedDisk:
         read_all(self._fd, into, self._data_offset + offset)
         self._decrypt_into(self._first_iv + (offset >> 9), into, into)
 
-    def read_cached(self, offset: int, into: bytearray | memoryview) -> bool:
+    def read_cached(self, offset: int, into: memoryview) -> bool:
         """Like `read`, or return False where that would wait for the medium, or needs more than whole sectors."""
         if self._nowait is None or (offset | len(into)) % self.sector_bytes:
             return False

@@ -14,7 +14,7 @@ from typing import Final, Self
 
 from lockstep.disk.lock import lock_exclusive
 from lockstep.disk.probe import Disk, open_disk
-from lockstep.disk.runs import WORDS, write_run
+from lockstep.disk.runs import WORDS, read_run, write_run
 
 _FALLOC_FL_KEEP_SIZE: Final = 0x01  # linux/falloc.h
 _FALLOC_FL_PUNCH_HOLE: Final = 0x02
@@ -101,14 +101,9 @@ class PlainDisk:
         """Fill `into` from `offset`; it may lie past the end, where zeroes are read."""
         read_all(self._fd, into, offset)
 
-    def read_cached(self, offset: int, into: bytearray) -> bool:
-        """Fill `into` without waiting for the medium, or return False."""
-        if self._nowait is None:
-            return False
-        try:
-            return os.preadv(self._fd, (into,), offset, self._nowait) == len(into)
-        except BlockingIOError:
-            return False
+    def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
+        """Read a run without waiting for the medium; return how many of its reads, from the front."""
+        return 0 if self._nowait is None else read_run(self._fd, self._nowait, into, run, count)
 
     def write(self, offset: int, data: memoryview | bytes, *, durable: bool = False) -> None:
         """Write all of `data` at `offset`."""

@@ -1,8 +1,8 @@
-"""Runs of small writes: several that lie in one buffer, carried out by one loop.
+"""Runs of small writes, or reads: several whose data lies in one buffer, carried out by one loop.
 
-A run is an array('Q') with four numbers for each write: offset and length in bytes, where its data begins in the
-buffer, and a cookie that is the wire's business. What serves a run takes as many of its writes as can be taken, from
-the front, and returns how many; why it stopped is for whoever handles the next one alone to find out.
+A run is an array('Q') with four numbers for each request: offset and length in bytes, where its data begins in the
+buffer, and a cookie that is the wire's business. What serves a run takes as many as can be taken, from the front, and
+returns how many; why it stopped is for whoever handles the next one alone to find out.
 
 These are the inner loops, in Python; `_runs.pyx` has the same natively and is used where it was built.
 """
@@ -56,13 +56,28 @@ def _write_run(fd: int, flags: int, data: "Buffer", run: "array[int]", count: in
     return count
 
 
+def _read_run(fd: int, flags: int, into: bytearray, run: "array[int]", count: int, /) -> int:
+    """How many reads, from the front, the file `fd` gave whole; `flags` are those of preadv2(2)."""
+    view = memoryview(into)
+    for at in range(count):
+        offset, length, position = run[WORDS * at : WORDS * at + 3]
+        try:
+            if os.preadv(fd, (view[position : position + length],), offset, flags) != length:
+                return at
+        except OSError:
+            return at
+    return count
+
+
 try:
     from lockstep.disk import _runs as _native
 except ImportError:
     aligned = _aligned
     covered = _covered
     write_run = _write_run
+    read_run = _read_run
 else:
     aligned = _native.aligned
     covered = _native.covered
     write_run = _native.write_run
+    read_run = _native.read_run

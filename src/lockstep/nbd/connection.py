@@ -4,7 +4,7 @@ What makes it fast, on one event loop:
 
 - The kernel receives straight into the connection's buffer (BufferedProtocol), and every complete request in
   it is served before control goes back to the loop; their replies leave in one system call.
-- Plain writes are taken by runs (frames.py): as many as have arrived. What the export can carry out at once of a run
+- Plain reads and writes are taken by runs (frames.py): as many as have arrived. What can be carried out at once of a run
   costs a few calls for all of it: no task, no future, no log line.
 - Only what can block becomes a task, a whole run one task. Its payload moves to a block of the shared pool, because the
   receive buffer is about to be reused.
@@ -34,7 +34,18 @@ from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, Final, Protocol, cast
 
 from lockstep.nbd import wire
-from lockstep.nbd.frames import cookie_of, end_of, find_writes, new_run, pack_replies, rebase, rest_of, run_of
+from lockstep.nbd.frames import (
+    cookie_of,
+    end_of,
+    find_reads,
+    find_writes,
+    new_run,
+    pack_data_headers,
+    pack_replies,
+    rebase,
+    rest_of,
+    run_of,
+)
 from lockstep.nbd.identity import peer_of
 from lockstep.nbd.negotiation import Agreement, ExportInfo, Negotiation, Security, State
 from lockstep.nbd.payload import PayloadPool, block_bytes
@@ -73,8 +84,8 @@ class Export(Protocol):
 
     info: ExportInfo
 
-    def read_now(self, offset: int, into: bytearray) -> bool:
-        """Fill `into` and return True, or return False when that would block."""
+    def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
+        """Carry out as many reads of a run (frames.py) as can be at once; return how many, from the front."""
 
     def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
         """Carry out as many writes of a run (frames.py) as can be at once; return how many, from the front."""
@@ -314,7 +325,7 @@ class Connection(Securable):
     def _advance(self) -> None:
         """Serve every complete request that has arrived, as long as the client takes the replies."""
         try:
-            while self._may_serve() and (self._serve_writes() or self._serve_next()):
+            while self._may_serve() and (self._serve_writes() or self._serve_reads() or self._serve_next()):
                 if self._batch_bytes >= REPLY_BATCH_BYTES:
                     self._send_replies()
         finally:
@@ -363,6 +374,26 @@ class Connection(Securable):
         self._start = end
         self._pending += count
         self._server.spawn(self._write_run(run, count, block))
+        return True
+
+    def _serve_reads(self) -> bool:
+        """Serve those reads at the front that can be carried out at once; False when there is none."""
+        run, structured = self._run, self._agreement.structured
+        header_bytes = (wire.OFFSET_DATA if structured else wire.SIMPLE_REPLY).size
+        enough, size_bytes = REPLY_BATCH_BYTES - self._batch_bytes, self._export.info.size_bytes
+        where = self._buffer, self._start, self._end
+        count = find_reads(*where, enough, INLINE_READ_BYTES, size_bytes, header_bytes, run)
+        if not count:
+            return False
+        replies = bytearray(end_of(run, count))
+        done = self._export.read_run(replies, run, count)
+        if not done:
+            return False
+        del replies[end_of(run, done) :]
+        pack_data_headers(replies, run, done, structured)
+        self._reply(replies)
+        self._start += done * wire.REQUEST_BYTES
+        self._batch_bytes += len(replies)
         return True
 
     def _serve_next(self) -> bool:
@@ -415,21 +446,9 @@ class Connection(Securable):
         return True
 
     def _serve_read(self, cookie: int, offset: int, length: int) -> None:
-        structured = self._agreement.structured
         if not length:
-            self._reply(empty_read(cookie, structured=structured))
+            self._reply(empty_read(cookie, structured=self._agreement.structured))
             return
-        if length <= INLINE_READ_BYTES:
-            data = bytearray(length)
-            try:
-                if self._export.read_now(offset, data):
-                    self._reply(data_header(cookie, offset, length, structured=structured))
-                    self._reply(data)
-                    self._batch_bytes += length
-                    return
-            except OSError as failure:
-                self._refuse(wire.CMD_READ, cookie, wire_error(failure.errno))
-                return
         block = self._take_block(length)
         if block is None:
             self._start -= wire.REQUEST_BYTES  # asked again when there is room

@@ -26,7 +26,7 @@ class VolumeExport:
         self.info = ExportInfo(name, target.size_bytes, _FLAGS, f"Lockstep volume {name}")
         self._target = target
         self._in_worker = session.workers.run
-        self.read_now = session.reads.read_now
+        self.read_run = session.reads.read_run
         self.read = session.reads.read
         self.write_run = session.writes.write_run
         self.write = session.writes.write

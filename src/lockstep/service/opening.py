@@ -163,11 +163,22 @@ class OpenedExport:
         self._workers = workers
         self._flushes = Rounds(self._flush)
 
-    def read_now(self, offset: int, into: bytearray) -> bool:
-        """Read what is in the page cache."""
-        if self._overlay is None:
-            return self._disk.read_cached(offset, into)
-        return self._ranges.free(*self._clusters(offset, len(into))) and self._overlay.read_cached(offset, into)
+    def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
+        """Read what is in the page cache; return how many reads, from the front."""
+        view = memoryview(into)
+        for at in range(count):
+            offset, length, position = run[WORDS * at : WORDS * at + 3]
+            if not self._read_cached(offset, view[position : position + length]):
+                return at
+        return count
+
+    def _read_cached(self, offset: int, into: memoryview) -> bool:
+        try:
+            if self._overlay is None:
+                return self._disk.read_cached(offset, into)
+            return self._ranges.free(*self._clusters(offset, len(into))) and self._overlay.read_cached(offset, into)
+        except OSError:
+            return False  # `read` meets it again
 
     def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:  # noqa: ARG002
         """Nothing is written on the loop: it may have to fill up a cluster from the mirror."""

@@ -180,7 +180,7 @@ class Overlay:
             else:
                 (self._data if state == HERE else self._mirror).read(at, piece)
 
-    def read_cached(self, offset: int, into: bytearray) -> bool:
+    def read_cached(self, offset: int, into: memoryview) -> bool:
         """Like `read`, or return False where that would wait, or takes more than one step."""
         (_, count, state), *others = self._runs(offset, len(into))
         if others:
