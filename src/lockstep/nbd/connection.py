@@ -4,7 +4,7 @@ What makes it fast, on one event loop:
 
 - The kernel receives straight into the connection's buffer (BufferedProtocol), and every complete request in
   it is served before control goes back to the loop; their replies leave in one system call.
-- Plain reads and writes are taken by runs (frames.py): as many as have arrived. What can be carried out at once of a run
+- Plain reads and writes are taken by runs (frames.py): as many as have arrived. What can be done at once of a run
   costs a few calls for all of it: no task, no future, no log line.
 - Only what can block becomes a task, a whole run one task. Its payload moves to a block of the shared pool, because the
   receive buffer is about to be reused.
