@@ -4,8 +4,8 @@ A history is a run of the real server with random requests (crash_host.py), reco
 it chosen at random, and for what the disks may have kept at that moment (recording.py):
 
     target    each sector has what the last flushed request to it wrote, or something later
-    bitmap    every region in which the two differ is marked in a bitmap that fits the mirror, or held; also when the
-              mirror is an older copy of itself, which the bitmap may fit as well
+    bitmap    it fits the mirror, so that there is no full copy; and every region in which the two differ is marked, or
+              held; also when the mirror is an older copy of itself, which the bitmap may fit as well
     mirror    what was barred from it is not there; and if its token says `in-sync` or `frozen`, then it alone, without
               target, bitmap or anything else, gives back every flushed request: up to now, or up to the first held one
     recovery  the next start is served, brings the mirror in sync, changes no byte of the target, and ends with
@@ -375,6 +375,8 @@ class Explorer:
 
         token = self.mirror.token(files)
         data = _padded(self.mirror.data(files, SIZE_BYTES))
+        if self._fits(start) and not any(when <= cut for when, _ in expected.faults) and not self._fits(image):
+            raise Broken("the bitmap does not fit the mirror any more, so everything will be copied")
         self._look_at_marks(image)
         self._look_for_what_is_barred(expected, data)
         as_before = token["generation"] == self.mirror.token(start.files)["generation"]
@@ -411,33 +413,30 @@ class Explorer:
         return dataclasses.replace(image, files={**image.files, **theirs})
 
     def _look_at_marks(self, image: Image, where: str = "") -> None:
-        generation = int(self.mirror.token(image.files)["generation"])
-        marked = self._bits(image.files, ".intent", (generation, image.written_ns))
-        if all(marked):
+        if not self._fits(image):
             return
-        held = self._bits(image.files, ".held")
+        marked, held = self._bits(image.files, ".intent"), self._bits(image.files, ".held")
         target, data = image.files[self.target_path], self.mirror.data(image.files, SIZE_BYTES)
         for region in range(-(-SIZE_BYTES // REGION_BYTES)):
             part = slice(region * REGION_BYTES, min((region + 1) * REGION_BYTES, SIZE_BYTES))
             if not marked[region] and not held[region] and target[part] != data[part]:
                 raise Broken(f"region {region} differs, and is not marked{where}")
 
-    def _bits(self, files: dict[str, bytes], suffix: str, fits: tuple[int, int] | None = None) -> list[bool]:
-        """The bits of a bitmap, one for each region; all are set if it does not fit. There is one page of each kind."""
-        (content,) = [content for path, content in files.items() if path.endswith(suffix)] or [b""]
-        pages = [content[at : at + PAGE_BYTES] for at in range(0, len(content), PAGE_BYTES)]
-        sound = [
-            len(page) == PAGE_BYTES and zlib.crc32(page[4:]) == int.from_bytes(page[:4], "little") for page in pages
-        ]
-        count = -(-SIZE_BYTES // REGION_BYTES)
-        if len(pages) < 2 or not all(sound):
-            return [True] * count
-        if fits is not None:
-            given, following, written_ns = struct.unpack_from("<QQQ", content, 56)
-            if fits[0] not in (given, following) or written_ns not in (0, fits[1]):
-                return [True] * count
-        bits = [int.from_bytes(page[4:], "little") for page in pages[1:]]
-        return [any(each >> region & 1 for each in bits) for region in range(count)]
+    def _fits(self, image: Image) -> bool:
+        """Whether there is a bitmap of the mirror as it is; if not, everything counts as marked."""
+        header = _content(image.files, ".intent")[:PAGE_BYTES]
+        if not _sound(header):
+            return False
+        given, following, written_ns = struct.unpack_from("<QQQ", header, 56)
+        generation = int(self.mirror.token(image.files)["generation"])
+        return generation in (given, following) and written_ns in (0, image.written_ns)
+
+    def _bits(self, files: dict[str, bytes], suffix: str) -> list[bool]:
+        """The bits for each region, of all kinds together; all are set on a page that is damaged."""
+        content = _content(files, suffix)
+        pages = [content[at : at + PAGE_BYTES] for at in range(PAGE_BYTES, len(content), PAGE_BYTES)]
+        bits = [int.from_bytes(page[4:], "little") if _sound(page) else -1 for page in pages or [b""]]
+        return [any(each >> region & 1 for each in bits) for region in range(-(-SIZE_BYTES // REGION_BYTES))]
 
     def _look_for_what_is_barred(self, expected: Expected, data: bytes) -> None:
         for sector, known in expected.target.items():
@@ -498,6 +497,15 @@ def _sector(content: bytes | bytearray, sector: int) -> bytes:
 
 def _padded(content: bytes) -> bytes:
     return content.ljust(-(-len(content) // SECTOR_BYTES) * SECTOR_BYTES, b"\0")
+
+
+def _content(files: dict[str, bytes], suffix: str) -> bytes:
+    """The one file with this suffix; nothing if there is none."""
+    return next((content for path, content in files.items() if path.endswith(suffix)), b"")
+
+
+def _sound(page: bytes) -> bool:
+    return len(page) == PAGE_BYTES and zlib.crc32(page[4:]) == int.from_bytes(page[:4], "little")
 
 
 def _first_difference(one: bytes, other: bytes) -> int:

@@ -15,7 +15,7 @@ from tests.recording import SYNC, SYNCED, Record
 
 pytestmark = [needs("gcc"), pytest.mark.timeout(600)]
 
-HISTORIES: Final = 5
+HISTORIES: Final = 4
 REQUESTS: Final = 70
 LOOKS: Final = 40
 RECOVERIES: Final = 8

@@ -19,6 +19,7 @@ The header is written by one thread of its own, by way of cryptsetup. A mirror w
 like one whose data does not.
 """
 
+import asyncio
 import errno
 import logging
 import secrets
@@ -79,6 +80,7 @@ class MirrorSession:
         self._attempt: object = None  # the attempt to come back that somebody waits for
         self._last_failure = ""
         self._disowned = False
+        self._advancing = asyncio.Lock()  # two at once would give the bitmap a generation, and the mirror another
         header, disk, away = self._open_unless_away()
         token = header.token if header else None
         path = state.intent(mirror.luks_uuid)
@@ -162,11 +164,15 @@ class MirrorSession:
 
     async def advance(self) -> None:
         """Give mirror and bitmap a new generation: copies of the mirror from before are none of it."""
+        async with self._advancing:
+            await self._advance()
+
+    async def _advance(self) -> None:
         generation, following = self._token.generation, self._following()
         await self._in_worker(self._intent.advance, generation, following)
         self._generations = (generation, following)
         try:
-            await self._scribe.run(self._write_token, following, self._token.state)
+            await self._scribe.run(self._write_generation, following)
         except LockstepError as error:
             raise OSError(errno.EIO, str(error)) from error
         except TimeoutError as failure:
@@ -195,6 +201,9 @@ class MirrorSession:
         except LockstepError as error:
             self._token = replace(self._token, state=state)  # once is enough to say it
             log.warning("the header of mirror %s could not be updated: %s", self.mirror.path, error)
+
+    def _write_generation(self, generation: int) -> None:
+        self._write_token(generation, self._token.state)  # as it is by now: a state may have been waiting to be written
 
     def _following(self) -> int:
         return self._token.generation + 1 + secrets.randbits(31)
