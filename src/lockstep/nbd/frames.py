@@ -1,4 +1,4 @@
-"""Requests that are counted by the hundred thousand: runs of plain reads or writes, each found and answered by one loop.
+"""Requests that are counted by the hundred thousand: runs of plain reads or writes, each found and answered at once.
 
 A run is an array('Q') with four numbers for each request: offset and length in bytes, where its data begins in the
 buffer, and the cookie in the byte order of the wire. The buffer of writes is what was received; that of reads is what
