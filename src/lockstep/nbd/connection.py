@@ -328,6 +328,8 @@ class Connection(Securable):
             while self._may_serve() and (self._serve_writes() or self._serve_reads() or self._serve_next()):
                 if self._batch_bytes >= REPLY_BATCH_BYTES:
                     self._send_replies()
+                if self._start == self._end:
+                    break
         finally:
             self._send_replies()
         if self._ending:
