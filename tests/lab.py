@@ -580,6 +580,12 @@ class Storage:
         said = self.log()
         return [f"{what} {number}" for what, number in re.findall(r"((?:\.\.\.)?(?:Write|Zero|Flush)) id=(\d+)", said)]
 
+    def written(self) -> list[tuple[int, int]]:
+        """Every write so far: (offset, length)."""
+        said = self._log.read_text(errors="replace")
+        found = re.findall(r" Write id=\d+ offset=(\w+) count=(\w+)", said)
+        return [(int(offset, 0), int(length, 0)) for offset, length in found]
+
     def durable_since(self, before: int) -> bool:
         """Whether, since `before` events, a flush began when all was written, and has ended."""
         events = self.events()[before:]

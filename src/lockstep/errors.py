@@ -226,6 +226,14 @@ class OverlayUnwanted(UsageError):
     next_step = "Add --writable, or leave --overlay out."
 
 
+class AdoptFormatsNothing(UsageError):
+    """Data: option."""
+
+    happened = "{option} says how to format a mirror, and --adopt formats nothing."
+    cause = "With --adopt the disk stays what it is, a LUKS2 volume that may hold a copy already."
+    next_step = "Leave out {option}; or leave out --adopt, and what the disk holds is lost."
+
+
 class DifferencesFound(LockstepError):
     """Exit code 3."""
 
@@ -392,7 +400,23 @@ class NoMirror(RegistryError):
 
     happened = "The volume {volume} has no mirror."
     cause = "It was created without one, so there is no header and no passphrase."
-    next_step = "Create a volume with --mirror PATH."
+    next_step = "Give it one: `lockstep mirror add {volume} PATH`."
+
+
+class MirrorsHoldBack(RegistryError):
+    """Data: volume, mirror."""
+
+    happened = "The volume {volume} is not given another mirror: something is held from {mirror}."
+    cause = "What users wrote without permission would reach the new mirror, which gets all of the target."
+    next_step = "Have it copied or looked into first (`lockstep sync {volume} --include-held`), then run this again."
+
+
+class TargetUnfinished(RegistryError):
+    """Data: path, volume, mirror."""
+
+    happened = "The new target {path} of {volume} is still being filled from the mirror {mirror}."
+    cause = "The target was replaced (`lockstep replace-target`), and no server has finished the work since."
+    next_step = "Serve the volume until `lockstep status {volume}` shows no restore any more, then run this again."
 
 
 class GrantUnknown(RegistryError):
@@ -816,6 +840,16 @@ class WrongPassphrase(LuksError):
         "or its key slot is damaged."
     )
     next_step = "Try again, or use another passphrase of this mirror (`lockstep key list`) or a backup of its header."
+
+
+class MirrorKeysDiffer(LuksError):
+    """Data: path, other, volume."""
+
+    happened = "The passphrase given for {path} does not open {other}, another mirror of {volume}."
+    cause = "All mirrors of a volume are unlocked together, by one passphrase (`lockstep serve --key-file`)."
+    next_step = (
+        "Give the passphrase of {other}, or add this one there first: `lockstep key add {volume} --mirror {other}`."
+    )
 
 
 class RecoveryKeyMistyped(LuksError):

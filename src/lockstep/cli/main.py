@@ -29,6 +29,7 @@ _COMMANDS = {
     "attach": "serving",
     "detach": "serving",
     "status": "status",
+    "mirror": "mirroring",
     "sync": "syncing",
     "verify": "verifying",
     "restore": "restoring",

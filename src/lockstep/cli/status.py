@@ -36,23 +36,24 @@ def status(
     """Show volumes, their clients, and how far their mirrors are."""
     state = state_of(context, state_dir)
     if as_json:
-        print_json(_gather(state, name))
+        print_json(gather(state, name))
         while watch:
             sys.stdout.flush()
             time.sleep(WATCH_INTERVAL_S)
-            print_json(_gather(state, name))
+            print_json(gather(state, name))
         return
     screen = console()
     if not watch:
-        screen.print(_render(_gather(state, name)))
+        screen.print(_render(gather(state, name)))
         return
-    with Live(_render(_gather(state, name)), console=screen, auto_refresh=False) as live:
+    with Live(_render(gather(state, name)), console=screen, auto_refresh=False) as live:
         while True:
             time.sleep(WATCH_INTERVAL_S)
-            live.update(_render(_gather(state, name)), refresh=True)
+            live.update(_render(gather(state, name)), refresh=True)
 
 
-def _gather(state: State, name: str | None) -> dict[str, Any]:
+def gather(state: State, name: str | None) -> dict[str, Any]:
+    """Return one volume, or all, as `status --json` prints them."""
     with state.registry() as registry:
         volumes = (registry.volume(name),) if name else registry.volumes()
         backups = {volume.name: headers.backups(registry, volume) for volume in volumes}

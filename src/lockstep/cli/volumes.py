@@ -12,7 +12,8 @@ from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import MirrorMissing
 from lockstep.registry.store import VolumeRecord
 from lockstep.service.headers import MISSING, reminder
-from lockstep.service.volumes import MirrorPlan, create_volume, remove_volume
+from lockstep.service.mirror_set import MirrorPlan
+from lockstep.service.volumes import create_volume, remove_volume
 
 
 class OnDenied(StrEnum):

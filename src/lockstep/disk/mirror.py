@@ -61,7 +61,9 @@ def make_mirror(
             undo.callback(_unlink_if_there, path)
             _make_file(path, needed_bytes)
         disk = inspect(path)
-        _refuse_unfit(target, disk, needed_bytes, detached=header is not None, force=force)
+        refuse_unfit(target, disk, needed_bytes, detached=header is not None)
+        if not force:
+            _refuse_content(disk)
         if header:
             _refuse_header(header, (target, disk), force=force)
             if not os.path.lexists(header):
@@ -131,7 +133,8 @@ def open_mirror(
     return EncryptedDisk(fd, header.segment, cipher, data_bytes)
 
 
-def _refuse_unfit(target: Disk, disk: Disk, needed_bytes: int, *, detached: bool, force: bool) -> None:
+def refuse_unfit(target: Disk, disk: Disk, needed_bytes: int, *, detached: bool) -> None:
+    """Raise MirrorIsTarget, DiskBusy or MirrorTooSmall where the disk cannot be a mirror, whatever it holds."""
     how = overlap(target, disk)
     if how:
         raise MirrorIsTarget(path=disk.path, target=target.path, how=how)
@@ -147,8 +150,9 @@ def _refuse_unfit(target: Disk, disk: Disk, needed_bytes: int, *, detached: bool
             short_bytes=needed_bytes - disk.size_bytes,
             advice=advice,
         )
-    if force:
-        return
+
+
+def _refuse_content(disk: Disk) -> None:
     found = signatures(disk)
     if not found and holds_data(disk):
         found = ("data of an unknown kind",)

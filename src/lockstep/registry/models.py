@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from sqlalchemy import (
     DDL,
     BigInteger,
+    Boolean,
     CheckConstraint,
     DateTime,
     ForeignKey,
@@ -17,6 +18,7 @@ from sqlalchemy import (
     String,
     UniqueConstraint,
     event,
+    false,
 )
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
@@ -64,7 +66,7 @@ class Base(DeclarativeBase):
 
 
 class Volume(Base):
-    """A target that Lockstep serves."""
+    """A target that Lockstep serves. `filled_from` is the mirror that a new target is still being filled from."""
 
     __tablename__ = "volumes"
     __table_args__ = (CheckConstraint("on_denied IN ('hold', 'refuse')", name="on_denied"),)
@@ -77,6 +79,7 @@ class Volume(Base):
     on_denied: Mapped[str] = mapped_column(String(8))
     scrub_window: Mapped[str | None]
     scrub_timezone: Mapped[str | None]
+    filled_from: Mapped[str | None] = mapped_column(String(36))
     created_at: Mapped[datetime] = mapped_column(default=_now)
 
     mirrors: Mapped[list["Mirror"]] = relationship(
@@ -85,7 +88,10 @@ class Volume(Base):
 
 
 class Mirror(Base):
-    """A disk that receives a volume's ciphertext. `generation` is the last one that was seen on it."""
+    """A disk that receives a volume's ciphertext. `generation` is the last one that was seen on it.
+
+    `compare`: it may hold a copy already, so what differs is found by comparing.
+    """
 
     __tablename__ = "mirrors"
 
@@ -95,6 +101,7 @@ class Mirror(Base):
     header_path: Mapped[str | None]
     luks_uuid: Mapped[str] = mapped_column(String(40), unique=True)
     generation: Mapped[int] = mapped_column(BigInteger)
+    compare: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     created_at: Mapped[datetime] = mapped_column(default=_now)
 
 

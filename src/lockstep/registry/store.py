@@ -113,7 +113,10 @@ _POSTGRESQL_FAILURES: dict[str, type[RegistryError]] = {
 
 @dataclass(frozen=True, slots=True)
 class MirrorRecord:
-    """A registered mirror. `generation` is the last that was seen on it; `header_path` is None for an inline header."""
+    """A registered mirror. `generation` is the last that was seen on it; `header_path` is None for an inline header.
+
+    `compare`: it may hold a copy already; cleared at the end of a server under which it came in sync.
+    """
 
     id: str
     volume_id: str
@@ -122,11 +125,15 @@ class MirrorRecord:
     luks_uuid: str
     generation: int
     created_at: datetime
+    compare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class VolumeRecord:
-    """A registered volume with its mirrors, oldest first. `sector_bytes` is the target's logical block size."""
+    """A registered volume with its mirrors, oldest first. `sector_bytes` is the target's logical block size.
+
+    `filled_from` is the id of the mirror from which a new target is still being filled; else None.
+    """
 
     id: str
     name: str
@@ -137,6 +144,7 @@ class VolumeRecord:
     scrub: Schedule | None
     created_at: datetime
     mirrors: tuple[MirrorRecord, ...]
+    filled_from: str | None = None
 
 
 class Registry:
@@ -251,9 +259,10 @@ class Registry:
         luks_uuid: str,
         header_path: str | None = None,
         generation: int = 0,
+        compare: bool = False,
         actor: Actor,
     ) -> MirrorRecord:
-        """Register a mirror of the volume `name`.
+        """Register a mirror of the volume `name`; `compare` says that it may hold a copy already.
 
         Raises VolumeUnknown, RegistryPathInvalid, TargetTaken, MirrorTaken, HeaderTaken, LuksUuidTaken.
         """
@@ -269,11 +278,16 @@ class Registry:
             if twin := session.scalar(select(Mirror).filter_by(luks_uuid=luks_uuid)):
                 raise LuksUuidTaken(path=path, luks_uuid=luks_uuid, registered=twin.path)
             mirror = Mirror(
-                volume_id=volume.id, path=path, header_path=header_path, luks_uuid=luks_uuid, generation=generation
+                volume_id=volume.id,
+                path=path,
+                header_path=header_path,
+                luks_uuid=luks_uuid,
+                generation=generation,
+                compare=compare,
             )
             session.add(mirror)
             session.flush()
-            reason = f"{actor.user} gave the volume {name} the mirror {path}"
+            reason = f"{actor.user} gave the volume {name} the {'adopted ' if compare else ''}mirror {path}"
             _append(session, "mirror-added", actor, name, reason, {"path": path, "luks_uuid": luks_uuid})
             return _mirror_record(mirror)
 
@@ -287,6 +301,33 @@ class Registry:
                 raise MirrorUnknown(mirror=path, where=f" with the volume {name}")
             reason = f"{actor.user} took the mirror {path} from the volume {name}"
             _append(session, "mirror-removed", actor, name, reason, {"path": path})
+
+    def replace_target(self, name: str, path: str, mirror_id: str, *, actor: Actor) -> None:
+        """Have a volume filled anew at `path` from one of its mirrors; the others are compared with that.
+
+        Raises VolumeUnknown, RegistryPathInvalid, TargetTaken, MirrorTaken, HeaderTaken.
+        """
+        _check_path(path)
+        with self._transaction(write=True) as session:
+            volume = _find(session, name)
+            former = volume.target_path
+            if path != former:
+                _refuse_taken(session, path)
+            volume.target_path, volume.filled_from = path, mirror_id
+            for mirror in volume.mirrors:
+                mirror.compare = mirror.id != mirror_id
+            (source,) = (mirror.path for mirror in volume.mirrors if mirror.id == mirror_id)
+            reason = f"{actor.user} had the target {former} replaced by {path}, filled from the mirror {source}"
+            details = {"path": path, "former": former, "mirror": source}
+            _append(session, "target-replaced", actor, name, reason, details)
+
+    def target_filled(self, name: str, *, actor: Actor) -> None:
+        """Note that a new target holds everything. Raises VolumeUnknown."""
+        with self._transaction(write=True) as session:
+            volume = _find(session, name)
+            volume.filled_from = None
+            reason = f"the new target {volume.target_path} of the volume {name} holds everything"
+            _append(session, "target-filled", actor, name, reason, {"path": volume.target_path})
 
     def set_on_denied(self, name: str, policy: OnDenied, *, actor: Actor) -> None:
         """Say what becomes of updates that are denied. Raises VolumeUnknown."""
@@ -374,10 +415,11 @@ class Registry:
             noted = (last.number, last.hash) if last else (0, audit.FIRST)
             return audit.check(map(_audit_record, rows), noted, head)
 
-    def set_generation(self, mirror_id: str, generation: int) -> None:
-        """Keep the generation that was last seen on a mirror, durably. Raises MirrorUnknown."""
+    def set_generation(self, mirror_id: str, generation: int, *, compare: bool | None = None) -> None:
+        """Keep the generation that was last seen on a mirror, and `compare` if given, durably. Raises MirrorUnknown."""
+        values: dict[str, Any] = {"generation": generation} | ({} if compare is None else {"compare": compare})
         with self._transaction(write=True) as session:
-            if not _hit(session, update(Mirror).filter_by(id=mirror_id).values(generation=generation)):
+            if not _hit(session, update(Mirror).filter_by(id=mirror_id).values(**values)):
                 raise MirrorUnknown(mirror=mirror_id, where="")
 
     @contextmanager
@@ -503,6 +545,7 @@ def _mirror_record(row: Mirror) -> MirrorRecord:
         luks_uuid=row.luks_uuid,
         generation=row.generation,
         created_at=row.created_at,
+        compare=row.compare,
     )
 
 
@@ -523,6 +566,7 @@ def _volume_record(row: Volume) -> VolumeRecord:
         scrub=_schedule(row),
         created_at=row.created_at,
         mirrors=tuple(map(_mirror_record, row.mirrors)),
+        filled_from=row.filled_from,
     )
 
 

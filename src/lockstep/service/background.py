@@ -110,8 +110,13 @@ class Background:
         self._trail.note("sync", actor, f"{actor.user} had the mirrors brought in sync{held}", released_bytes=released)
         self._retry.set()
         for resync in self._session.resyncs:
-            resync.compare = compare
+            resync.compare = compare or resync.compare  # an adopted mirror goes on being compared
             resync.wake()
+
+    def look_for_mirrors(self, actor: Actor) -> None:
+        """Look at once for mirrors that are away."""
+        self._trail.note("mirrors-sought", actor, f"{actor.user} had mirrors that are away looked for")
+        self._retry.set()
 
     async def _bring_back(self, session: MirrorSession, resync: Resync) -> None:
         """Follow a mirror again that failed or was away, as soon as it can be opened.

@@ -3,6 +3,7 @@
 GET  /v1/status    the volume as `status --json` prints it
 POST /v1/sync      {"include_held": bool, "compare": bool}: have what differs copied, if wanted what is held too, and
                    if wanted only where a comparison shows it
+POST /v1/mirrors   look at once for mirrors that are away
 POST /v1/verify    {"repair": bool}: begin to compare the mirrors with the target
 GET  /v1/verify    how far that is, or what the last one found
 DELETE /v1/verify  end it early
@@ -31,6 +32,9 @@ class Commands(Protocol):
 
     async def sync(self, actor: Actor, *, include_held: bool, compare: bool) -> None:
         """Have what differs copied. Raises MayNotRelease."""
+
+    def look_for_mirrors(self, actor: Actor) -> None:
+        """Look at once for mirrors that are away."""
 
     def verify(self, actor: Actor, *, repair: bool) -> None:
         """Begin to compare. Raises AlreadyVerifying."""
@@ -73,6 +77,10 @@ async def control_interface(
         await commands.sync(_actor(request), include_held=include_held, compare=compare)
         return web.json_response({})
 
+    async def look_for_mirrors(request: web.Request) -> web.Response:
+        commands.look_for_mirrors(_actor(request))
+        return web.json_response({})
+
     async def begin_verify(request: web.Request) -> web.Response:
         commands.verify(_actor(request), repair=bool((await request.json()).get("repair")))
         return web.json_response({})
@@ -87,6 +95,7 @@ async def control_interface(
     application = web.Application(middlewares=[guarded])
     application.router.add_get("/v1/status", answer_status)
     application.router.add_post("/v1/sync", answer_sync)
+    application.router.add_post("/v1/mirrors", look_for_mirrors)
     application.router.add_post("/v1/verify", begin_verify)
     application.router.add_get("/v1/verify", answer_verify)
     application.router.add_delete("/v1/verify", end_verify)

@@ -40,6 +40,10 @@ class ServedVolume:
         """Have what differs copied. Raises MayNotRelease."""
         await self.background.sync(actor, include_held=include_held, compare=compare)
 
+    def look_for_mirrors(self, actor: Actor) -> None:
+        """Look at once for mirrors that are away."""
+        self.background.look_for_mirrors(actor)
+
     def verify(self, actor: Actor, *, repair: bool) -> None:
         """Begin to compare. Raises AlreadyVerifying."""
         self.verification.begin(actor, repair=repair)

@@ -49,7 +49,9 @@ class VolumeSession:
         sector_bytes = max((link.sector_bytes for link in links), default=1)
         self.writes = WritePath(target, links, gate, sector_bytes, workers)
         self.reads = ReadPath(self.writes, workers)
-        self.resyncs = tuple(Resync(self.writes, link, gate, workers) for link in links)
+        self.resyncs = tuple(
+            Resync(self.writes, session.link, gate, workers, compare=session.mirror.compare) for session in mirrors
+        )
         self._state = state
 
     def claim(self) -> None:
@@ -76,8 +78,8 @@ class VolumeSession:
         """Remember what was written last; a registry out of reach is no reason not to serve, or not to stop."""
         try:
             with self._state.registry() as registry:
-                for session in self.mirrors:
-                    registry.set_generation(session.mirror.id, session.generation)
+                for session, resync in zip(self.mirrors, self.resyncs, strict=True):
+                    registry.set_generation(session.mirror.id, session.generation, compare=resync.compare)
         except LockstepError as error:
             log.warning("the registry could not be updated: %s", error)
 

@@ -38,9 +38,11 @@ LOOK_INTERVAL_S: Final = 0.5
 class Resync:
     """Brings one mirror in sync."""
 
-    def __init__(self, path: WritePath, link: MirrorLink, gate: Gate, workers: Workers) -> None:
+    def __init__(
+        self, path: WritePath, link: MirrorLink, gate: Gate, workers: Workers, *, compare: bool = False
+    ) -> None:
         """`workers` read the target."""
-        self.compare = False  # whether to look first what is equal already, and leave that as it is
+        self.compare = compare  # whether to look first what is equal already, and leave that as it is, until in sync
         self._path = path
         self._link = link
         self._gate = gate
@@ -71,7 +73,10 @@ class Resync:
         """Copy until no region is dirty, or nothing may be copied; `link.sync` tells how far it is."""
         link = self._link
         link.waiting = not self._permitted()
-        if not link.regions.dirty_bytes or not self._may_go_on():
+        if not link.regions.dirty_bytes:
+            self.compare = False
+            return
+        if not self._may_go_on():
             return
         link.sync = SyncProgress(link.regions.dirty_bytes)
         log.info("copying %d bytes to mirror %s", link.sync.total_bytes, link.path)
