@@ -522,7 +522,13 @@ class Storage:
     """A disk on nbdkit, shown as a file by nbdfuse: every request is on record, and it can be slow or stop."""
 
     def __init__(
-        self, home: Path, size_bytes: int, *, write_delay_ms: int = 0, plugin: Sequence[str] | None = None
+        self,
+        home: Path,
+        size_bytes: int,
+        *,
+        write_delay_ms: int = 0,
+        read_delay_ms: int = 0,
+        plugin: Sequence[str] | None = None,
     ) -> None:
         """Keep the data in the file `image`, or where another of nbdkit's plugins, with its options, keeps it."""
         home.mkdir()
@@ -534,7 +540,7 @@ class Storage:
             image.truncate(size_bytes)
         self.path.parent.mkdir()
         self._fuse: subprocess.Popen[bytes] | None = None
-        options = (f"logfile={self._log}", f"delay-write={write_delay_ms}ms")
+        options = (f"logfile={self._log}", f"delay-write={write_delay_ms}ms", f"delay-read={read_delay_ms}ms")
         self._nbdkit = subprocess.Popen(
             [
                 *("nbdkit", "-f", "-U", socket, "--filter=log", "--filter=delay"),

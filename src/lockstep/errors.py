@@ -626,7 +626,53 @@ class TargetResized(DiskError):
 
     happened = "The target {path} has {size_bytes} bytes; the volume {volume} was created with {expected_bytes}."
     cause = "The file was truncated or extended, or another disk has taken its name."
-    next_step = "Put the right disk back; for a disk of a new size, `lockstep remove {volume}` and create it anew."
+    next_step = (
+        "Put the right disk back; if the target is lost, give the volume a new one (`lockstep replace-target {volume} "
+        "NEWDISK`); for a disk of a new size, `lockstep remove {volume}` and create it anew."
+    )
+
+
+class TargetGone(DiskError):
+    """Data: path, volume."""
+
+    happened = "The target {path} of {volume} is not there."
+    cause = "The disk is not connected, its file was moved or removed, or it died."
+    next_step = (
+        "Connect it and run this again. If it is lost, give the volume a new one, which is restored from the mirror "
+        "while the volume is served: `lockstep replace-target {volume} NEWDISK`."
+    )
+
+
+class TargetStillThere(DiskError):
+    """Data: path, volume, mirror."""
+
+    happened = "The target {path} of {volume} is there, and may have what the mirror {mirror} misses."
+    cause = "The last server was killed, or stopped before the mirror was in sync, or updates are held from it."
+    next_step = (
+        "Serve the volume until its mirror is in sync, and run this again; if what the mirror may miss is not wanted, "
+        "repeat with --incomplete."
+    )
+
+
+class TargetUnprepared(DiskError):
+    """Data: path, volume."""
+
+    happened = "What the new target {path} of {volume} lacks is not on record."
+    cause = "`lockstep replace-target` was interrupted, or the record in the state directory was removed or damaged."
+    next_step = (
+        "Run `lockstep replace-target {volume} {path} --force` again: the target is then restored from the start."
+    )
+
+
+class FillingImpossible(DiskError):
+    """Data: path, volume, mirror, reason."""
+
+    happened = "The new target {path} of {volume} cannot be filled from the mirror {mirror}: {reason}."
+    cause = "What the target lacks is on this mirror alone, as it was when the volume was served last."
+    next_step = (
+        "Connect that mirror as it was left, and serve again. Else, `lockstep replace-target {volume} NEWDISK` "
+        "takes another mirror that has everything, and begins anew."
+    )
 
 
 class OutputExists(DiskError):
@@ -728,6 +774,16 @@ class OverlayDamaged(DiskError):
     happened = "The overlay {path} is damaged: {reason}."
     cause = "Something else was written into the file, or the disk below it returns wrong data."
     next_step = "Put it back from a copy, or begin anew with another --overlay; the mirror was never written."
+
+
+class MirrorStale(DiskError):
+    """Data: path, generation, seen."""
+
+    happened = (
+        "The mirror {path} is an older copy of itself: its generation is {generation}, and {seen} was seen before."
+    )
+    cause = "It was put back from a backup or a snapshot, and misses what was written since."
+    next_step = "Connect the newest copy, or use another mirror; to go on with this one, repeat with --incomplete."
 
 
 class NoToken(DiskError):

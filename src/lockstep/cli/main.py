@@ -36,6 +36,7 @@ _COMMANDS = {
     "open": "opening",
     "commit": "opening",
     "drill": "drilling",
+    "replace-target": "replacing",
     "key": "keys",
     "header": "headers",
     "grant": "granting",

@@ -84,6 +84,11 @@ def _render_volume(volume: dict[str, Any]) -> RenderableType:
     table.add_column(overflow="fold")
     table.add_row(Text(volume["name"], "bold"), human_bytes(volume["size_bytes"]))
     table.add_row("  target", volume["target"]["path"])
+    if restore := volume["target"]["restore"]:
+        table.add_row("", Text("being restored from a mirror", "cyan"))
+        table.add_row("", _render_progress(restore))
+        if restore["error"]:
+            table.add_row("", Text(restore["error"], "red"))
     table.add_row("  serving", volume["uri"] or "no")
     for client in volume["clients"]:
         table.add_row("  client", plain(f"{client['user']} ({client['verdict']}): {client['reason']}"))

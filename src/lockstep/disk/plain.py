@@ -74,21 +74,21 @@ class Promptness:
 class PlainDisk:
     """An open disk: the target, or the output of a restore."""
 
-    def __init__(self, disk: Disk, fd: int) -> None:
-        """Take over `fd`, an open descriptor of `disk`."""
+    def __init__(self, disk: Disk, fd: int, size_bytes: int | None = None) -> None:
+        """Take over `fd`, an open descriptor of `disk`, of which only the first `size_bytes` are used if given."""
         self.disk = disk
-        self.size_bytes = disk.size_bytes
+        self.size_bytes = disk.size_bytes if size_bytes is None else size_bytes
         self._fd = fd
         self._nowait = cached_read_flag(fd)
         self._promptness = Promptness(fd)
 
     @classmethod
-    def claim(cls, disk: Disk) -> Self:
+    def claim(cls, disk: Disk, size_bytes: int | None = None) -> Self:
         """Open `disk` for writing, for this process alone. Raises DiskLocked and what `open_disk` does."""
         fd = open_disk(disk, writable=True)
         try:
             lock_exclusive(fd, disk)
-            return cls(disk, fd)
+            return cls(disk, fd, size_bytes)
         except BaseException:
             os.close(fd)
             raise
@@ -99,7 +99,10 @@ class PlainDisk:
 
     def read(self, offset: int, into: memoryview) -> None:
         """Fill `into` from `offset`; it may lie past the end, where zeroes are read."""
-        read_all(self._fd, into, offset)
+        within = max(0, self.size_bytes - offset)
+        if len(into) > within:
+            into[within:] = bytes(len(into) - within)
+        read_all(self._fd, into[:within], offset)
 
     def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
         """Read a run without waiting for the medium; return how many of its reads, from the front."""

@@ -27,6 +27,10 @@ class Actor:
     origin: str
 
 
+SERVER: Final = Actor("lockstep", "server")
+"""The server of a volume, of its own accord."""
+
+
 @dataclass(frozen=True, slots=True)
 class AuditRecord:
     """A row. `at_us` is in microseconds since 1970; `volume` is a name, and empty for what concerns no volume."""

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from typing import Any, Final
 
 from lockstep.errors import LockstepError, MayNotRelease
-from lockstep.registry.audit import Actor
+from lockstep.registry.audit import SERVER, Actor
 from lockstep.registry.store import Registry
 from lockstep.service.clients import Clients
 from lockstep.service.gate import VolumeGate
@@ -31,8 +31,6 @@ FIRST_RETURN_S: Final = 1.0
 LAST_RETURN_S: Final = 60.0
 STEADY_S: Final = 60.0  # a mirror that has been followed so long again is given a fresh start
 SETTLE_S: Final = 10.0
-
-SERVER: Final = Actor("lockstep", "server")
 
 
 class Background:
@@ -72,6 +70,7 @@ class Background:
             self._repeat(self._path.tidy, TIDY_INTERVAL_S),
             self._repeat(self._look, GRANTS_INTERVAL_S),
             self._repeat(self._warn, WARNING_INTERVAL_S),
+            self._fill(),
             *(resync.run() for resync in self._session.resyncs),
             *(self._bring_back(*pair) for pair in zip(self._session.mirrors, self._session.resyncs, strict=True)),
         ]
@@ -81,6 +80,8 @@ class Background:
         finally:
             self._stopping.set()
             self._retry.set()
+            if self._session.filling is not None:
+                self._session.filling.stop()
             for resync in self._session.resyncs:
                 resync.stop()
             await self._verification.stop()
@@ -117,6 +118,27 @@ class Background:
         """Look at once for mirrors that are away."""
         self._trail.note("mirrors-sought", actor, f"{actor.user} had mirrors that are away looked for")
         self._retry.set()
+
+    async def _fill(self) -> None:
+        """Fill a new target, if that is what it is; from the end on it is one like any other."""
+        filling = self._session.filling
+        if filling is None:
+            return
+        log.info("filling the new target: %d bytes", filling.left_bytes)
+        await filling.run()
+        while filling.over and self._session.filling is not None:
+            try:
+                await self._path.flush()
+                await self._session.workers.run(self._session.note_filled)
+            except (LockstepError, OSError) as failure:
+                log.warning("the new target has everything, but that could not be noted yet: %s", failure)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), WATCH_INTERVAL_S)
+                if self._stopping.is_set():
+                    return
+            else:
+                self._session.end_filling()
+                log.info("the new target has everything")
 
     async def _bring_back(self, session: MirrorSession, resync: Resync) -> None:
         """Follow a mirror again that failed or was away, as soon as it can be opened.

@@ -97,6 +97,7 @@ class MirrorSession:
             self._held.frozen_since_s = None  # it is another mirror than the one that was frozen
         regions = RegionMap(volume.size_bytes, loaded.marked, self._held.regions())
         self.link = MirrorLink(mirror.path, mirror.luks_uuid, regions, self._intent, self._held, self)
+        self.link.as_left = loaded.fits
         if disk is None:
             self.link.stay_away(away)
         else:
@@ -256,11 +257,12 @@ class MirrorSession:
     async def _recognise(self, generation: int) -> None:
         """See whether it is the mirror that the bitmap tells of; if not, everything differs. Raises OSError."""
         regions, everything = self.link.regions, [(0, self._volume.size_bytes)]
+        self.link.as_left = generation in self._generations
         if self._disowned:
             regions.mark_all()
             await self._in_worker(self._intent.claim, generation, generation, self._intent.marked())
             self._disowned = False
-        elif generation not in self._generations:
+        elif not self.link.as_left:
             log.warning("mirror %s is not as it was left: all of it is copied", self.mirror.path)
             regions.mark_all()
             await self._intent.mark(everything)  # before the bitmap says that it fits

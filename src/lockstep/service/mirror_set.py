@@ -126,15 +126,18 @@ def require_sector(plan: MirrorPlan) -> None:
         raise SectorSizeInvalid(sector_bytes=plan.sector_bytes, allowed=", ".join(map(str, SECTOR_SIZES)))
 
 
-def refuse_taken(registry: Registry, paths: list[str]) -> None:
-    """Refuse a disk that has a role already under another name; the registry itself compares names."""
+def refuse_taken(registry: Registry, paths: list[str], *, but: str | None = None) -> None:
+    """Refuse a disk that has a role already under another name; the registry itself compares names.
+
+    `but` is a path whose role does not count.
+    """
     wanted = [inspect(path) for path in paths if os.path.exists(path)]
     for volume in registry.volumes():
         roles: list[tuple[str, type[RegistryError]]] = [(volume.target_path, TargetTaken)]
         for mirror in volume.mirrors:
             roles += [(mirror.path, MirrorTaken), (mirror.header_path or "", HeaderTaken)]
         for path, taken in roles:
-            if os.path.exists(path) and any(overlap(inspect(path), disk) for disk in wanted):
+            if path != but and os.path.exists(path) and any(overlap(inspect(path), disk) for disk in wanted):
                 raise taken(path=path, volume=volume.name)
 
 

@@ -32,7 +32,9 @@ class ServedVolume:
         for mirror in mirrors:
             mirror["error"] = mirror["error"] or self.trail.error
         uri = self.uri if self.server.accepting else None
-        described = status.of_volume(self.session.record, mirrors, uri=uri, clients=clients)
+        record, filling = self.session.record, self.session.filling
+        restore = status.of_filling(filling, record.size_bytes) if filling else None
+        described = status.of_volume(record, mirrors, uri=uri, clients=clients, restore=restore)
         described["target"]["error"] = self.session.reads.error
         return described
 

@@ -3,6 +3,7 @@
 registry.db                      volumes and their mirrors
 intent/LUKS-UUID.intent          for each mirror, where it may differ from its target
 held/LUKS-UUID.held, .writers    for each mirror, what it must not be given by itself, and whose it is
+filling/VOLUME-ID.missing        for a volume whose target was replaced, what the new one does not have yet
 run/NAME.lock                    held by the server of the volume NAME for as long as it runs
 run/LUKS-UUID.keys               held by a command that changes the header of a mirror
 run/NAME.sock                    the NBD server
@@ -49,7 +50,7 @@ class State:
     def prepare(self) -> None:
         """Make what is missing of the directory, for its owner alone. Raises StateDirUnusable."""
         try:
-            for directory in (self.path, self.run_dir, self._intent_dir, self._held_dir):
+            for directory in (self.path, self.run_dir, self._intent_dir, self._held_dir, self._filling_dir):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
         except OSError as error:
             raise StateDirUnusable(path=self.path, reason=error.strerror) from error
@@ -92,6 +93,14 @@ class State:
     def intent(self, luks_uuid: str) -> str:
         """The intent bitmap of a mirror."""
         return f"{self._intent_dir}/{luks_uuid}.intent"
+
+    @property
+    def _filling_dir(self) -> str:
+        return f"{self.path}/filling"
+
+    def missing(self, volume_id: str) -> str:
+        """The record of what a new target lacks."""
+        return f"{self._filling_dir}/{volume_id}.missing"
 
     def held(self, luks_uuid: str) -> str:
         """The record of what is held from a mirror, without the suffixes of its files."""

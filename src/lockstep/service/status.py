@@ -10,9 +10,12 @@ from lockstep.errors import LockstepError
 from lockstep.registry.access import Verdict
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.state import State
-from lockstep.volume import intent
+from lockstep.volume import intent, missing
+from lockstep.volume.filling import Filling
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.link import BEHIND, IN_SYNC, MirrorLink
+from lockstep.volume.missing import Pair
+from lockstep.volume.progress import SyncProgress
 from lockstep.volume.regions import RegionMap
 
 
@@ -21,13 +24,14 @@ def of_volume(
     mirrors: list[dict[str, Any]],
     *,
     uri: str | None = None,
+    restore: dict[str, Any] | None = None,
     clients: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """One volume; `uri` is None when it is not served."""
+    """One volume; `uri` is None when it is not served, and `restore` when its target is not being filled."""
     return {
         "name": volume.name,
         "size_bytes": volume.size_bytes,
-        "target": {"path": volume.target_path, "error": None},
+        "target": {"path": volume.target_path, "error": None, "restore": restore},
         "serving": uri is not None,
         "uri": uri,
         "clients": clients or [],
@@ -55,18 +59,35 @@ def of_client(user: str, verdict: Verdict) -> dict[str, Any]:
 
 def of_link(link: MirrorLink) -> dict[str, Any]:
     """One mirror that is being followed."""
-    sync = link.sync
-    progress = None
-    if sync is not None:
-        eta_s = sync.eta_s()
-        progress = {
-            "done_bytes": sync.done_bytes,
-            "total_bytes": sync.total_bytes,
-            "rate_bytes_s": round(sync.rate_bytes_s()),
-            "eta_s": None if eta_s is None else round(eta_s, 1),
-        }
+    progress = _progress(link.sync) if link.sync is not None else None
     described = _mirror(link.path, link.uuid, link.state, link.regions, link.held)
     return described | {"consistent": link.consistent, "sync": progress, "error": link.error or link.target_error}
+
+
+def of_filling(filling: Filling, size_bytes: int) -> dict[str, Any]:
+    """How far a new target of `size_bytes` is."""
+    done_bytes = size_bytes - filling.left_bytes
+    return _progress(filling.progress) | {"done_bytes": done_bytes, "total_bytes": size_bytes, "error": filling.error}
+
+
+def _progress(sync: SyncProgress) -> dict[str, Any]:
+    eta_s = sync.eta_s()
+    return {
+        "done_bytes": sync.done_bytes,
+        "total_bytes": sync.total_bytes,
+        "rate_bytes_s": round(sync.rate_bytes_s()),
+        "eta_s": None if eta_s is None else round(eta_s, 1),
+    }
+
+
+def _filling_at_rest(state: State, volume: VolumeRecord) -> dict[str, Any] | None:
+    if volume.filled_from is None:
+        return None
+    lacks = missing.load(state.missing(volume.id), Pair(volume.id, volume.filled_from, volume.size_bytes))
+    left_bytes = volume.size_bytes if lacks is None else RegionMap(volume.size_bytes, lacks).dirty_bytes
+    done_bytes = volume.size_bytes - left_bytes
+    rate = {"rate_bytes_s": 0, "eta_s": None, "error": None}
+    return {"done_bytes": done_bytes, "total_bytes": volume.size_bytes, **rate}
 
 
 def at_rest(state: State, volume: VolumeRecord, error: str | None = None) -> dict[str, Any]:
@@ -74,7 +95,7 @@ def at_rest(state: State, volume: VolumeRecord, error: str | None = None) -> dic
     mirrors = [_mirror_at_rest(state, volume, mirror) for mirror in volume.mirrors]
     for described in mirrors:
         described["error"] = error or described["error"]
-    return of_volume(volume, mirrors)
+    return of_volume(volume, mirrors, restore=_filling_at_rest(state, volume))
 
 
 def _mirror_at_rest(state: State, volume: VolumeRecord, mirror: MirrorRecord) -> dict[str, Any]:

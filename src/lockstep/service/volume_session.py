@@ -4,21 +4,39 @@
     claim     tokens and intent bitmaps are given a new generation, which no other server has
     retire    flush both disks; only what differs stays marked
 
+A new target (`lockstep replace-target`) is opened with the record of what it lacks, and filled from a mirror while the
+volume is served (volume/filling.py).
+
 Whatever ends the process before `retire` leaves its marks: the next start copies the marked regions.
 """
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import inspect, users_of
-from lockstep.errors import DiskBusy, DiskFailed, LockstepError, TargetResized
+from lockstep.errors import (
+    DiskBusy,
+    DiskFailed,
+    DiskMissing,
+    FillingImpossible,
+    LockstepError,
+    StateDirUnusable,
+    TargetGone,
+    TargetResized,
+    TargetUnprepared,
+)
+from lockstep.registry.audit import SERVER
 from lockstep.registry.store import VolumeRecord
 from lockstep.service.mirror_session import MirrorSession
 from lockstep.service.state import State
+from lockstep.volume import missing
+from lockstep.volume.filling import Filling, NewTarget
 from lockstep.volume.gate import Gate
+from lockstep.volume.missing import Pair
 from lockstep.volume.read_path import ReadPath
 from lockstep.volume.resync import Resync
 from lockstep.volume.workers import Workers
@@ -53,9 +71,49 @@ class VolumeSession:
             Resync(self.writes, session.link, gate, workers, compare=session.mirror.compare) for session in mirrors
         )
         self._state = state
+        self.filling = self.writes.filling = self._filling(record, target)
+
+    def _filling(self, record: VolumeRecord, target: PlainDisk) -> Filling | None:
+        """Return what fills a new target. Raises FillingImpossible where its mirror is not there, or not as it was."""
+        if not isinstance(target, NewTarget):
+            return None
+        source = next(session for session in self.mirrors if session.mirror.id == record.filled_from).link
+        filling = Filling(target, source, self.writes.ranges, self.workers)
+        filling.requests = lambda: self.writes.requests
+        if filling.left_bytes and (source.error or not source.as_left):
+            reason = source.error or "it, or the new target, was changed since, or its intent bitmap is gone"
+            raise FillingImpossible(path=target.disk.path, volume=record.name, mirror=source.path, reason=reason)
+        return filling
+
+    def note_filled(self) -> None:
+        """Note, durably, that the new target has everything; then it is one like any other. Blocks.
+
+        Raises registry errors.
+        """
+        with self._state.registry() as registry:
+            registry.target_filled(self.record.name, actor=SERVER)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._state.missing(self.record.id))
+
+    def end_filling(self) -> None:
+        """Have the target be one like any other from here on."""
+        assert self.filling is not None
+        self.filling.finish()
+        self.filling.close()
+        self.filling = self.writes.filling = None
+
+    def _claim_filling(self) -> None:
+        if self.filling is None:
+            return
+        path, pair = self._state.missing(self.record.id), pair_of(self.record)
+        try:
+            self.filling.record_in(missing.record(path, pair, self.filling.missing, self.workers.run))
+        except OSError as error:
+            raise StateDirUnusable(path=self._state.path, reason=error.strerror or str(error)) from error
 
     def claim(self) -> None:
         """Have this process alone say what differs, from here on. Blocks; raises as `MirrorSession.claim` does."""
+        self._claim_filling()
         for session in self.mirrors:
             session.claim()
         self._note_generations()
@@ -63,6 +121,8 @@ class VolumeSession:
     async def retire(self) -> None:
         """Close in order, when nobody writes any more. Raises DiskFailed when the target cannot be flushed."""
         try:
+            if self.filling is not None:
+                await self.filling.settle()
             await self.workers.run(self.target.flush)
         except OSError as error:
             raise DiskFailed(path=self.record.target_path, doing="Flushing", reason=error.strerror) from error
@@ -100,7 +160,7 @@ def open_volume(
     opening the target or a mirror does.
     """
     with contextlib.ExitStack() as stack:
-        target = _open_target(record)
+        target = _open_target(state, record)
         stack.callback(target.close)
         mirrors = []
         if record.mirrors:
@@ -109,16 +169,37 @@ def open_volume(
             session = MirrorSession(state, record, mirror, target, unlock, workers, patience_s)
             stack.callback(session.close)
             mirrors.append(session)
-        yield VolumeSession(state, record, target, tuple(mirrors), gate, workers)
+        volume = VolumeSession(state, record, target, tuple(mirrors), gate, workers)
+        if volume.filling is not None:
+            stack.callback(volume.filling.close)
+        yield volume
 
 
-def _open_target(record: VolumeRecord) -> PlainDisk:
-    disk = inspect(record.target_path)
-    if disk.size_bytes != record.size_bytes:
+def pair_of(record: VolumeRecord) -> Pair:
+    """Which target is filled from which mirror."""
+    assert record.filled_from is not None
+    return Pair(record.id, record.filled_from, record.size_bytes)
+
+
+def _open_target(state: State, record: VolumeRecord) -> PlainDisk:
+    try:
+        disk = inspect(record.target_path)
+    except DiskMissing as error:
+        if record.mirrors:
+            raise TargetGone(path=record.target_path, volume=record.name) from error
+        raise
+    if disk.size_bytes < record.size_bytes or (disk.size_bytes > record.size_bytes and not disk.is_block):
         raise TargetResized(
             path=disk.path, volume=record.name, size_bytes=disk.size_bytes, expected_bytes=record.size_bytes
         )
     users = users_of(disk)
     if users:
         raise DiskBusy(path=disk.path, users=" and ".join(users))
-    return PlainDisk.claim(disk)
+    if record.filled_from is None:
+        return PlainDisk.claim(disk, record.size_bytes)
+    lacks = missing.load(state.missing(record.id), pair_of(record))
+    if lacks is None:
+        raise TargetUnprepared(path=disk.path, volume=record.name)
+    target = NewTarget.claim(disk, record.size_bytes)
+    target.missing = lacks
+    return target

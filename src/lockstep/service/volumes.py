@@ -4,6 +4,7 @@ A volume and its mirror are registered before the mirror is formatted (mirror_se
 claimed, and no disk that has a role already is overwritten. If formatting fails, the registration is taken back.
 """
 
+import contextlib
 import os
 
 from lockstep.disk.probe import inspect, overlap
@@ -67,4 +68,6 @@ def remove_volume(state: State, name: str) -> VolumeRecord:
             registry.remove_volume(name, actor=actor)
             for mirror in volume.mirrors:
                 forget_records(state, mirror.luks_uuid)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(state.missing(volume.id))
     return volume

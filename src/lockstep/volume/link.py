@@ -76,6 +76,7 @@ class MirrorLink:
         self.silent = False  # it was dropped because it did not answer: nobody should ask it anything more
         self.target_error: str | None = None  # why the target cannot be copied from
         self.waiting = held.frozen_since_s is not None  # nothing may be copied now
+        self.as_left = True  # whether it is the mirror as it was when it was last followed
         self._first_hold = asyncio.Lock()
         self._disk: EncryptedDisk | None = None
         self._workers: Workers | None = None

@@ -34,6 +34,8 @@ class ReadPath:
         """Fill `into` from the target, or from a mirror that is equal there. Raises OSError when there is neither."""
         self._updates.requests += 1
         try:
+            if self._updates.filling is not None:
+                await self._updates.filling.fetch(offset, len(into))
             await self._in_worker(self._target.read, offset, into)
         except OSError as failure:
             rescued = await self._read_mirror(offset, into)

@@ -139,6 +139,8 @@ class Resync:
         for start in range(offset, offset + length, PIECE_BYTES):
             count = min(PIECE_BYTES, offset + length - start)
             pace.begin()
+            if not await self._is_there(start, count):
+                return False
             async with self._path.ranges.hold([(start, start + count)]):
                 if not self._may_go_on() or self._link.regions.held(start, count):
                     return False
@@ -147,6 +149,15 @@ class Resync:
                 return False
             progress.note(count, self._link.regions.dirty_bytes)
             await pace.rest(count)
+        return True
+
+    async def _is_there(self, offset: int, length: int) -> bool:
+        """Whether the target has this range, or gets it: what a new target lacks must not overwrite anything."""
+        try:
+            if self._path.filling is not None:
+                await self._path.filling.fetch(offset, length)
+        except OSError:  # it is on record why, and `_may_go_on` waits for its end
+            return False
         return True
 
     async def _copy_piece(self, offset: int, length: int, buffers: tuple[memoryview, memoryview]) -> None:
@@ -166,6 +177,8 @@ class Resync:
 
     def _may_go_on(self) -> bool:
         failed = self._link.error is not None or self._link.target_error is not None
+        if self._path.filling is not None:
+            failed = failed or self._path.filling.error is not None
         return not self._stopping.is_set() and not failed and self._permitted()
 
     def _permitted(self) -> bool:

@@ -1,8 +1,8 @@
 """Verify: compare a mirror with its target while clients go on, and say where they differ.
 
 A piece is compared while its range is held, so nobody writes there meanwhile and there are no false alarms. Regions
-that are known to differ (dirty, or held) are left out: nothing new would be said of them. The mirror is read from its
-medium, as far as it was flushed; the target as its clients see it.
+that are known to differ (dirty, or held), or that a new target still lacks, are left out: nothing new would be said of
+them. The mirror is read from its medium, as far as it was flushed; the target as its clients see it.
 
 A difference is one that nothing accounts for: the mirror lost or changed something, or the target did. With `repair` it
 is marked, durably, and then copied like any other.
@@ -101,7 +101,7 @@ class Verify:
         parts: list[tuple[int, int]] = []
         for offset in range(start, start + count, min(step, count)):
             length = min(step, start + count - offset)
-            if self._link.regions.equal(offset, length):
+            if self._link.regions.equal(offset, length) and not self._path.lacks(offset, length):
                 if parts and sum(parts[-1]) == offset:
                     parts[-1] = (parts[-1][0], parts[-1][1] + length)
                 else:

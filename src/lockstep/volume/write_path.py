@@ -42,6 +42,7 @@ from typing import Final
 
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.runs import WORDS, aligned, run_of
+from lockstep.volume.filling import Filling
 from lockstep.volume.gate import UPDATE, Gate, Ruling
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW
 from lockstep.volume.link import MirrorLink
@@ -65,6 +66,7 @@ class WritePath:
         self.mirrors = mirrors
         self.ranges = Ranges()
         self.requests = 0  # counts what clients ask, for background work that gives way
+        self.filling: Filling | None = None  # where the target is a new one that is being filled
         self._gate = gate
         self._sector_mask = sector_bytes - 1
         self._in_worker = workers.run
@@ -152,15 +154,22 @@ class WritePath:
         start = region * mirror.regions.region_bytes
         return mirror.regions.clean(region) and self.ranges.free(start, start + mirror.regions.region_bytes)
 
+    def lacks(self, offset: int, length: int) -> bool:
+        """Whether the target is a new one that does not have all of this range yet."""
+        return self.filling is not None and self.filling.lacks(offset, length)
+
     # --- the method ---
 
     @contextlib.asynccontextmanager
     async def _hold(self, user: str, writes: Extents) -> AsyncIterator[Mirrors]:
         """Have the sectors of these (offset, length) to oneself, on record; yields the mirrors that `user` may update.
 
-        Raises PermissionError where such updates are refused, and OSError when what is held cannot be recorded.
+        Raises PermissionError where such updates are refused, and OSError when what is held cannot be recorded, or
+        when a new target lacks what is to be overwritten and cannot get it.
         """
         extents = [self.sectors(*write) for write in writes]
+        if self.filling is not None:
+            await self.filling.make_writable(extents)
         async with self.ranges.hold(extents):
             mirrors = self.mirrors  # 502
             ruling, recorded = self._gate(user) if mirrors else UPDATE, None  # 602

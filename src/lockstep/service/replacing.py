@@ -1,0 +1,249 @@
+"""Replacing a target: the volume gets a new one, which is filled from a mirror when it is served next.
+
+Nothing is copied here. The command decides that from now on the volume is what one of its mirrors holds, and says so
+everywhere, each step durably before the next:
+
+1. whatever can be refused; a new file is made
+2. registry    the new target, the mirror that it is filled from; its other mirrors are to be compared
+3. mirrors     what was known by the old target is forgotten. Of the one: its bitmap says that nothing differs, its
+               token that it is in sync. Of the others: everything differs, and their tokens say so
+4. record      everything is missing (volume/missing.py)
+
+Interrupted before 2, nothing has happened. Interrupted later, `serve` refuses the volume, for want of 4; the command
+can be run again.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+from dataclasses import dataclass, replace
+
+from lockstep.crypto import luks
+from lockstep.crypto.unlock import Unlock
+from lockstep.disk.mirror import open_mirror
+from lockstep.disk.plain import PlainDisk
+from lockstep.disk.probe import MIB, Disk, holds_data, inspect, signatures, users_of
+from lockstep.errors import (
+    DiskBusy,
+    DiskError,
+    DiskFailed,
+    LockstepError,
+    MirrorIncomplete,
+    MirrorStale,
+    NoMirror,
+    OutputExists,
+    OutputTooSmall,
+    StateDirUnusable,
+    StillServed,
+    TargetStillThere,
+)
+from lockstep.registry.store import MirrorRecord, VolumeRecord
+from lockstep.service import mirrors
+from lockstep.service.managing import manager
+from lockstep.service.memory import protect_memory
+from lockstep.service.mirror_set import forget_records, refuse_taken
+from lockstep.service.state import State
+from lockstep.service.volume_session import pair_of
+from lockstep.volume import intent, missing
+from lockstep.volume.held import HeldRecord
+from lockstep.volume.intent import Identity, IntentBitmap
+from lockstep.volume.link import FROZEN, IN_SYNC, SYNCING
+from lockstep.volume.missing import Pair
+from lockstep.volume.pages import sync_directory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A target that was replaced; `frozen`: the mirror is the disk as it was when it froze."""
+
+    path: str
+    size_bytes: int
+    mirror: str
+    frozen: bool
+
+
+@dataclass(frozen=True)
+class _Source:
+    mirror: MirrorRecord
+    header: luks.Header
+    token: luks.Token
+
+
+def replace_target(
+    state: State,
+    name: str,
+    path: str,
+    unlock: Unlock,
+    *,
+    mirror_path: str | None = None,
+    force: bool = False,
+    incomplete: bool = False,
+) -> Replaced:
+    """Give a volume that is not served the new target `path`; a file that does not exist is made.
+
+    `force` lets it hold something; `incomplete` takes a mirror that may not have everything. Raises StillServed,
+    NoMirror, MirrorIncomplete, MirrorStale, TargetStillThere, OutputTooSmall, OutputExists, DiskBusy, and registry,
+    disk and LUKS errors.
+    """
+    protect_memory()
+    actor = manager(state, f"replace the target of {name}")
+    with state.registry() as registry, contextlib.ExitStack() as stack:
+        volume = registry.volume(name)
+        if not stack.enter_context(state.volume_lock(name)):
+            raise StillServed(volume=name, action="given another target")
+        path = os.path.abspath(path)
+        refuse_taken(registry, [path], but=volume.target_path if _same(path, volume.target_path) else None)
+        source = _source(volume, mirror_path, incomplete=incomplete)
+        if not incomplete:
+            _refuse_what_is_better(state, volume, source)
+        undo = stack.enter_context(contextlib.ExitStack())
+        if not os.path.lexists(path):
+            _make_file(path, volume.size_bytes)
+            undo.callback(os.unlink, path)
+        _require_fit(inspect(path), volume.size_bytes, force=force)
+        unlock.prepare()
+        mirror = source.mirror
+        open_mirror(mirror.path, mirror.header_path, source.header, unlock, volume.size_bytes, writable=True).close()
+        if os.path.isfile(path):
+            os.truncate(path, volume.size_bytes)
+        registry.replace_target(name, path, mirror.id, actor=actor)
+        undo.pop_all()
+        registry.set_generation(mirror.id, _take_for_true(state, volume, source))
+        for other in volume.mirrors:
+            if other.id != mirror.id:
+                _have_compared(state, volume, other)
+        pair = Pair(volume.id, mirror.id, volume.size_bytes)
+        try:
+            missing.record(state.missing(volume.id), pair, b"\1" * pair.regions, asyncio.to_thread).close()
+        except OSError as error:
+            raise StateDirUnusable(path=state.path, reason=error.strerror or str(error)) from error
+    return Replaced(path, volume.size_bytes, mirror.path, source.token.state == FROZEN)
+
+
+def _same(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+# --- which mirror ---
+
+
+def _source(volume: VolumeRecord, path: str | None, *, incomplete: bool) -> _Source:
+    """Return the mirror to fill from: the one at `path`, else the best; if none will do, the first says why."""
+    if not volume.mirrors:
+        raise NoMirror(volume=volume.name)
+    found: list[_Source] = []
+    failures: list[LockstepError] = []
+    for mirror in [mirrors.chosen(volume, path)] if path else volume.mirrors:
+        try:
+            found.append(_usable(volume, mirror, incomplete=incomplete))
+        except LockstepError as failure:
+            failures.append(failure)
+    if not found:
+        raise failures[0]
+    ranks = {IN_SYNC: 0, FROZEN: 1}
+    return min(found, key=lambda each: ranks.get(each.token.state, len(ranks)))
+
+
+def _usable(volume: VolumeRecord, mirror: MirrorRecord, *, incomplete: bool) -> _Source:
+    header = luks.read_header(mirrors.header_path(mirror))
+    token = mirrors.identified(volume, mirror, header)
+    if not incomplete:
+        if token.state not in (IN_SYNC, FROZEN):
+            raise MirrorIncomplete(path=mirror.path, state=token.state)
+        if token.generation < mirror.generation:
+            raise MirrorStale(path=mirror.path, generation=token.generation, seen=mirror.generation)
+    return _Source(mirror, header, token)
+
+
+def _refuse_what_is_better(state: State, volume: VolumeRecord, source: _Source) -> None:
+    """Refuse to forget an old target that is there, and may have what the mirror misses."""
+    try:
+        disk = inspect(volume.target_path)
+    except DiskError:
+        return
+    unprepared = volume.filled_from and missing.load(state.missing(volume.id), pair_of(volume)) is None
+    if disk.size_bytes < volume.size_bytes or unprepared:
+        return
+    identity = _identity(volume, source.mirror)
+    written_ns = 0 if disk.is_block else os.stat(disk.path).st_mtime_ns
+    loaded = intent.load(state.intent(source.mirror.luks_uuid), identity, source.token.generation, written_ns)
+    held = HeldRecord(state.held(source.mirror.luks_uuid), identity, asyncio.to_thread, expected=False).regions()
+    if any(loaded.marked) or any(held):
+        raise TargetStillThere(path=disk.path, volume=volume.name, mirror=source.mirror.path)
+
+
+def _identity(volume: VolumeRecord, mirror: MirrorRecord) -> Identity:
+    return Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
+
+
+# --- what the mirrors are from now on ---
+
+
+def _take_for_true(state: State, volume: VolumeRecord, source: _Source) -> int:
+    """Have it on record that nothing differs from this mirror, and nothing is held; return its new generation."""
+    mirror, token = source.mirror, source.token
+    generation = token.generation + 1 + secrets.randbits(31)
+    intent_path, *held_paths = state.records(mirror.luks_uuid)
+    identity = _identity(volume, mirror)
+    bitmap = IntentBitmap(intent_path, identity, asyncio.to_thread)
+    try:
+        for path in held_paths:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        bitmap.claim(token.generation, generation, bytes(Pair(volume.id, mirror.id, volume.size_bytes).regions))
+        ours = replace(token, generation=generation, state=IN_SYNC)
+        luks.write_token(mirrors.header_path(mirror), ours, token_id=source.header.token_id)
+        bitmap.settle(generation)
+    except OSError as error:
+        raise StateDirUnusable(path=state.path, reason=error.strerror or str(error)) from error
+    finally:
+        bitmap.close()
+    return generation
+
+
+def _have_compared(state: State, volume: VolumeRecord, mirror: MirrorRecord) -> None:
+    """Have everything differ from a mirror; one that is away then waits for a release if its token tells of held."""
+    forget_records(state, mirror.luks_uuid)
+    try:
+        header = luks.read_header(mirrors.header_path(mirror))
+        token = mirrors.identified(volume, mirror, header)
+        ours = replace(token, generation=token.generation + 1 + secrets.randbits(31), state=SYNCING)
+        luks.write_token(mirrors.header_path(mirror), ours, token_id=header.token_id)
+    except LockstepError as failure:
+        log.warning("the header of mirror %s could not be updated: %s", mirror.path, failure)
+
+
+# --- the new disk ---
+
+
+def _make_file(path: str, size_bytes: int) -> None:
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, size_bytes)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        sync_directory(path)
+    except OSError as error:
+        raise DiskFailed(path=path, doing="Making", reason=error.strerror) from error
+
+
+def _require_fit(disk: Disk, size_bytes: int, *, force: bool) -> None:
+    users = users_of(disk)
+    if users:
+        raise DiskBusy(path=disk.path, users=" and ".join(users))
+    if disk.size_bytes < size_bytes:
+        raise OutputTooSmall(path=disk.path, size_bytes=disk.size_bytes, needed_bytes=size_bytes)
+    PlainDisk.claim(disk).close()
+    if force:
+        return
+    found = signatures(disk)
+    if not found and holds_data(disk, MIB if disk.is_block else disk.size_bytes):
+        found = ("it holds data of an unknown kind",)
+    if found:
+        raise OutputExists(path=disk.path, found=" and ".join(found))

@@ -1,0 +1,402 @@
+"""A target that died is replaced: the volume goes on at once, on a new disk that is filled from the mirror meanwhile.
+
+Where a test must catch the server in the middle, the mirror is slow to read (nbdkit's delay filter).
+"""
+
+import contextlib
+import os
+import random
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lockstep.cli import mirroring, replacing
+from lockstep.errors import (
+    FillingImpossible,
+    LockstepError,
+    MirrorIncomplete,
+    MirrorStale,
+    MirrorTaken,
+    NoMirror,
+    OutputExists,
+    OutputTooSmall,
+    StillServed,
+    TargetGone,
+    TargetStillThere,
+    TargetUnfinished,
+    TargetUnprepared,
+    WrongPassphrase,
+)
+from lockstep.nbd.identity import account
+from tests.lab import MIB, PATIENCE_S, Lab, Result, Served, Storage, Volume, libnbd, needs, run, wait_until
+from tests.test_mirror_faults import Plugged
+from tests.test_mirror_set import add, in_sync
+from tests.test_service_refusals import ForkLab, assert_error, everything_below
+
+SIZE_BYTES = 24 * MIB + 1536
+HEADER_BYTES = 16 * MIB
+KILLS = int(os.environ.get("REPLACE_KILLS", "4"))
+READY_IN_MEMORY = (mirroring, replacing)
+needs_nbdkit = needs("nbdkit", "nbdfuse", "fusermount3", "/dev/fuse", root=True)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    """Commands are forks: there are many."""
+    return ForkLab(tmp_path)
+
+
+def noise(size_bytes: int = SIZE_BYTES) -> bytes:
+    return random.Random(size_bytes).randbytes(size_bytes)
+
+
+def replaced(volume: Volume, path: Path, *options: object, key: Path | None = None) -> Result:
+    command = ["replace-target", volume.name, path, "--key-file", key or volume.lab.key, *options]
+    return volume.lab.lockstep(*command)
+
+
+def on(volume: Volume, path: Path) -> Volume:
+    """The same volume, with its new target."""
+    return Volume(volume.lab, volume.name, path, volume.mirror, volume.header)
+
+
+@contextlib.contextmanager
+def slow_volume(lab: Lab, read_delay_ms: int, content: bytes | None = None) -> Iterator[Volume]:
+    """A volume in sync, whose target is gone, and whose mirror takes its time when it is read."""
+    target = lab.disk("target", SIZE_BYTES, noise() if content is None else content)
+    storage = Storage(lab.home / "slow", SIZE_BYTES + HEADER_BYTES, read_delay_ms=read_delay_ms)
+    try:
+        disks = ["--target", target, "--mirror", storage.path, "--key-file", lab.key]
+        lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
+        volume = Volume(lab, "vol", target, storage.path, None)
+        with volume.served():
+            pass
+        target.unlink()
+        yield volume
+    finally:
+        storage.close()
+
+
+def restoring(served: Served) -> dict[str, Any] | None:
+    restore = served.now()["target"]["restore"]
+    assert restore is None or isinstance(restore, dict)
+    return restore
+
+
+def await_restored(served: Served) -> None:
+    wait_until(lambda: restoring(served) is None, "the new target to have everything")
+
+
+def connected(served: Served) -> Any:
+    handle = libnbd().NBD()
+    handle.connect_uri(served.uri)
+    return handle
+
+
+@needs_nbdkit
+def test_a_file_system_is_used_while_its_target_comes_back(lab: Lab) -> None:
+    image, new = lab.disk("image", 24 * MIB), lab.home / "new"
+    run("mkfs.ext4", "-q", "-F", "-d", str(Path(__file__).parent), str(image))
+    content = image.read_bytes().ljust(SIZE_BYTES, b"\0")
+    with slow_volume(lab, 8, content) as volume:
+        gone = TargetGone(path=volume.target, volume="vol")
+        assert "lockstep replace-target vol NEWDISK" in gone.advice
+        assert_error(lab.lockstep("serve", "vol", "--key-file", lab.key), gone)
+        assert "lockstep serve vol" in replaced(volume, new).ok()
+        (before,) = lab_status(volume)["mirrors"]
+        assert before["state"] == "in-sync"
+        volume = on(volume, new)
+        with volume.served() as served:
+            seen = restoring(served)
+            assert seen is not None
+            assert seen["total_bytes"] == SIZE_BYTES
+            assert 0 <= seen["done_bytes"] < SIZE_BYTES
+            assert "being restored" in lab.lockstep("status", "vol").ok()
+            handle = connected(served)
+            assert handle.pread(100_000, SIZE_BYTES - 100_000) == content[-100_000:]
+            handle.pwrite(b"written meanwhile", SIZE_BYTES - 20)
+            handle.zero(70_000, 24 * MIB - 70_000)
+            handle.flush()
+            assert handle.pread(17, SIZE_BYTES - 20) == b"written meanwhile"
+            later = restoring(served)
+            assert later is not None, "it ended before clients could be at work"
+            assert later["done_bytes"] >= seen["done_bytes"]
+            assert handle.pread(23 * MIB, 0) == content[: 23 * MIB]
+            handle.shutdown()
+            await_restored(served)
+            assert served.mirror_state() == "in-sync"
+        expected = bytearray(content)
+        expected[24 * MIB - 70_000 : 24 * MIB] = bytes(70_000)
+        expected[SIZE_BYTES - 20 : SIZE_BYTES - 3] = b"written meanwhile"
+        assert new.read_bytes() == expected
+        assert new.stat().st_mode & 0o777 == 0o600
+        volume.assert_equal_disks()
+        shown = lab.home / "shown"
+        shown.write_bytes(content[: 24 * MIB])  # what the clients saw first
+        run("e2fsck", "-f", "-n", str(shown))
+        with volume.served() as served:
+            assert restoring(served) is None
+        events = lab.lockstep("audit", "vol", "--json").ok()
+        assert events.count('"target-replaced"') == events.count('"target-filled"') == 1
+        assert not list((lab.state / "filling").iterdir())
+
+
+def lab_status(volume: Volume) -> dict[str, Any]:
+    return Served.status(_Resting(volume))
+
+
+class _Resting(Served):
+    """Nobody serves the volume; just to ask for its status."""
+
+    def __init__(self, volume: Volume) -> None:
+        self.volume = volume
+
+
+class Writer:
+    """A client that writes blocks, each with a number, and reads some back, until its server dies."""
+
+    BLOCK_BYTES = 3000
+
+    def __init__(self, content: bytearray, seed: int) -> None:
+        self.content = content
+        self.doubtful: tuple[int, bytes] | None = None
+        self.written = 0
+        self.wrong: str | None = None
+        self._chance = random.Random(seed)
+
+    def work(self, handle: Any, stopped: threading.Event) -> None:
+        """Write one block after the other; what is not answered may be there or not."""
+        length = self.BLOCK_BYTES
+        with contextlib.suppress(libnbd().Error):
+            while not stopped.is_set():
+                at = self._chance.randrange(SIZE_BYTES - length)
+                if handle.pread(length, at) != self.content[at : at + length]:
+                    self.wrong = f"what was read at {at} is not what was written there"
+                    return
+                data = self._chance.randbytes(length)
+                self.doubtful = (at, data)
+                handle.pwrite(data, at)
+                self.content[at : at + length] = data
+                self.doubtful = None
+                self.written += 1
+
+    def resolve(self, served: Served) -> None:
+        """See what became of the write that was not answered; each byte is one of the two."""
+        if self.doubtful is not None:
+            at, data = self.doubtful
+            handle = connected(served)
+            found = handle.pread(len(data), at)
+            handle.shutdown()
+            former = self.content[at : at + len(data)]
+            assert all(f in (a, b) for f, a, b in zip(found, former, data, strict=True))
+            self.content[at : at + len(data)] = found
+            self.doubtful = None
+
+
+@needs_nbdkit
+def test_kill_9_at_any_moment_resumes_and_loses_nothing(lab: Lab) -> None:
+    chance, seed = random.Random(), random.randrange(1 << 30)
+    new = lab.home / "new"
+    with slow_volume(lab, 20) as volume:
+        replaced(volume, new).ok()
+        volume = on(volume, new)
+        writer, done = Writer(bytearray(noise()), seed), 0
+        for _ in range(KILLS):
+            with volume.served(in_sync=False) as served:
+                writer.resolve(served)
+                stopped = threading.Event()
+                thread = threading.Thread(target=writer.work, args=(connected(served), stopped))
+                thread.start()
+                before = restoring(served)
+                assert before is None or before["done_bytes"] >= done, f"what was there is missing again, seed {seed}"
+                time.sleep(chance.random())  # the moment of death is what varies
+                served.kill()
+                thread.join(PATIENCE_S)
+                assert writer.wrong is None, f"{writer.wrong}, seed {seed}"
+            at_rest = lab_status(volume)["target"]["restore"]
+            done = at_rest["done_bytes"] if at_rest else SIZE_BYTES
+        assert writer.written > 0
+        with volume.served(in_sync=False) as served:
+            writer.resolve(served)
+            await_restored(served)
+            wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be in sync")
+        assert new.read_bytes() == writer.content, f"seed {seed}"
+        volume.assert_equal_disks()
+
+
+@needs_nbdkit
+def test_the_mirror_dies_meanwhile_and_comes_back(lab: Lab) -> None:
+    """What is there goes on; what is missing is an error, for readers and writers, and nothing is made up."""
+    content, new = noise(), lab.home / "new"
+    target = lab.disk("target", SIZE_BYTES, content)
+    mirror, held, socket = (lab.home / name for name in ("mirror", "held", "socket"))
+    lab.disk("held", SIZE_BYTES + HEADER_BYTES)
+    options = ("-f", "-U", socket, "--filter=delay", "file", held, "delay-read=25ms")
+    disk = subprocess.Popen(["nbdkit", *options])
+    plug, volume = Plugged(mirror, socket), Volume(lab, "vol", target, mirror, None)
+    nbd = libnbd()
+    try:
+        wait_until(socket.exists, "nbdkit to listen")
+        with contextlib.ExitStack() as plugs:
+            plugs.enter_context(plug)
+            disks = ["--target", target, "--mirror", mirror, "--key-file", lab.key]
+            lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
+            with volume.served():
+                pass
+            target.unlink()
+            replaced(volume, new).ok()
+            volume = on(volume, new)
+            with volume.served() as served:
+                handle = connected(served)
+                handle.pwrite(b"first", 0)
+                plug.fuse.kill()
+                plug.fuse.wait()
+                last = SIZE_BYTES - 5
+                for _ in range(2):
+                    with pytest.raises(nbd.Error):
+                        handle.pwrite(b"never", last)
+                    with pytest.raises(nbd.Error):
+                        handle.pread(5, last)
+                handle.pwrite(b"alone", 0)
+                handle.flush()
+                assert handle.pread(5, 0) == b"alone"
+                restore = restoring(served)
+                assert restore is not None
+                assert "cannot be read" in restore["error"]
+                assert served.mirror_state() == "degraded"
+                served.kill()  # and the server as well: what was written to the new target alone must survive that
+                reason = f"it is away: There is no disk at {mirror}."
+                mirror.unlink()
+                missing_mirror = FillingImpossible(path=new, volume="vol", mirror=mirror, reason=reason)
+                assert_error(lab.lockstep("serve", "vol", "--key-file", lab.key), missing_mirror)
+            plugs.enter_context(plug)
+            with volume.served(in_sync=False) as served:
+                handle = connected(served)
+                assert handle.pread(5, 0) == b"alone"
+                assert handle.pread(5, last) == content[-5:]
+                handle.shutdown()
+                await_restored(served)
+                wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be in sync")
+    finally:
+        disk.terminate()
+        disk.wait()
+    assert new.read_bytes() == b"alone" + content[5:]
+    Volume(lab, "vol", new, held, None).assert_equal_disks()
+
+
+def test_a_frozen_mirror_gives_back_its_moment_and_others_are_compared(lab: Lab) -> None:
+    content, new = noise(), lab.home / "new"
+    volume = lab.volume("vol", SIZE_BYTES, content=content)
+    second = lab.home / "second"
+    add(volume, second).ok()
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: in_sync(served), "both mirrors to be in sync")
+    me = account(os.geteuid())
+    lab.lockstep("revoke", "vol", me).ok()
+    with volume.served(in_sync=False) as served:
+        run("qemu-io", "-f", "raw", "-c", "write -P 5 0 64k", served.uri)
+    there = TargetStillThere(path=volume.target, volume="vol", mirror=volume.mirror)
+    assert_error(replaced(volume, new), there)
+    volume.target.unlink()
+    assert "and is lost" in replaced(volume, new, "--mirror", second).ok()
+    lab.lockstep("grant", "vol", me).ok()
+    unfinished = TargetUnfinished(path=new, volume="vol", mirror=second)
+    assert_error(lab.lockstep("mirror", "remove", "vol", second), unfinished)
+    with volume.served(in_sync=False) as served:
+        await_restored(served)
+        wait_until(lambda: in_sync(served), "both mirrors to be in sync")
+    assert new.read_bytes() == content
+    for mirror in (volume.mirror, second):
+        Volume(lab, "vol", new, mirror, None).assert_equal_disks()
+
+
+@needs("/dev/loop-control", root=True)
+def test_a_larger_device_is_used_as_far_as_the_target_was_long(lab: Lab, loop: Callable[..., str]) -> None:
+    content = noise()
+    volume = lab.volume("vol", SIZE_BYTES, "--sector-size", "4096", content=content)
+    with volume.served():
+        pass
+    image = lab.disk("image", SIZE_BYTES + MIB - 1536, b"\xee" * (SIZE_BYTES + MIB - 1536))
+    device = Path(loop(image))
+    volume.target.unlink()
+    data = OutputExists(path=device, found="it holds data of an unknown kind")
+    assert_error(replaced(volume, device), data)
+    replaced(volume, device, "--force").ok()
+    for text in (b"the last bytes", b"and once more "):
+        with volume.served() as served:
+            handle = connected(served)
+            assert handle.get_size() == SIZE_BYTES
+            handle.pwrite(text, SIZE_BYTES - len(text))
+            handle.shutdown()
+            await_restored(served)
+    run("losetup", "-d", str(device))
+    expected = content[: -len(text)] + text
+    assert image.read_bytes() == expected.ljust(SIZE_BYTES + MIB - 1536, b"\xee"), "what lies behind was written"
+    volume.restore(lab.home / "out").ok()
+    assert (lab.home / "out").read_bytes() == expected
+    output = lab.home / "padded"  # what the last sector has behind the end is zeroes still
+    output.write_bytes(expected)
+    Volume(lab, "vol", output, volume.mirror, None).assert_equal_disks()
+
+
+def test_refusals_change_nothing(tmp_path: Path) -> None:
+    lab = ForkLab(tmp_path)
+    volume, bare, new = lab.volume("vol", 4 * MIB, content=noise(4 * MIB)), lab.disk("bare", MIB), tmp_path / "new"
+    lab.lockstep("create", "alone", "--target", bare).ok()
+    small, full, wrong = lab.disk("small", MIB), lab.disk("full", 4 * MIB, noise(4 * MIB)), tmp_path / "wrong"
+    wrong.write_bytes(b"another one")
+
+    def everything() -> dict[str, tuple[object, ...]]:
+        found = everything_below(tmp_path).items()
+        return {path: seen for path, seen in found if not path.startswith("state/run/")}  # locks are not removed
+
+    def refused(error: LockstepError, path: Path, *options: object, key: Path | None = None) -> None:
+        before = everything()
+        assert_error(replaced(volume, path, *options, key=key), error)
+        assert everything() == before
+
+    refused(MirrorIncomplete(path=volume.mirror, state="syncing"), new)
+    assert_error(lab.lockstep("replace-target", "alone", new, "--key-file", lab.key), NoMirror(volume="alone"))
+    with volume.served() as served:
+        assert_error(replaced(volume, new), StillServed(volume="vol", action="given another target"))
+        served.kill()
+    refused(TargetStillThere(path=volume.target, volume="vol", mirror=volume.mirror), new)
+    older = volume.mirror.read_bytes()
+    with volume.served():
+        pass
+    newest = volume.mirror.read_bytes()
+    refused(MirrorTaken(path=volume.mirror, volume="vol"), volume.mirror, "--force")
+    refused(OutputTooSmall(path=small, size_bytes=MIB, needed_bytes=4 * MIB), small, "--force")
+    refused(OutputExists(path=full, found="it holds data of an unknown kind"), full)
+    refused(OutputExists(path=volume.target, found="it holds data of an unknown kind"), volume.target)
+    refused(WrongPassphrase(path=volume.mirror), new, key=wrong)
+    volume.mirror.write_bytes(older)
+    volume.target.unlink()
+    replaced(volume, new).failed(MirrorStale.exit_code, "an older copy of itself")
+    volume.mirror.write_bytes(newest)
+    # From here on it is replaced; but what an interrupted command did not come to is not made up.
+    replaced(volume, new).ok()
+    record = next((lab.state / "filling").iterdir())
+    sound = record.read_bytes()
+    for damaged in (b"", sound[:50], b"\0" * len(sound)):
+        record.write_bytes(damaged)
+        serve = lab.lockstep("serve", "vol", "--key-file", lab.key)
+        assert_error(serve, TargetUnprepared(path=new, volume="vol"))
+    record.unlink()
+    replaced(volume, new).ok()
+    changed = volume.mirror.read_bytes()
+    volume.mirror.write_bytes(newest)  # not as it was left
+    reason = "it, or the new target, was changed since, or its intent bitmap is gone"
+    other = FillingImpossible(path=new, volume="vol", mirror=volume.mirror, reason=reason)
+    assert_error(lab.lockstep("serve", "vol", "--key-file", lab.key), other)
+    volume.mirror.write_bytes(changed)
+    record.write_bytes(record.read_bytes()[:-1] + b"\xff")  # a damaged page: everything is copied
+    with on(volume, new).served() as served:
+        await_restored(served)
+    assert new.read_bytes() == noise(4 * MIB)
+    on(volume, new).assert_equal_disks()
