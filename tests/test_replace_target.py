@@ -364,6 +364,7 @@ def test_refusals_change_nothing(tmp_path: Path) -> None:
     assert_error(lab.lockstep("replace-target", "alone", new, "--key-file", lab.key), NoMirror(volume="alone"))
     with volume.served() as served:
         assert_error(replaced(volume, new), StillServed(volume="vol", action="given another target"))
+        run("qemu-io", "-f", "raw", "-c", f"write -s {full} 0 64k", served.uri)
         served.kill()
     refused(TargetStillThere(path=volume.target, volume="vol", mirror=volume.mirror), new)
     older = volume.mirror.read_bytes()
@@ -387,7 +388,19 @@ def test_refusals_change_nothing(tmp_path: Path) -> None:
         record.write_bytes(damaged)
         serve = lab.lockstep("serve", "vol", "--key-file", lab.key)
         assert_error(serve, TargetUnprepared(path=new, volume="vol"))
-    record.unlink()
+    # An earlier record would fit as well, and says that regions are there: it is not used for another disk.
+    record.write_bytes(sound)
+    broken = tmp_path / "broken" / "cryptsetup"
+    broken.parent.mkdir()
+    broken.write_text(
+        f'#!/bin/sh\n[ "$1" != token ] && PATH="{os.environ["PATH"]}:/usr/sbin:/sbin" exec cryptsetup "$@"\n'
+    )
+    broken.chmod(0o755)
+    third = lab.home / "third"
+    path = {"PATH": f"{broken.parent}:{os.environ['PATH']}"}
+    lab.lockstep("replace-target", "vol", third, "--key-file", lab.key, environment=path).failed(1, "cryptsetup")
+    serve = lab.lockstep("serve", "vol", "--key-file", lab.key)
+    assert_error(serve, TargetUnprepared(path=third, volume="vol"))
     replaced(volume, new).ok()
     changed = volume.mirror.read_bytes()
     volume.mirror.write_bytes(newest)  # not as it was left

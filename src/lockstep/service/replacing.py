@@ -3,14 +3,14 @@
 Nothing is copied here. The command decides that from now on the volume is what one of its mirrors holds, and says so
 everywhere, each step durably before the next:
 
-1. whatever can be refused; a new file is made
+1. whatever can be refused; a new file is made; the record of an earlier new target is removed, for it would fit
 2. registry    the new target, the mirror that it is filled from; its other mirrors are to be compared
 3. mirrors     what was known by the old target is forgotten. Of the one: its bitmap says that nothing differs, its
                token that it is in sync. Of the others: everything differs, and their tokens say so
 4. record      everything is missing (volume/missing.py)
 
-Interrupted before 2, nothing has happened. Interrupted later, `serve` refuses the volume, for want of 4; the command
-can be run again.
+Interrupted before 2, nothing has happened, unless an earlier new target was still being filled. Interrupted later, or
+in that case, `serve` refuses the volume, for want of 4; the command can be run again.
 """
 
 import asyncio
@@ -110,6 +110,7 @@ def replace_target(
         open_mirror(mirror.path, mirror.header_path, source.header, unlock, volume.size_bytes, writable=True).close()
         if os.path.isfile(path):
             os.truncate(path, volume.size_bytes)
+        _forget_earlier(state, volume)
         registry.replace_target(name, path, mirror.id, actor=actor)
         undo.pop_all()
         registry.set_generation(mirror.id, _take_for_true(state, volume, source))
@@ -126,6 +127,17 @@ def replace_target(
 
 def _same(one: str, other: str) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _forget_earlier(state: State, volume: VolumeRecord) -> None:
+    """Remove, durably, what is on record of an earlier new target: this one lacks everything."""
+    path = state.missing(volume.id)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        sync_directory(path)
+    except OSError as error:
+        raise StateDirUnusable(path=state.path, reason=error.strerror or str(error)) from error
 
 
 # --- which mirror ---
