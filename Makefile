@@ -14,7 +14,7 @@ RESCUE_PACKAGES := qemu-system-x86 busybox-static cpio kpartx
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test check recovery bench bench-quick bench-grow bench-users bench-micro fuzz torture restore-kills rescue-test format clean
+.PHONY: demo test check recovery bench bench-quick bench-grow bench-users bench-micro fuzz torture restore-kills replace-kills rescue-test format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/run-packages $(VENV)/installed
@@ -67,6 +67,10 @@ torture: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
 RESTORE_KILLS ?= 1000
 restore-kills: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
 	RESTORE_KILLS=$(RESTORE_KILLS) $(BIN)/pytest --timeout=0 tests/test_restore_resume.py -k random_moments -s
+# A new target whose server is killed at random moments while it is filled; the suite does it a few times.
+REPLACE_KILLS ?= 300
+replace-kills: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
+	REPLACE_KILLS=$(REPLACE_KILLS) $(BIN)/pytest --timeout=0 tests/test_replace_target.py -k kill_9
 
 # docs/rescue.md, typed into a virtual machine that runs Debian's kernel and has never heard of Lockstep. No KVM needed.
 rescue-test: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/rescue-packages $(VENV)/installed

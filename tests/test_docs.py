@@ -34,7 +34,7 @@ from lockstep.registry import models, schema
 from lockstep.registry.store import VolumeRecord
 from lockstep.service import background, serve, status
 from lockstep.service.state import ENVIRONMENT, SYSTEM_DIRECTORY, State
-from lockstep.volume import intent, link, overlay, pages, regions, restore_record, write_path
+from lockstep.volume import intent, link, missing, overlay, pages, regions, restore_record, write_path
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.progress import SyncProgress
 from lockstep.volume.regions import RegionMap
@@ -389,6 +389,7 @@ def test_the_versions_are_those_that_are_written() -> None:
     assert versions["token"] == str(luks.TOKEN_VERSION)
     assert versions["record of a restore"] == str(restore_record.VERSION)
     assert versions["intent bitmap"] == str(intent.VERSION)
+    assert versions["record of what a new target lacks"] == str(missing.VERSION)
     assert versions["overlay"] == str(overlay.VERSION)
     assert versions["registry"] == schema.REVISION
 
@@ -440,6 +441,25 @@ def test_an_intent_bitmap_can_be_read_by_its_description(tmp_path: Path) -> None
     assert [at for at in range(8 * len(bits)) if bits[at // 8] >> at % 8 & 1] == [3, 4064, 4800]
     assert len(rest) == 2
     assert f"{pages.PAGE_BITS} regions" in doc("formats.md")
+
+
+def test_the_record_of_a_new_target_can_be_read_by_its_description(tmp_path: Path) -> None:
+    pair = missing.Pair(str(uuid.uuid4()), str(uuid.uuid4()), (300 << 20) + 1)
+    path, states = str(tmp_path / "record"), bytearray(4801)
+    states[3] = states[4064] = states[4800] = 1
+    missing.record(path, pair, states, in_worker).close()
+    assert missing.load(path, pair) == states
+    content = (tmp_path / "record").read_bytes()
+    rows = table(doc("formats.md"), "offset", "bytes", "field")
+    checksum, version, magic, volume_id, mirror_id, size, region, zeroes = slices(rows, content[:512])
+    assert int.from_bytes(checksum, "little") == zlib.crc32(content[4:512])
+    assert f"version, {int.from_bytes(version, 'little')}" == rows[1][2]
+    assert magic.decode() == spans(rows[2][2])[0]
+    assert [str(uuid.UUID(bytes=each)) for each in (volume_id, mirror_id)] == [pair.volume_id, pair.mirror_id]
+    assert [int.from_bytes(each, "little") for each in (size, region)] == [pair.size_bytes, 1 << 16]
+    assert not any(zeroes)
+    bits = content[516:1024] + content[1028:1536]
+    assert [at for at in range(8 * len(bits)) if bits[at // 8] >> at % 8 & 1] == [3, 4064, 4800]
 
 
 def test_an_overlay_can_be_read_by_its_description(tmp_path: Path) -> None:
@@ -587,6 +607,7 @@ def test_the_status_example_has_the_members_of_the_status() -> None:
     assert list(described) == list(mirror)
     assert list(described["sync"]) == list(mirror["sync"])
     assert list(status.of_volume(real, [described])) == list(volume)
+    assert list(status.of_volume(real, [described])["target"]) == list(volume["target"])
     documented = {span for row in table(doc("operations.md"), "member", "meaning") for span in spans(row[0])}
     assert {"serving", "uri", "clients"} <= documented
     assert set(mirror) - {"path", "uuid"} <= documented

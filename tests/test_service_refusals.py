@@ -55,6 +55,7 @@ from lockstep.errors import (
     RegistryUnreadable,
     SocketUnusable,
     StateDirUnusable,
+    TargetGone,
     TargetResized,
     TcpMissing,
     TlsDirUnusable,
@@ -396,7 +397,7 @@ def test_a_header_that_takes_no_writes(scene: Scene) -> None:
 def test_a_target_that_is_not_there_or_no_disk(scene: Scene) -> None:
     target = scene.inline.target
     with away(target):
-        scene.refuses(DiskMissing(path=target), scene.inline)
+        scene.refuses(TargetGone(path=target, volume="inline"), scene.inline)
         assert not target.exists(), "a missing target is never made by serving"
         target.mkdir()
         scene.refuses(NotADisk(path=target, kind="directory"), scene.inline)

@@ -578,7 +578,7 @@ class MirrorTruncated(DiskError):
 
     happened = "The mirror {path} is truncated: it has {size_bytes} bytes, and its data needs {needed_bytes}."
     cause = "It was cut short, or copied incompletely to this place."
-    next_step = "Put the whole mirror back if there is a copy; otherwise remove this mirror and create it anew."
+    next_step = "Put the whole mirror back if there is a copy; else `lockstep mirror remove` it, and add a new one."
 
 
 class MirrorHoldsData(DiskError):

@@ -11,6 +11,7 @@ from lockstep.cli.state import StateDir, state_of
 from lockstep.cli.status import gather
 from lockstep.errors import AdoptFormatsNothing
 from lockstep.registry.store import MirrorRecord
+from lockstep.service.headers import MISSING, reminder
 from lockstep.service.mirror_set import Added, MirrorPlan, add_mirror, remove_mirror
 from lockstep.volume.link import DEGRADED
 
@@ -70,6 +71,8 @@ def _say(name: str, added: Added, *, adopt: bool) -> None:
         return
     what = "what differs in it" if adopt else "all of the target"
     typer.echo(f"{path} is a mirror of {name} now, LUKS UUID {added.mirror.luks_uuid}.")
+    if added.mirror.header_path:
+        typer.echo(reminder(name, added.mirror.header_path, MISSING))
     typer.echo(f"Next: lockstep serve {name}, which copies {what}. One passphrase must open all mirrors of a volume.")
 
 
