@@ -196,7 +196,7 @@ def known_commands() -> dict[str, Any]:
 def test_every_command_that_a_text_advises_exists() -> None:
     known = known_commands()
     groups = {name.partition(" ")[0] for name in known if " " in name}
-    commands = advised(r"`(?:sudo )?lockstep ([a-z]+(?: [a-z]+)?)")
+    commands = advised(r"`(?:sudo )?lockstep ([a-z-]+(?: [a-z]+)?)")
     assert commands
     missing = {
         (error, command)

@@ -658,7 +658,7 @@ class TargetUnprepared(DiskError):
     """Data: path, volume."""
 
     happened = "What the new target {path} of {volume} lacks is not on record."
-    cause = "`lockstep replace-target` was interrupted, or the record in the state directory was removed or damaged."
+    cause = "Replacing the target was interrupted, or the record in the state directory was removed or damaged."
     next_step = (
         "Run `lockstep replace-target {volume} {path} --force` again: the target is then restored from the start."
     )
