@@ -21,10 +21,12 @@ import asyncio
 import contextlib
 import errno
 import logging
+from array import array
 from collections.abc import Iterator
 from typing import Final
 
 from lockstep.disk.plain import PlainDisk
+from lockstep.disk.runs import WORDS
 from lockstep.volume.link import MirrorLink
 from lockstep.volume.pace import Pace
 from lockstep.volume.pages import PagedBits
@@ -52,9 +54,12 @@ class NewTarget(PlainDisk):
         """As of any disk, once nothing is missing."""
         return 1 not in self.missing and super().prompt
 
-    def read_cached(self, offset: int, into: bytearray) -> bool:
-        """Fill `into` without waiting, or return False."""
-        return not self.lacks(offset, len(into)) and super().read_cached(offset, into)
+    def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
+        """Read a run as far as it is there, without waiting; return how many of its reads, from the front."""
+        if self.missing:
+            each = range(count)
+            count = next((at for at in each if self.lacks(run[WORDS * at], run[WORDS * at + 1])), count)
+        return super().read_run(into, run, count)
 
     def extents(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         """Split the range into data and holes; where something is missing, all of it counts as data."""

@@ -1,8 +1,7 @@
 r"""The record of what a new target lacks: which regions are still on the mirror only, on disk, whatever happens.
 
 A region that is marked is missing: what the target has there means nothing, the mirror's content is the volume's. A
-mark is cleared only after the region was copied to the target and the target was flushed. A damaged page marks all of
-its regions: each is then copied again, which changes nothing where the mirror is equal, and fails where it is not.
+mark is cleared only after the region was copied to the target and the target was flushed.
 
 The bits follow the header in pages as `pages.py` has them, one for each region. The header, little-endian:
 
@@ -16,8 +15,8 @@ The bits follow the header in pages as `pages.py` has them, one for each region.
     64      8      region size in bytes
     72      440    zeroes
 
-There is no way to make up for a record that is not there, or not of this volume and mirror: nobody would know which of
-the two disks is right where. So it is never guessed.
+There is no way to make up for a record that is not there, is damaged, or not of this volume and mirror: nobody would
+know which of the two disks is right where. So it is never guessed.
 """
 
 import logging
@@ -65,8 +64,9 @@ def load(path: str, pair: Pair) -> bytearray | None:
         log.warning("the record %s is damaged, or not of this volume and mirror", path)
         return None
     states, damaged = pages.unpack(content, pair.regions)
-    for number in damaged:
-        log.warning("page %d of the record %s is damaged: its regions count as missing", number, path)
+    if damaged:
+        log.warning("the record %s is damaged, in its pages %s", path, ", ".join(map(str, damaged)))
+        return None
     return states
 
 
