@@ -107,18 +107,18 @@ def test_clients_write_at_full_speed_while_the_target_is_copied(lab: Lab) -> Non
 
 @needs_slow_mirror
 def test_status_shows_how_far_the_copy_is(lab: Lab) -> None:
-    with slow_volume(lab, delay_ms=12) as volume, started(volume) as served:
-        first = served.status()["mirrors"][0]
+    with slow_volume(lab, delay_ms=120) as volume, started(volume) as served:
+        first = await_progress(served, 0.01)
         assert first["state"] == "syncing"
         assert first["consistent"] is False
         assert 0 < first["dirty_bytes"] <= SIZE_BYTES
         shown = volume.lab.lockstep("status", "vol").ok()
-        later = served.status()["mirrors"][0]
+        later = await_progress(served, 0.5)
         for mirror in (first, later):
             sync = mirror["sync"]
             assert sync.keys() == {"done_bytes", "total_bytes", "rate_bytes_s", "eta_s"}
             assert sync["total_bytes"] == SIZE_BYTES
-            assert sync["done_bytes"] + mirror["dirty_bytes"] == SIZE_BYTES
+            assert sync["done_bytes"] + mirror["dirty_bytes"] == SIZE_BYTES, mirror
         assert first["sync"]["done_bytes"] < later["sync"]["done_bytes"] < SIZE_BYTES
         assert later["sync"]["rate_bytes_s"] > 0
         left_bytes = SIZE_BYTES - later["sync"]["done_bytes"]

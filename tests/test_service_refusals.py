@@ -37,7 +37,6 @@ from lockstep.errors import (
     AlreadyServed,
     DiskBusy,
     DiskLocked,
-    DiskMissing,
     DiskReadOnly,
     EmptyPassphrase,
     GroupUnknown,
@@ -281,12 +280,7 @@ def test_no_passphrase_at_all(scene: Scene, tmp_path: Path) -> None:
 # --- mirrors ----------------------------------------------------------------------------------------------
 
 
-def test_a_mirror_or_a_header_that_is_not_there(scene: Scene) -> None:
-    with away(scene.inline.mirror):
-        scene.refuses(HeaderUnreadable(path=scene.inline.mirror, reason=MISSING), scene.inline)
-        assert not scene.inline.mirror.exists(), "a missing mirror is never made by serving"
-    with away(scene.detached.mirror):
-        scene.refuses(DiskMissing(path=scene.detached.mirror), scene.detached)
+def test_a_header_that_is_not_there(scene: Scene) -> None:
     header = scene.detached.header
     assert header is not None
     with away(header):

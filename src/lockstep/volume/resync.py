@@ -122,19 +122,12 @@ class Resync:
             offset, length = found
             equal = False
             try:
-                equal = await self._copy_stretch(offset, length, buffers, pace, progress)
+                equal = await self._copy_stretch(offset, length, buffers, pace)
             finally:
                 regions.finish_copy(offset, length, equal=equal)
-            progress.note(0, regions.dirty_bytes)
+            progress.note(length if equal else 0, regions.dirty_bytes)
 
-    async def _copy_stretch(
-        self,
-        offset: int,
-        length: int,
-        buffers: tuple[memoryview, memoryview],
-        pace: Pace,
-        progress: SyncProgress,
-    ) -> bool:
+    async def _copy_stretch(self, offset: int, length: int, buffers: tuple[memoryview, memoryview], pace: Pace) -> bool:
         """Copy it piece by piece; True when all of it was copied."""
         for start in range(offset, offset + length, PIECE_BYTES):
             count = min(PIECE_BYTES, offset + length - start)
@@ -147,7 +140,6 @@ class Resync:
                 await self._copy_piece(start, count, buffers)
             if not self._may_go_on():
                 return False
-            progress.note(count, self._link.regions.dirty_bytes)
             await pace.rest(count)
         return True
 
