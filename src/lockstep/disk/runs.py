@@ -22,6 +22,11 @@ def run_of(offset: int, length: int) -> "array[int]":
     return array("Q", (offset, length, 0, 0))
 
 
+def same(one: "Buffer", other: "Buffer") -> bool:
+    """Whether two buffers hold the same bytes; memoryviews, asked themselves, compare number by number."""
+    return bytearray(one) == other
+
+
 def _aligned(run: "array[int]", count: int, mask: int, /) -> int:
     """How many writes, from the front, begin and end on a multiple of `mask` + 1 bytes."""
     return next((at for at in range(count) if (run[WORDS * at] | run[WORDS * at + 1]) & mask), count)

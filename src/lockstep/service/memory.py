@@ -12,8 +12,9 @@ _PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
 _PR_SET_IO_FLUSHER: Final = 57
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4  # bits/mman-linux.h
 
-_M_MMAP_THRESHOLD: Final = -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGE_BYTES: Final = 1 << 20
+_KEPT_BYTES: Final = 8 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -31,6 +32,7 @@ def keep_small() -> None:
     of 1 TiB during a resync, 130 instead of 92 MiB resident.
     """
     _libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+    _libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)  # smaller ones are used again at once
 
 
 def lock_memory() -> None:

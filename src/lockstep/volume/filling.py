@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.runs import WORDS
+from lockstep.disk.runs import WORDS, same
 from lockstep.volume.link import MirrorLink
 from lockstep.volume.pace import Pace
 from lockstep.volume.pages import PagedBits
@@ -90,7 +90,7 @@ class NewTarget(PlainDisk):
 
     def put(self, offset: int, data: memoryview) -> None:
         """Write what was missing; zeroes as a hole where that is possible."""
-        if any(data):
+        if not same(data, bytes(len(data))):
             self.write(offset, data)
         else:
             self.zero(offset, len(data), allocate=False)

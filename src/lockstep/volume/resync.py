@@ -18,7 +18,7 @@ import logging
 import time
 from typing import Final
 
-from lockstep.disk.runs import run_of
+from lockstep.disk.runs import run_of, same
 from lockstep.volume.gate import UPDATE, Gate
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW
 from lockstep.volume.link import IN_SYNC, MirrorLink
@@ -162,7 +162,7 @@ class Resync:
         except OSError as failure:
             link.target_failed(failure, (offset, length))
             return
-        if self.compare and await link.read(offset, theirs) and data == theirs:
+        if self.compare and await link.read(offset, theirs) and same(data, theirs):
             return
         run = run_of(offset, whole)
         await link.settle(link.begin_update(data, run, 1, durable=False), run, 1)

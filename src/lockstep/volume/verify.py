@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from lockstep.disk.runs import same
 from lockstep.volume.link import MirrorLink
 from lockstep.volume.pace import Pace
 from lockstep.volume.workers import Workers
@@ -122,7 +123,7 @@ class Verify:
             if readable is not True:
                 return
             self.found.compared_bytes += length
-            if ours == theirs:
+            if same(ours, theirs):
                 return
             differing = _differing(offset, length, ours, theirs, sector)
             for start, count in differing:
@@ -143,5 +144,5 @@ def _differing(offset: int, length: int, ours: memoryview, theirs: memoryview, s
     return [
         (offset + at, min(sector, length - at))
         for at in range(0, length, sector)
-        if ours[at : at + sector] != theirs[at : at + sector]
+        if not same(ours[at : at + sector], theirs[at : at + sector])
     ]
