@@ -78,6 +78,7 @@ class PlainDisk:
         """Take over `fd`, an open descriptor of `disk`, of which only the first `size_bytes` are used if given."""
         self.disk = disk
         self.size_bytes = disk.size_bytes if size_bytes is None else size_bytes
+        self._used_bytes = size_bytes  # what lies behind them is another's, and reads as zeroes
         self._fd = fd
         self._nowait = cached_read_flag(fd)
         self._promptness = Promptness(fd)
@@ -99,10 +100,11 @@ class PlainDisk:
 
     def read(self, offset: int, into: memoryview) -> None:
         """Fill `into` from `offset`; it may lie past the end, where zeroes are read."""
-        within = max(0, self.size_bytes - offset)
-        if len(into) > within:
+        if self._used_bytes is not None and offset + len(into) > self._used_bytes:
+            within = max(0, self._used_bytes - offset)
             into[within:] = bytes(len(into) - within)
-        read_all(self._fd, into[:within], offset)
+            into = into[:within]
+        read_all(self._fd, into, offset)
 
     def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
         """Read a run without waiting for the medium; return how many of its reads, from the front."""
