@@ -14,7 +14,7 @@ RESCUE_PACKAGES := qemu-system-x86 busybox-static cpio kpartx
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test check recovery bench bench-quick bench-grow bench-users bench-micro fuzz torture restore-kills replace-kills rescue-test format clean
+.PHONY: demo test check recovery bench bench-quick bench-grow bench-users bench-micro fuzz torture restore-kills replace-kills rekey-kills rescue-test format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/run-packages $(VENV)/installed
@@ -71,6 +71,11 @@ restore-kills: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
 REPLACE_KILLS ?= 300
 replace-kills: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
 	REPLACE_KILLS=$(REPLACE_KILLS) $(BIN)/pytest --timeout=0 tests/test_replace_target.py -k kill_9
+
+# A re-keying that is killed at random moments and gone on with, so often for each kind of mirror; the suite: a few times.
+REKEY_KILLS ?= 200
+rekey-kills: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
+	$(SUDO) env REKEY_KILLS=$(REKEY_KILLS) $(BIN)/pytest --timeout=0 tests/test_rekey.py -k killed -s
 
 # docs/rescue.md, typed into a virtual machine that runs Debian's kernel and has never heard of Lockstep. No KVM needed.
 rescue-test: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/rescue-packages $(VENV)/installed

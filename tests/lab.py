@@ -38,7 +38,7 @@ MIB = 1 << 20
 # cryptsetup measures the machine for seconds to choose argon2's cost; with a given cost it formats at once.
 _QUICK_CRYPTSETUP = """#!/bin/sh
 command="$1"
-if [ "$command" = luksFormat ] || [ "$command" = luksAddKey ]; then
+if [ "$command" = luksFormat ] || [ "$command" = luksAddKey ] || [ "$command" = reencrypt ]; then
     shift
     for argument; do
         shift
@@ -393,6 +393,11 @@ def opened(volume: Volume, *options: object) -> Iterator[tuple[OpenMirror, str]]
 
 
 _unlocked: dict[UUID, tuple[bytes, int]] = {}  # volume keys that dissect has found, and in which key slot
+
+
+def forget_volume_keys() -> None:
+    """Have `read_luks` find out again what opens a mirror: its volume key was changed."""
+    _unlocked.clear()
 
 
 def read_luks(mirror: BinaryIO, header: BinaryIO | None, length: int, sampled: int = 24) -> bytes:

@@ -30,6 +30,7 @@ from lockstep.errors import (
     LuksError,
     NoKeySlots,
     NotLuks2,
+    RekeyUnfinished,
     SegmentUnsupported,
     TokenMalformed,
     TokenTooNew,
@@ -394,7 +395,7 @@ def test_a_started_reencryption_is_refused(inline: Mirror) -> None:
     arguments = ("reencrypt", "--init-only", "--batch-mode", *CHEAP, "--key-file=-")
     result = cryptsetup(*arguments, inline.path)
     assert result.returncode == 0, result.stderr
-    with pytest.raises(SegmentUnsupported, match="re-encryption is not finished"):
+    with pytest.raises(RekeyUnfinished, match="is not finished"):
         read_header(inline.path)
 
 

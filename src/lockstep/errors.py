@@ -963,6 +963,35 @@ class KeySlotNotRemoved(LuksError):
     )
 
 
+class RekeyUnfinished(LuksError):
+    """Data: path."""
+
+    happened = "The re-keying of {path} is not finished."
+    cause = "It was interrupted, or is under way. Nothing is lost: it goes on where it is, and no place is in doubt."
+    next_step = (
+        "Repeat the `lockstep key rekey` that began it. Where Lockstep knows nothing of the mirror any more, "
+        "`lockstep restore` reads it as it is, and `cryptsetup repair` and `cryptsetup reencrypt` finish it."
+    )
+
+
+class RekeyRunning(LuksError):
+    """Data: path."""
+
+    happened = "{path} is being re-keyed at this moment."
+    cause = "A `lockstep key rekey` is at work on it, or what it started goes on for a second after it was killed."
+    next_step = "Wait for it; a served volume takes the mirror back by itself."
+
+
+class RekeyDropsKeys(LuksError):
+    """Data: path, slots (those that would be lost, as a phrase)."""
+
+    happened = "Re-keying {path} would take {slots} away."
+    cause = "A new volume key is put under the passphrase that is given alone: nobody can put it under the others."
+    next_step = (
+        "Repeat with --drop-other-keys, and add afterwards what shall open the mirror besides (`lockstep key add`)."
+    )
+
+
 class KeySlotsFull(LuksError):
     """Data: path, count."""
 

@@ -1,5 +1,6 @@
 """key add, key remove, key change, key list: the passphrases of a mirror."""
 
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -7,15 +8,18 @@ import typer
 from rich.table import Table
 
 from lockstep.cli.options import IterTime, Json, KeyFile, MirrorPath, Name, passphrase_from, refuse_together
-from lockstep.cli.output import console, print_json
+from lockstep.cli.output import ProgressBars, console, print_json
 from lockstep.cli.state import StateDir, state_of
 from lockstep.crypto.keyslots import KeySlot
 from lockstep.registry.store import MirrorRecord
 from lockstep.service import keys
+from lockstep.service.rekey import rekey
 
 NewKeyFile = Annotated[
     str | None, typer.Option(metavar="FILE", help="The new passphrase; as with --key-file, '-' is standard input.")
 ]
+
+_REKEYING = "Re-keying"
 
 app = typer.Typer(
     help="Add, remove, change and list the passphrases of a mirror.",
@@ -102,6 +106,49 @@ def change(
         return
     typer.echo(f"Changed a passphrase of {done.mirror.path}: key slot {done.old_slot} is now key slot {done.slot}.")
     typer.echo("A copy of the header from before still opens with the old one.")
+
+
+@app.command("rekey")
+def rekey_(
+    context: typer.Context,
+    name: Name,
+    key_file: KeyFile = None,
+    new_key_file: NewKeyFile = None,
+    drop_other_keys: Annotated[
+        bool, typer.Option("--drop-other-keys", help="Even if other key slots are lost, which hold the old volume key.")
+    ] = False,
+    mirror: MirrorPath = None,
+    iter_time: IterTime = None,
+    as_json: Json = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Encrypt a mirror anew, with a new volume key, while the volume is served or not; again to go on with it.
+
+    With --new-key-file under another passphrase, too. The mirror misses what is written meanwhile, and then gets it.
+    """
+    old = _existing(key_file, name)
+    new = None
+    if new_key_file is not None:
+        old, new = _both(key_file, new_key_file, name)
+    with ProgressBars({_REKEYING: _REKEYING}, as_json=as_json) as bars:
+        done = rekey(
+            state_of(context, state_dir),
+            name,
+            mirror,
+            old,
+            new,
+            iter_time,
+            drop_others=drop_other_keys,
+            on_progress=functools.partial(bars, _REKEYING),
+        )
+    if as_json:
+        report = {"mirror": done.mirror.path, "uuid": done.mirror.luks_uuid, "slot": done.slot}
+        print_json(report | {"resumed": done.resumed, "behind": done.behind})
+        return
+    typer.echo(f"{done.mirror.path} has a new volume key, in key slot {done.slot}. Headers from before open nothing.")
+    typer.echo(f"Make a copy of the header of today: lockstep header backup {name} OUTPUT")
+    if done.behind:
+        typer.echo(f"The server has not taken the mirror back, and does so when it is started anew: {done.behind}")
 
 
 @app.command("list")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from lockstep.errors import CryptsetupFailed, CryptsetupHung, CryptsetupMissing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from typing_extensions import Buffer
 
@@ -31,6 +31,7 @@ TIMEOUT_S: Final = 120  # argon2id aims at 2 s, and takes many times that on a s
 WRONG_PASSPHRASE_EXIT: Final = 2  # cryptsetup(8), RETURN CODES
 ATTEMPTS: Final = 10  # a server writes its token when its state changes, and at most every half a minute otherwise
 
+_MOST_COMPLAINTS_BYTES: Final = 64 << 10
 _OVERTAKEN: Final = b"concurrent LUKS2 metadata update"
 
 Completed = subprocess.CompletedProcess[bytes]
@@ -51,13 +52,8 @@ def run(
     It inherits the descriptors `fds`. CryptsetupMissing, CryptsetupHung. A process that even SIGKILL cannot end (a disk
     that never answers) keeps the caller waiting for the kernel.
     """
-    # An account without root's PATH can use it just as well: on plain files it needs no privilege.
-    search = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
-    program = shutil.which("cryptsetup", path=search)
-    if program is None:
-        raise CryptsetupMissing
     # Absolute, so that no path can be taken for an option.
-    argv = [program, command, *arguments, "--batch-mode", os.path.abspath(path), *after]
+    argv = [*_program(), command, *arguments, "--batch-mode", os.path.abspath(path), *after]
     for attempt in range(ATTEMPTS):
         try:
             result = subprocess.run(
@@ -65,7 +61,7 @@ def run(
                 input=stdin,
                 stdout=stdout,
                 stderr=subprocess.PIPE,
-                env={**os.environ, "LC_ALL": "C"},
+                env=_environment(),
                 timeout=TIMEOUT_S,
                 pass_fds=fds,
                 check=False,
@@ -76,6 +72,59 @@ def run(
         if not result.returncode or _OVERTAKEN not in result.stderr or attempt == ATTEMPTS - 1:
             break
     return result
+
+
+def follow(
+    path: str,
+    command: str,
+    *arguments: str,
+    stdin: Buffer,
+    told: Callable[[bytes], None],
+    fds: Sequence[int] = (),
+) -> Completed:
+    """Like `run`, for what takes hours; `told` is given each line of its output.
+
+    When we end early, it ends after the step that it is at; when we are killed, as soon as it has something to say.
+    """
+    argv = [*_program(), command, *arguments, "--batch-mode", os.path.abspath(path)]
+    with (
+        memory_file(b"") as complaints,
+        subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            env=_environment(),
+            pass_fds=fds,
+        ) as child,
+    ):
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(stdin)
+                child.stdin.close()
+            for line in child.stdout:
+                told(line)
+            child.wait()
+        finally:
+            child.terminate()
+            child.wait()
+        said = os.pread(complaints, _MOST_COMPLAINTS_BYTES, 0)
+    return Completed(argv, child.returncode, b"", said)
+
+
+def _program() -> list[str]:
+    # An account without root's PATH can use it just as well: on plain files it needs no privilege.
+    search = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
+    program = shutil.which("cryptsetup", path=search)
+    if program is None:
+        raise CryptsetupMissing
+    return [program]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "LC_ALL": "C"}
 
 
 def run_into(

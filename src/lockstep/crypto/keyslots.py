@@ -22,7 +22,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from lockstep.crypto import cryptsetup, luks
+from lockstep.crypto import cryptsetup, luks, recovery_key
 from lockstep.errors import (
     CryptsetupFailed,
     KeySlotNotRemoved,
@@ -101,6 +101,26 @@ def remove(path: str, passphrase: Buffer, slot: int | None = None) -> int:
             raise luks.refused(action, path, done, passphrase)
         slot = _said(action, path, done, "is selected for deletion")
     _forget_empty_marks(path)
+    return slot
+
+
+def opened_by(path: str, passphrase: Buffer) -> int | None:
+    """The slot that `passphrase` opens; None if it opens none. EmptyPassphrase, NoKeySlots, CryptsetupFailed."""
+    luks.refuse_empty(passphrase)
+    action = "try a passphrase of"
+    done = cryptsetup.run(action, path, "open", "--test-passphrase", "--verbose", "--key-file=-", stdin=passphrase)
+    if done.returncode == cryptsetup.WRONG_PASSPHRASE_EXIT:
+        return None
+    if done.returncode != 0:
+        raise luks.refused(action, path, done, passphrase)
+    return _said(action, path, done, "unlocked")
+
+
+def require_opened_by(path: str, passphrase: Buffer) -> int:
+    """The slot that `passphrase` opens. What `opened_by` raises, and WrongPassphrase or its like."""
+    slot = opened_by(path, passphrase)
+    if slot is None:
+        raise recovery_key.wrong_passphrase(path, passphrase)
     return slot
 
 

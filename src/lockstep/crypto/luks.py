@@ -59,13 +59,14 @@ from lockstep.errors import (
     LuksError,
     NoKeySlots,
     NotLuks2,
+    RekeyUnfinished,
     SegmentUnsupported,
     TokenMalformed,
     TokenTooNew,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from typing_extensions import Buffer
 
@@ -152,13 +153,22 @@ def is_luks2(path: str) -> bool:
 def read_header(path: str) -> Header:
     """Read the header, from its second copy if the first is damaged.
 
-    HeaderUnreadable, NotLuks2, HeaderDamaged, SegmentUnsupported, TokenMalformed, TokenTooNew,
+    HeaderUnreadable, NotLuks2, HeaderDamaged, RekeyUnfinished, SegmentUnsupported, TokenMalformed, TokenTooNew,
     CryptsetupMissing.
     """
-    copy = _sound_copy(path)
     metadata = read_metadata(path)
+    return _header(path, metadata, lambda: _segment(path, metadata))
+
+
+def read_unfinished(path: str, segment: Segment, metadata: dict[str, Any]) -> Header:
+    """The header of a mirror whose re-keying is not finished; `segment` is what it was and will be."""
+    return _header(path, metadata, lambda: segment)
+
+
+def _header(path: str, metadata: dict[str, Any], segment_in: Callable[[], Segment]) -> Header:
+    copy = _sound_copy(path)
     try:
-        segment = _segment(path, metadata)
+        segment = segment_in()
         tokens = {int(key): value for key, value in metadata["tokens"].items() if value["type"] == TOKEN_TYPE}
         keyslots = tuple(sorted(int(key) for key in metadata["keyslots"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -185,6 +195,17 @@ def read_metadata(path: str) -> dict[str, Any]:
         return dict(json.loads(dump.stdout))
     except (TypeError, ValueError) as error:
         raise HeaderDamaged(path=path, reason=f"its metadata makes no sense ({error!r})") from None
+
+
+def header_bytes(path: str, metadata: dict[str, Any]) -> bytes:
+    """Both copies of the header and the key slots, which is everything but the data. HeaderUnreadable."""
+    config = metadata["config"]
+    length = 2 * (_BINARY_BYTES + int(config["json_size"])) + int(config["keyslots_size"])
+    try:
+        with open(path, "rb") as file:
+            return file.read(length)
+    except OSError as error:
+        raise HeaderUnreadable(path=path, reason=os.strerror(error.errno or 0)) from error
 
 
 def read_uuid(path: str) -> str:
@@ -365,18 +386,8 @@ def _c_string(field: bytes) -> str:
 # -- the JSON metadata: section 3 -----------------------------------------------------------------------
 
 
-def _segment(path: str, metadata: dict[str, Any]) -> Segment:
-    """The one segment of a mirror; SegmentUnsupported if there is anything else."""
-    requirements = metadata["config"].get("requirements", {}).get("mandatory", [])
-    if requirements:
-        what = ", ".join(map(str, requirements))
-        if "reencrypt" in what:
-            raise SegmentUnsupported(path=path, reason=f"its re-encryption is not finished ({what})")
-        raise SegmentUnsupported(path=path, reason=f"it requires {what}")
-    segments = metadata["segments"]
-    if len(segments) != 1:
-        raise SegmentUnsupported(path=path, reason=f"it has {len(segments)} segments instead of one")
-    (stored,) = segments.values()
+def segment_of(path: str, stored: dict[str, Any]) -> Segment:
+    """A segment as the metadata has it; SegmentUnsupported if it is not stored as a mirror is."""
     if stored["type"] != "crypt":
         raise SegmentUnsupported(path=path, reason=f"its segment has the type {stored['type']}")
     if "integrity" in stored:
@@ -392,6 +403,21 @@ def _segment(path: str, metadata: dict[str, Any]) -> Segment:
         cipher=stored["encryption"],
         length_bytes=None if stored["size"] == "dynamic" else _uint64(stored, "size"),
     )
+
+
+def _segment(path: str, metadata: dict[str, Any]) -> Segment:
+    """The one segment of a mirror; RekeyUnfinished, SegmentUnsupported if there is anything else."""
+    requirements = metadata["config"].get("requirements", {}).get("mandatory", [])
+    if requirements:
+        what = ", ".join(map(str, requirements))
+        if "reencrypt" in what:
+            raise RekeyUnfinished(path=path)
+        raise SegmentUnsupported(path=path, reason=f"it requires {what}")
+    segments = metadata["segments"]
+    if len(segments) != 1:
+        raise SegmentUnsupported(path=path, reason=f"it has {len(segments)} segments instead of one")
+    (stored,) = segments.values()
+    return segment_of(path, stored)
 
 
 def _token_fields(path: str, stored: Any) -> dict[str, Any]:

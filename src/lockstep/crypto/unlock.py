@@ -9,21 +9,19 @@ only read, and the copy is gone with its descriptor.
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from lockstep.crypto import cryptsetup, luks
-from lockstep.errors import HeaderUnreadable, NoTokenUnlocks
+from lockstep.errors import NoTokenUnlocks
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 # The cheapest that cryptsetup takes, for 256 random bits in a header that lives for a moment.
 _CHEAP: Final = ("--pbkdf=argon2id", "--pbkdf-force-iterations=4", "--pbkdf-memory=32", "--pbkdf-parallel=1")
-_JSON_AREA_MORE_BYTES: Final = 4096  # the binary header before each JSON area
 _REFUSED_EXITS: Final = (1, 2)  # no token that can be asked; none that gives a key
 
 
@@ -58,7 +56,8 @@ def _volume_key_by_token(path: str) -> bytearray:
     luks.read_header(path)  # so that what is wrong with the header is said as such
     passphrase = secrets.token_hex(32).encode()
     action = "ask the tokens of"
-    with cryptsetup.memory_file(_header_bytes(path)) as copy, cryptsetup.memory_file(passphrase) as added:
+    header = luks.header_bytes(path, luks.read_metadata(path))
+    with cryptsetup.memory_file(header) as copy, cryptsetup.memory_file(passphrase) as added:
         fds = (copy, added)
         place = f"/dev/fd/{copy}"
         arguments = ("--token-only", *_CHEAP)
@@ -68,17 +67,6 @@ def _volume_key_by_token(path: str) -> bytearray:
         if result.returncode != 0:
             raise cryptsetup.failure(action, path, result)
         return luks.volume_key(place, passphrase, fds=fds)
-
-
-def _header_bytes(path: str) -> bytes:
-    """Both copies of the header and the key slots, which is everything but the data."""
-    config = luks.read_metadata(path)["config"]
-    length = 2 * (int(config["json_size"]) + _JSON_AREA_MORE_BYTES) + int(config["keyslots_size"])
-    try:
-        with open(path, "rb") as file:
-            return file.read(length)
-    except OSError as error:
-        raise HeaderUnreadable(path=path, reason=os.strerror(error.errno or 0)) from error
 
 
 def _enrolled(path: str) -> str:

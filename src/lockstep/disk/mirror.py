@@ -8,12 +8,13 @@ written: a disk that is in use, that is the target (under whatever name), that c
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from lockstep.crypto import luks
+from lockstep.crypto import luks, reencryption
 from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk.encrypted import EncryptedDisk
+from lockstep.disk.half_rekeyed import HalfRekeyedDisk
 from lockstep.disk.lock import lock_exclusive, lock_shared
 from lockstep.disk.probe import Disk, holds_data, inspect, open_disk, overlap, signatures, users_of
 from lockstep.errors import (
@@ -26,7 +27,11 @@ from lockstep.errors import (
     MirrorIsTarget,
     MirrorTooSmall,
     MirrorTruncated,
+    RekeyUnfinished,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 SECTOR_SIZES: Final = (512, 1024, 2048, 4096)
 
@@ -110,11 +115,7 @@ def open_mirror(
     `with_key` is shown the volume key, which is wiped afterwards.
     Raises MirrorTruncated, DiskBusy, DiskLocked, DiskChanged, and what reading the volume key can raise.
     """
-    disk = inspect(path)
-    data_bytes = whole_sectors(size_bytes, header.segment.sector_bytes)
-    needed_bytes = header.segment.offset_bytes + data_bytes
-    if disk.size_bytes < needed_bytes:
-        raise MirrorTruncated(path=path, size_bytes=disk.size_bytes, needed_bytes=needed_bytes)
+    disk, data_bytes = _large_enough(path, header.segment, size_bytes)
     _refuse_busy(disk)
     fd = open_disk(disk, writable=writable)
     try:
@@ -131,6 +132,74 @@ def open_mirror(
         os.close(fd)
         raise
     return EncryptedDisk(fd, header.segment, cipher, data_bytes)
+
+
+def open_unfinished(
+    path: str,
+    header_path: str | None,
+    header: luks.Header,
+    unfinished: reencryption.Unfinished,
+    unlock: Unlock,
+    size_bytes: int,
+) -> HalfRekeyedDisk:
+    """Open a mirror whose re-keying is not finished, for reading, and keep others from going on with it.
+
+    Raises RekeyUnfinished where a token is to unlock it, MirrorTruncated, DiskBusy, DiskLocked, DiskChanged, and what
+    reading the volume keys can raise.
+    """
+    where = header_path or path
+    if unlock.passphrase is None:
+        raise RekeyUnfinished(path=where)  # no token has the new key
+    disk, data_bytes = _large_enough(path, header.segment, size_bytes)
+    passphrase = unlock.passphrase()
+    with contextlib.ExitStack() as undo:
+        fd = open_disk(disk, writable=False)
+        undo.callback(os.close, fd)
+        lock_shared(fd, disk)
+        if luks.read_metadata(where) != unfinished.metadata:
+            raise DiskChanged(path=path)
+        header_fd = open_disk(inspect(where), writable=False)
+        undo.callback(os.close, header_fd)
+        new = _cipher(unfinished, where, passphrase, new=True)
+        old = new if unfinished.is_over(data_bytes) else _cipher(unfinished, where, passphrase, new=False)
+        undo.pop_all()
+    return HalfRekeyedDisk(fd, header_fd, unfinished, old, new, data_bytes)
+
+
+def _cipher(unfinished: reencryption.Unfinished, header: str, passphrase: "Buffer", *, new: bool) -> XtsCipher:
+    key = unfinished.volume_key(header, passphrase, new=new)
+    try:
+        return XtsCipher(key, unfinished.segment.sector_bytes)
+    finally:
+        luks.wipe(key)
+
+
+def claim_for_rekeying(path: str, segment: luks.Segment, size_bytes: int) -> int:
+    """Lock the mirror of a target of `size_bytes` against everybody else; returns the descriptor that has the lock.
+
+    A device is not opened exclusively: that is what cryptsetup does. Raises MirrorTruncated, DiskBusy, DiskLocked.
+    """
+    disk, _data_bytes = _large_enough(path, segment, size_bytes)
+    require_unused(disk)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise DiskFailed(path=path, doing="Opening", reason=error.strerror) from error
+    try:
+        lock_exclusive(fd, disk)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _large_enough(path: str, segment: luks.Segment, size_bytes: int) -> tuple[Disk, int]:
+    """Return the disk, and the size of its data. Raises MirrorTruncated."""
+    disk, data_bytes = inspect(path), whole_sectors(size_bytes, segment.sector_bytes)
+    needed_bytes = segment.offset_bytes + data_bytes
+    if disk.size_bytes < needed_bytes:
+        raise MirrorTruncated(path=path, size_bytes=disk.size_bytes, needed_bytes=needed_bytes)
+    return disk, data_bytes
 
 
 def refuse_unfit(target: Disk, disk: Disk, needed_bytes: int, *, detached: bool) -> None:

@@ -4,6 +4,7 @@ GET  /v1/status    the volume as `status --json` prints it
 POST /v1/sync      {"include_held": bool, "compare": bool}: have what differs copied, if wanted what is held too, and
                    if wanted only where a comparison shows it
 POST /v1/mirrors   look at once for mirrors that are away
+POST /v1/aside     {"mirror": LUKS UUID}: stop following that mirror, in order, so that it can be re-keyed
 POST /v1/verify    {"repair": bool}: begin to compare the mirrors with the target
 GET  /v1/verify    how far that is, or what the last one found
 DELETE /v1/verify  end it early
@@ -35,6 +36,9 @@ class Commands(Protocol):
 
     def look_for_mirrors(self, actor: Actor) -> None:
         """Look at once for mirrors that are away."""
+
+    async def let_go(self, luks_uuid: str) -> None:
+        """Stop following a mirror, in order, so that it can be re-keyed. Raises DiskBusy."""
 
     def verify(self, actor: Actor, *, repair: bool) -> None:
         """Begin to compare. Raises AlreadyVerifying."""
@@ -81,6 +85,10 @@ async def control_interface(
         commands.look_for_mirrors(_actor(request))
         return web.json_response({})
 
+    async def let_go(request: web.Request) -> web.Response:
+        await commands.let_go(str((await request.json()).get("mirror")))
+        return web.json_response({})
+
     async def begin_verify(request: web.Request) -> web.Response:
         commands.verify(_actor(request), repair=bool((await request.json()).get("repair")))
         return web.json_response({})
@@ -96,11 +104,22 @@ async def control_interface(
     application.router.add_get("/v1/status", answer_status)
     application.router.add_post("/v1/sync", answer_sync)
     application.router.add_post("/v1/mirrors", look_for_mirrors)
+    application.router.add_post("/v1/aside", let_go)
     application.router.add_post("/v1/verify", begin_verify)
     application.router.add_get("/v1/verify", answer_verify)
     application.router.add_delete("/v1/verify", end_verify)
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
+    await _listen(runner, path)
+    try:
+        yield
+    finally:
+        await runner.cleanup()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+async def _listen(runner: web.AppRunner, path: str) -> None:
     previous = os.umask(0o177)
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -111,12 +130,6 @@ async def control_interface(
         raise SocketUnusable(path=path, reason=error.strerror or str(error)) from error
     finally:
         os.umask(previous)
-    try:
-        yield
-    finally:
-        await runner.cleanup()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
 
 
 def _actor(request: web.Request) -> Actor:

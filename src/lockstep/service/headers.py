@@ -42,7 +42,7 @@ from lockstep.errors import (
     StillServed,
 )
 from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
-from lockstep.service import keys, mirrors
+from lockstep.service import keys, mirrors, rekey
 from lockstep.service.managing import manager
 from lockstep.service.state import State
 from lockstep.volume.link import SYNCING
@@ -53,7 +53,7 @@ BACKED_UP, RESTORED = "header-backup", "header-restored"
 MISSING, OUTDATED, CURRENT = "missing", "outdated", "current"
 """How it stands with the copy of a header."""
 
-_CHANGES: Final = (keys.ADDED, keys.REMOVED, keys.CHANGED)
+_CHANGES: Final = (keys.ADDED, keys.REMOVED, keys.CHANGED, rekey.BEGUN, rekey.REKEYED)
 
 
 Slots = tuple[int, ...]
@@ -102,7 +102,7 @@ def reminder(name: str, header: str, backup: str) -> str | None:
     if backup == MISSING:
         return f"THE HEADER {header} HAS NO SECOND COPY. If it is lost, nobody can ever open the mirror. {advice}"
     if backup == OUTDATED:
-        return f"The last copy of the header {header} is older than its passphrases. {advice}"
+        return f"The last copy of the header {header} is older than its keys. {advice}"
     return None
 
 

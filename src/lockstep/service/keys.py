@@ -123,6 +123,7 @@ def _changing(state: State, name: str, mirror_path: str | None, action: str, *as
         for ask in asked:
             ask()  # they remember: nobody else has to wait while somebody types
         with state.key_lock(mirror.luks_uuid):
+            luks.read_header(mirrors.header_path(mirror))  # refuses one that is being re-keyed
             yield _Work(registry, actor, volume, mirror)
 
 

@@ -9,6 +9,7 @@ copies of one mirror that went different ways never come to the same generation.
     serve   token: state, whenever it changes; "in-sync" only after a flush
             before marks are cleared: a new generation, in the same three steps
     return  of a mirror that failed or was away: as at the start
+            of one that was re-keyed: with a new generation, so that no header with the old key is ever taken for it
     retire  the same as claim, after both disks were flushed; only what differs is still marked when it is settled
 
 A power cut between any two of these leaves a pair that still fits. A mirror that was swapped, copied back or written
@@ -23,6 +24,7 @@ import asyncio
 import errno
 import logging
 import secrets
+import time
 from dataclasses import replace
 from typing import Final
 
@@ -32,7 +34,15 @@ from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.mirror import open_mirror
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import inspect
-from lockstep.errors import DiskMissing, DiskUnreadable, LockstepError, StateDirUnusable
+from lockstep.errors import (
+    DiskBusy,
+    DiskMissing,
+    DiskUnreadable,
+    LockstepError,
+    RekeyRunning,
+    RekeyUnfinished,
+    StateDirUnusable,
+)
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.mirrors import header_path, identified
 from lockstep.service.state import State
@@ -43,11 +53,14 @@ from lockstep.volume.link import BEHIND, DEGRADED, FROZEN, IN_SYNC, MirrorLink
 from lockstep.volume.pages import union
 from lockstep.volume.regions import RegionMap
 from lockstep.volume.workers import Workers
+from lockstep.volume.write_path import WritePath
 
 log = logging.getLogger(__name__)
 
 MIRROR_THREADS: Final = 8
 OPENING_PATIENCE_S: Final = 60.0  # argon2id takes seconds
+REST_INTERVAL_S: Final = 0.02
+REKEY: Final = "lockstep key rekey"
 
 
 class MirrorSession:
@@ -73,7 +86,7 @@ class MirrorSession:
         self._unlock = unlock
         self._patience_s = patience_s
         self._header_path = header_path(mirror)
-        self._state_dir = state.path
+        self._state = state
         self._in_worker = workers.run
         self._scribe = Workers("lockstep-header", 1, patience_s)
         self._opener = Workers("lockstep-opener", 0)
@@ -81,6 +94,7 @@ class MirrorSession:
         self._last_failure = ""
         self._disowned = False
         self._advancing = asyncio.Lock()  # two at once would give the bitmap a generation, and the mirror another
+        self._rekeyed = False  # while it was away, as far as is known
         header, disk, away = self._open_unless_away()
         token = header.token if header else None
         path = state.intent(mirror.luks_uuid)
@@ -145,7 +159,7 @@ class MirrorSession:
             self._intent.claim(following, following, marked, written_ns)
             self._generations = (following, following)
         except OSError as error:
-            raise StateDirUnusable(path=self._state_dir, reason=error.strerror or str(error)) from error
+            raise StateDirUnusable(path=self._state.path, reason=error.strerror or str(error)) from error
 
     # --- what the mirror says of itself ---
 
@@ -216,6 +230,19 @@ class MirrorSession:
 
     # --- being away, and coming back ---
 
+    async def step_aside(self, path: WritePath) -> None:
+        """Let the mirror be re-keyed: from here on nobody here has it open. Raises DiskBusy if it does not answer."""
+        self._rekeyed = True
+        await path.part_from(self.link, f"it is being re-keyed, or that is not finished: {REKEY} {self._volume.name}")
+        deadline_s = time.monotonic() + self._patience_s
+        while not (self.link.at_rest and self._scribe.at_rest and self._opener.at_rest):
+            if time.monotonic() > deadline_s:
+                raise DiskBusy(path=self.mirror.path, users="in use by its server, which waits for it")
+            await asyncio.sleep(REST_INTERVAL_S)
+        disk = self.link.let_go()
+        if disk is not None:
+            disk.close()
+
     async def come_back(self) -> bool:
         """Follow the mirror again, if it can be opened; what it misses is dirty then. False, and it was logged, if not.
 
@@ -245,11 +272,13 @@ class MirrorSession:
         self._token, self._token_id = header.token, header.token_id
         try:
             await self._recognise(header.token.generation)
+            if self._rekeyed:
+                await self.advance()
         except OSError as failure:
             log.warning("mirror %s cannot be followed again yet: %s", self.mirror.path, failure)
             disk.close()
             return False
-        self._last_failure = ""
+        self._last_failure, self._rekeyed = "", False
         self.link.admit(disk, self._new_workers())
         log.info("mirror %s is back; %d bytes are to be copied", self.mirror.path, self.link.regions.dirty_bytes)
         return True
@@ -278,7 +307,12 @@ class MirrorSession:
         except (DiskMissing, DiskUnreadable) as failure:
             log.error("mirror %s is away, the target goes on alone: %s", self.mirror.path, failure)
             return None, None, f"it is away: {failure}"
-        return *self._open(), ""
+        try:
+            return *self._open(), ""
+        except (RekeyRunning, RekeyUnfinished) as failure:
+            self._rekeyed = True
+            log.error("mirror %s is not followed, the target goes on alone: %s", self.mirror.path, failure)
+            return None, None, f"{failure} {REKEY} {self._volume.name}"
 
     def _reopen(self, former: EncryptedDisk | None, attempt: object) -> tuple[luks.Header, EncryptedDisk]:
         if former is not None:
@@ -289,10 +323,13 @@ class MirrorSession:
         return header, disk
 
     def _open(self) -> tuple[luks.Header, EncryptedDisk]:
-        header = luks.read_header(self._header_path)
-        _require_token(self._volume, self.mirror, header)
         mirror, size_bytes = self.mirror, self._volume.size_bytes
-        return header, open_mirror(mirror.path, mirror.header_path, header, self._unlock, size_bytes, writable=True)
+        with self._state.rekey_lock(mirror.luks_uuid, shared=True) as free:
+            if free is None:
+                raise RekeyRunning(path=mirror.path)
+            header = luks.read_header(self._header_path)
+            _require_token(self._volume, mirror, header)
+            return header, open_mirror(mirror.path, mirror.header_path, header, self._unlock, size_bytes, writable=True)
 
     def _new_workers(self) -> Workers:
         return Workers("lockstep-mirror", MIRROR_THREADS, self._patience_s)

@@ -19,11 +19,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from lockstep.crypto import luks
+from lockstep.crypto import luks, reencryption
 from lockstep.crypto.cipher import self_test
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk.encrypted import EncryptedDisk
-from lockstep.disk.mirror import open_mirror
+from lockstep.disk.half_rekeyed import HalfRekeyedDisk
+from lockstep.disk.mirror import open_mirror, open_unfinished
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import Disk, holds_data, inspect, overlap, signatures, users_of
 from lockstep.disk.stream import Stream
@@ -38,6 +39,7 @@ from lockstep.errors import (
     OutputIsMirror,
     OutputTooSmall,
     RangeInvalid,
+    RekeyUnfinished,
     RestoreRecordInvalid,
     RestoreStopped,
     RestoreUnfinished,
@@ -55,6 +57,8 @@ from lockstep.volume.restore_record import SUFFIX, RestoreRecord, remove_record
 STDOUT: Final = "-"
 COPYING: Final = "copy"
 VERIFYING: Final = "verify"
+
+Mirror = EncryptedDisk | HalfRekeyedDisk
 
 OnProgress = Callable[[str, int, int], None]
 """Is given COPYING or VERIFYING, the bytes done and the bytes in all."""
@@ -99,7 +103,7 @@ def restore(wanted: Wanted, unlock: Unlock, *, on_progress: OnProgress) -> Resto
     """
     protect_memory()
     self_test()
-    header = luks.read_header(wanted.header_path or wanted.mirror_path)
+    header, unfinished = _header(wanted.header_path or wanted.mirror_path)
     token = header.token
     if token is None:
         raise NoToken(path=wanted.mirror_path)
@@ -108,11 +112,12 @@ def restore(wanted: Wanted, unlock: Unlock, *, on_progress: OnProgress) -> Resto
     extent = _range(wanted, token.target_size_bytes)
     begun = RestoreRecord(header.uuid, token.generation, token.target_size_bytes, extent.offset, extent.length)
 
-    def opened() -> EncryptedDisk:
+    def opened() -> Mirror:
         unlock.prepare()
-        return open_mirror(
-            wanted.mirror_path, wanted.header_path, header, unlock, token.target_size_bytes, writable=False
-        )
+        disks, size_bytes = (wanted.mirror_path, wanted.header_path), token.target_size_bytes
+        if unfinished is None:
+            return open_mirror(*disks, header, unlock, size_bytes, writable=False)
+        return open_unfinished(*disks, header, unfinished, unlock, size_bytes)
 
     if wanted.output_path == STDOUT:
         _to_stream(wanted, extent, opened, on_progress)
@@ -121,6 +126,15 @@ def restore(wanted: Wanted, unlock: Unlock, *, on_progress: OnProgress) -> Resto
         resumed_bytes = _DiskRestore(wanted, extent, begun, on_progress).run(opened)
     frozen = token.state == FROZEN
     return Restored(token.volume_name, wanted.output_path, extent, header.uuid, frozen, resumed_bytes, wanted.verify)
+
+
+def _header(path: str) -> tuple[luks.Header, reencryption.Unfinished | None]:
+    """The header, and how far its re-keying is where that is not finished."""
+    try:
+        return luks.read_header(path), None
+    except RekeyUnfinished:
+        unfinished = reencryption.read(path)
+        return luks.read_unfinished(path, unfinished.segment, unfinished.metadata), unfinished
 
 
 def note_restore(state: State, mirror_path: str, done: Restored) -> None:
@@ -140,7 +154,7 @@ def _range(wanted: Wanted, size_bytes: int) -> Extent:
 # --- to standard output -----------------------------------------------------------------------------------
 
 
-def _to_stream(wanted: Wanted, extent: Extent, opened: Callable[[], EncryptedDisk], on_progress: OnProgress) -> None:
+def _to_stream(wanted: Wanted, extent: Extent, opened: Callable[[], Mirror], on_progress: OnProgress) -> None:
     for option, given in (
         ("--resume", wanted.resume),
         ("--verify", wanted.verify),
@@ -181,7 +195,7 @@ class _DiskRestore:
         self._path = wanted.output_path
         self._record_path = os.path.abspath(wanted.record_path or wanted.output_path + SUFFIX)
 
-    def run(self, opened: Callable[[], EncryptedDisk]) -> int:
+    def run(self, opened: Callable[[], Mirror]) -> int:
         """Do it; return how many bytes were there already."""
         record = self._found_record()
         with contextlib.ExitStack() as stack:
@@ -263,7 +277,7 @@ class _DiskRestore:
         elif not disk.is_block and disk.size_bytes != self._extent.length:
             raise self._unfit(f"it has {disk.size_bytes} bytes now, and had {self._extent.length}")
 
-    def _refuse_other_output(self, mirror: EncryptedDisk, output: PlainDisk, progress: Progress) -> None:
+    def _refuse_other_output(self, mirror: Mirror, output: PlainDisk, progress: Progress) -> None:
         """Refuse an output that does not hold what was restored to it, as far as samples tell."""
         try:
             found = next(differences(mirror, output, self._extent, samples(self._extent, progress)), None)
@@ -298,7 +312,7 @@ class _DiskRestore:
 
     # --- from then on ---
 
-    def _fill(self, mirror: EncryptedDisk, output: PlainDisk, progress: Progress) -> None:
+    def _fill(self, mirror: Mirror, output: PlainDisk, progress: Progress) -> None:
         """Copy what the output lacks; make it and the record of it durable, also when that fails or is interrupted."""
 
         def checkpoint(done_bytes: int, witness: int | None) -> None:
@@ -319,7 +333,7 @@ class _DiskRestore:
             raise
         checkpoint(progress.done_bytes, progress.witness)
 
-    def _verify(self, mirror: EncryptedDisk, output: PlainDisk) -> None:
+    def _verify(self, mirror: Mirror, output: PlainDisk) -> None:
         """Read the output back from its medium, and compare all of it with the mirror."""
 
         def note(done_bytes: int) -> None:

@@ -97,16 +97,25 @@ class MirrorLink:
         """Stop following: nothing is asked of the mirror any more, and all that is marked counts as different."""
         if self.error is not None:
             return
-        self.regions.mark_regions(self.intent.marked())
-        self.error = f"{doing} the mirror failed: {failure.strerror or failure}"
+        self._part(f"{doing} the mirror failed: {failure.strerror or failure}")
         self.silent = isinstance(failure, TimeoutError)
         log.error("mirror %s is degraded: %s. The target goes on alone.", self.path, self.error)
+
+    def step_aside(self, reason: str) -> None:
+        """Stop following because somebody else is to have the mirror: nobody asks it anything, header included."""
+        self._part(reason)
+        self.silent = True
+        log.warning("mirror %s steps aside: %s. The target goes on alone.", self.path, reason)
+
+    def _part(self, reason: str) -> None:
+        self.regions.mark_regions(self.intent.marked())
+        self.error = reason
         if self._disk is not None and self._workers is not None:
             self._disk.stop()
             self._workers.give_up()
 
     def stay_away(self, reason: str) -> None:
-        """Say why a mirror that was never admitted is not there."""
+        """Say why a mirror that was never admitted is not there; nothing is asked of it."""
         self.error = reason
 
     def let_go(self) -> EncryptedDisk | None:

@@ -20,7 +20,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
-from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.plain import PlainDisk
 
 PIECE_BYTES: Final = 1 << 20
@@ -126,7 +125,7 @@ def copy_out(
 
 
 def differences(
-    mirror: EncryptedDisk,
+    mirror: Source,
     output: PlainDisk,
     extent: Extent,
     pieces: Iterable[Extent] | None = None,

@@ -137,6 +137,12 @@ class WritePath:
         """Make durable what was answered so far; requests that come meanwhile share the next round."""
         await self._flushes.join()
 
+    async def part_from(self, mirror: MirrorLink, reason: str) -> None:
+        """Follow a mirror no more, between two updates: it is the disk as it is at this moment, durably."""
+        async with self.ranges.hold([self.sectors(0, self.target.size_bytes)]):
+            await mirror.flush()
+            mirror.step_aside(reason)
+
     async def tidy(self) -> None:
         """Clear the marks of regions that are equal, and that nobody writes to, after flushing both disks.
 

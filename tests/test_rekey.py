@@ -1,0 +1,262 @@
+"""key rekey: a new volume key, while clients write, killed at any moment, and readable throughout.
+
+Referees: stock cryptsetup opens and finishes what was begun, dissect.fve reads the result.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from lockstep.crypto import luks, reencryption
+from tests.keys import NEW, opens
+from tests.lab import MIB, PASSPHRASE, Lab, Volume, forget_volume_keys, needs, run, wait_until
+from tests.test_service_refusals import ForkLab, _become_lockstep
+
+SIZE_BYTES = 20 * MIB  # more than one zone of a journal
+KILLS = int(os.environ.get("REKEY_KILLS", "4"))
+
+# Stands in cryptsetup's place while the data is re-encrypted: it waits for a file, having done nothing.
+_PATIENT_CRYPTSETUP = """#!/bin/sh
+case "$*" in *--resume-only*) touch "{began}"; while [ ! -e "{go}" ]; do sleep 0.02; done;; esac
+exec "{real}" "$@"
+"""
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    lab = ForkLab(tmp_path)
+    monkeypatch.setenv("PATH", lab.quick_format()["PATH"])
+    (tmp_path / "new").write_bytes(NEW)
+    return lab
+
+
+class Rekey:
+    """A `lockstep key rekey` that runs, a fork of this process, with a process group of its own."""
+
+    def __init__(self, volume: Volume, *options: object, environment: dict[str, str] | None = None) -> None:
+        lab = volume.lab
+        self.said = [lab.home / "rekey.out", lab.home / "rekey.err"]
+        with warnings.catch_warnings(), contextlib.ExitStack() as files:
+            warnings.simplefilter("ignore", DeprecationWarning)  # as in ForkLab
+            streams: list[IO[bytes]] = [files.enter_context(Path(os.devnull).open("rb"))]
+            streams += [files.enter_context(path.open("wb")) for path in self.said]
+            self.pid = os.fork()
+            if not self.pid:
+                os.setsid()
+                os.environ.update(environment or {})
+                command = ["key", "rekey", volume.name, "--key-file", lab.key, *options]
+                _become_lockstep(["--state-dir", str(lab.state), *map(str, command)], streams)
+        self.status: int | None = None
+
+    def at_work(self) -> bool:
+        """Whether cryptsetup is re-encrypting, or the command has ended."""
+        if self._ended(os.WNOHANG):
+            return True
+        for child in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
+            with contextlib.suppress(FileNotFoundError):
+                if b"--resume-only" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    return True
+        return False
+
+    def _ended(self, flags: int) -> bool:
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, flags)
+            self.status = os.waitstatus_to_exitcode(status) if pid else None
+        return self.status is not None
+
+    def kill(self) -> bool:
+        """SIGKILL, also to cryptsetup; False if it had succeeded before."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._ended(0)
+        assert self.status in (0, -signal.SIGKILL), self.said[1].read_text()
+        return self.status != 0
+
+    def ok(self) -> str:
+        """Its output; it must have succeeded."""
+        self._ended(0)
+        assert self.status == 0, self.said[1].read_text()
+        return self.said[0].read_text()
+
+
+@contextlib.contextmanager
+def interrupted(lab: Lab) -> Iterator[tuple[dict[str, str], Path, Path]]:
+    """An environment in which a re-keying rests when the data's turn has come: until `go` is there."""
+    began, go, program = lab.home / "began", lab.home / "go", lab.home / "patient" / "cryptsetup"
+    program.parent.mkdir()
+    program.write_text(_PATIENT_CRYPTSETUP.format(began=began, go=go, real=shutil.which("cryptsetup")))
+    program.chmod(0o755)
+    try:
+        yield {"PATH": f"{program.parent}:{os.environ['PATH']}"}, began, go
+    finally:
+        go.touch()
+
+
+def events(lab: Lab) -> list[str]:
+    rows = [json.loads(line) for line in lab.lockstep("audit", "vol", "--json").ok().splitlines()]
+    return [row["event"] for row in rows if row["event"].startswith(("rekey", "key"))]
+
+
+def test_clients_go_on_and_the_mirror_gets_what_it_misses(lab: Lab) -> None:
+    volume = lab.volume(size_bytes=SIZE_BYTES, content=os.urandom(SIZE_BYTES))
+    with volume.served() as served, interrupted(lab) as (slow, began, go):
+        run("qemu-io", "-f", "raw", "-c", "write -P 1 0 64k", "-c", "flush", served.uri)
+        before = volume.target.read_bytes()
+        rekey = Rekey(volume, "--new-key-file", lab.home / "new", environment=slow)
+        wait_until(began.exists, "the data's turn")
+        run("qemu-io", "-f", "raw", "-c", "write -P 2 4M 64k", "-c", "flush", "-c", "read -P 2 4M 64k", served.uri)
+        mirror = served.mirror()
+        assert mirror["state"] == "degraded"
+        assert "lockstep key rekey vol" in mirror["error"]
+        volume.restore(lab.home / "meanwhile").failed(1, "is locked")
+        rekey.kill()
+        volume.restore(lab.home / "meanwhile").ok()
+        assert (lab.home / "meanwhile").read_bytes() == before, "the disk as it was when the mirror was let go"
+        lab.lockstep("key", "add", "vol", "--key-file", lab.key, "--new-key-file", lab.key).failed(1, "not finished")
+        lab.lockstep("header", "backup", "vol", lab.home / "copy").failed(1, "re-keying", "not finished")
+        lab.lockstep("verify", "vol").failed(1, "lockstep key rekey vol")
+        served.kill()
+        with volume.served(in_sync=False) as again:
+            assert again.mirror_state() == "degraded"
+            run("qemu-io", "-f", "raw", "-c", "write -P 3 8M 64k", "-c", "flush", again.uri)
+            go.touch()
+            rekey = Rekey(volume, "--new-key-file", lab.home / "new", environment=slow)
+            assert "Headers from before open nothing" in rekey.ok()
+            wait_until(lambda: again.mirror_state() == "in-sync", "the mirror to be back")
+            copied = again.log.read_text().rpartition("is back; ")[2].split()[0]
+            assert 0 < int(copied) < 4 * MIB, "what was written meanwhile, and no more"
+    assert (opens(volume.mirror, PASSPHRASE), opens(volume.mirror, NEW)) == (False, True)
+    lab.key.write_bytes(NEW)
+    volume.restore(lab.home / "after").ok()
+    assert (lab.home / "after").read_bytes() == volume.target.read_bytes()
+    assert events(lab) == ["rekey-begun", "rekeyed"]
+
+
+@pytest.mark.parametrize("kind", ["inline", "detached", pytest.param("device", marks=needs("losetup", root=True))])
+def test_killed_at_random_it_is_readable_and_goes_on(lab: Lab, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content = os.urandom(SIZE_BYTES)
+    with contextlib.ExitStack() as stack:
+        volume = stack.enter_context(volume_on(lab, kind, content))
+        with volume.served():
+            pass
+        header = str(volume.header or volume.mirror)
+        seen = {"zone": 0, "between": 0, "not begun": 0, "over": 0}
+        killed = 0
+        while killed < KILLS:
+            rekey = Rekey(volume)
+            wait_until(rekey.at_work, "cryptsetup to work")
+            time.sleep(random.uniform(0, 0.35))
+            if not rekey.kill():
+                continue
+            killed += 1
+            seen[state_of(header)] += 1
+            output = lab.home / f"output{killed}"
+            volume.restore(output).ok()
+            assert output.read_bytes() == content, f"after kill {killed}: {seen}"
+            output.unlink()
+        Rekey(volume).ok()
+        forget_volume_keys()
+        volume.assert_equal_disks()
+        with volume.served() as served:
+            assert "copying" not in served.log.read_text().split("stopping")[-1], "there was nothing to copy"
+        volume.assert_equal_disks()
+    with capsys.disabled():
+        print(f"\nre-keying {kind}: killed {killed} times, then found: {seen}")
+
+
+@contextlib.contextmanager
+def volume_on(lab: Lab, kind: str, content: bytes) -> Iterator[Volume]:
+    if kind != "device":
+        yield lab.volume(size_bytes=len(content), content=content, header=kind == "detached")
+        return
+    device = run("losetup", "--find", "--show", str(lab.disk("image", len(content) + 20 * MIB))).strip()
+    try:
+        target = lab.disk("vol.target", len(content), content)
+        lab.lockstep("create", "vol", "--target", target, "--mirror", device, "--key-file", lab.key).ok()
+        yield Volume(lab, "vol", target, Path(device), None)
+    finally:
+        run("losetup", "--detach", device)
+
+
+def state_of(header: str) -> str:
+    if reencryption.under_way(header):
+        return "zone" if reencryption.read(header).zone else "between"
+    return "not begun" if opens(Path(header), PASSPHRASE) else "over"
+
+
+def test_what_stock_cryptsetup_finishes_is_taken(lab: Lab) -> None:
+    """The state directory may be lost: then the sentence of the error is all that there is."""
+    volume = lab.volume(size_bytes=SIZE_BYTES, content=os.urandom(SIZE_BYTES))
+    with volume.served():
+        pass
+    with interrupted(lab) as (slow, began, _go):
+        rekey = Rekey(volume, environment=slow)
+        wait_until(began.exists, "the data's turn")
+        rekey.kill()
+    options = ["--resume-only", "--force-offline-reencrypt", "--batch-mode", f"--key-file={lab.key}"]
+    run("cryptsetup", "reencrypt", *options, str(volume.mirror))
+    forget_volume_keys()
+    volume.assert_equal_disks()
+    done = json.loads(lab.lockstep("key", "rekey", "vol", "--key-file", lab.key, "--json").ok().splitlines()[-1])
+    assert done["resumed"]
+    assert events(lab) == ["rekey-begun", "rekeyed"]
+    with volume.served() as served:
+        assert served.mirror_state() == "in-sync"
+    volume.assert_equal_disks()
+
+
+def test_an_old_header_opens_nothing_and_is_never_taken_for_the_mirror(lab: Lab) -> None:
+    volume = lab.volume(size_bytes=SIZE_BYTES, content=os.urandom(SIZE_BYTES))
+    old = lab.home / "old-header"
+    with volume.served():
+        pass
+    lab.lockstep("header", "backup", "vol", old).ok()
+    former = volume.mirror.read_bytes()[16 * MIB :]
+    lab.lockstep("key", "rekey", "vol", "--key-file", lab.key).ok()
+    renewed = volume.mirror.read_bytes()[16 * MIB :][: len(former)]
+    sectors = range(0, SIZE_BYTES, 4096)
+    assert not any(former[at : at + 16] == renewed[at : at + 16] for at in sectors), "every place was written anew"
+    lab.lockstep("header", "restore", "vol", old).failed(1, "another volume key")
+    slots = volume.mirror.read_bytes()[: 16 * MIB]
+    run("cryptsetup", "luksHeaderRestore", "--batch-mode", f"--header-backup-file={old}", str(volume.mirror))
+    assert opens(volume.mirror, PASSPHRASE)
+    with volume.served() as served:
+        assert f"copying {SIZE_BYTES} bytes" in served.log.read_text().split("stopping")[-1]
+    forget_volume_keys()
+    volume.assert_equal_disks()
+    assert slots != volume.mirror.read_bytes()[: 16 * MIB]
+
+
+def test_what_is_refused_changes_nothing(lab: Lab) -> None:
+    volume = lab.volume(size_bytes=MIB)
+    new = lab.home / "new"
+    lab.lockstep("key", "add", "vol", "--key-file", lab.key, "--new-key-file", new).ok()
+    before = volume.mirror.read_bytes()
+
+    def refused(code: int, *fragments: str, options: tuple[Any, ...] = (), stdin: bytes | None = None) -> None:
+        lab.lockstep("key", "rekey", "vol", *options, stdin=stdin).failed(code, *fragments)
+        assert volume.mirror.read_bytes() == before
+        assert "rekey-begun" not in events(lab)
+
+    refused(1, "would take key slot 1 away", "--drop-other-keys", options=("--key-file", lab.key))
+    refused(1, "No key slot", options=("--key-file", "-"), stdin=b"wrong")
+    refused(2, "--key-file - and --new-key-file -", options=("--key-file", "-", "--new-key-file", "-"))
+    os.truncate(volume.mirror, len(before) - 1)
+    before = before[:-1]
+    refused(1, "is truncated", options=("--key-file", lab.key, "--drop-other-keys"))
+    os.truncate(volume.mirror, len(before) + 1)
+    lab.lockstep("key", "rekey", "vol", "--key-file", new, "--drop-other-keys").ok()
+    assert [opens(volume.mirror, each) for each in (PASSPHRASE, NEW)] == [False, True]
+    token = luks.read_header(str(volume.mirror)).token
+    assert token is not None
+    assert token.volume_name == "vol"
