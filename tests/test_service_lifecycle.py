@@ -281,7 +281,7 @@ def status_conforms(text: str) -> list[dict[str, Any]]:
     volumes: list[dict[str, Any]] = document["volumes"]
     for volume in volumes:
         conforms(volume, VOLUME)
-        conforms(volume["target"], {"path": str, "error": (str, type(None))})
+        conforms(volume["target"], {"path": str, "error": (str, type(None)), "restore": (dict, type(None))})
         assert volume["serving"] == (volume["uri"] is not None)
         for client in volume["clients"]:
             conforms(client, CLIENT)
