@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import sqlite3
+import termios
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from lockstep.crypto import keyslots, recovery_key
 from lockstep.errors import RecoveryKeyMistyped, RecoveryKeyUnknown, WrongPassphrase
 from tests.keys import Keys, opens
-from tests.lab import PASSPHRASE, Lab, run
+from tests.lab import PASSPHRASE, Lab, run, wait_until
 from tests.test_service_refusals import ForkLab
 
 GROUPS = r"([bcdefghjknprstvx]{6}-){7}[bcdefghjknprstvx]{6}"
@@ -36,6 +37,8 @@ def typed(mirror: Path, text: str) -> int:
     said = b""
     while b"Enter passphrase" not in said:
         said += os.read(terminal, 1000)
+    # It throws away what was typed before it has switched the echo off.
+    wait_until(lambda: not termios.tcgetattr(terminal)[3] & termios.ECHO, "cryptsetup to switch the echo off")
     os.write(terminal, text.encode() + b"\n")
     with contextlib.suppress(OSError):  # EIO at its end; it waits until what it said is read
         while os.read(terminal, 1000):

@@ -71,6 +71,7 @@ class WritePath:
         self._sector_mask = sector_bytes - 1
         self._in_worker = workers.run
         self._flushes = Rounds(self._flush_all)
+        self._tidying = asyncio.Lock()
 
     # --- 101/501/601: what arrives ---
 
@@ -146,8 +147,13 @@ class WritePath:
     async def tidy(self) -> None:
         """Clear the marks of regions that are equal, and that nobody writes to, after flushing both disks.
 
-        Raises OSError when that fails; the marks then stay.
+        Raises OSError when that fails; the marks then stay. One at a time: a second would forget who wrote since the
+        first began.
         """
+        async with self._tidying:
+            await self._tidy()
+
+    async def _tidy(self) -> None:
         idle = {mirror: [r for r in mirror.intent.idle() if self._at_rest(mirror, r)] for mirror in self.mirrors}
         if not any(idle.values()):
             return
