@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # Debian packages: what Lockstep runs on, what builds its kernel, and what the tests and benchmarks compare it with.
-RUN_PACKAGES := cryptsetup-bin nbdfuse libnbd-bin fuse3 util-linux e2fsprogs kmod
+RUN_PACKAGES := cryptsetup-bin libnbd-bin fuse3 util-linux e2fsprogs kmod
 BUILD_PACKAGES := gcc libc6-dev libssl-dev python3-dev python3-venv
 TEST_PACKAGES := python3-libnbd qemu-utils qemu-system-common nbdkit nbd-client fio xfsprogs btrfs-progs strace fdisk postgresql
 BENCH_PACKAGES := postgresql

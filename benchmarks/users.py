@@ -42,7 +42,7 @@ def user_programs() -> dict[str, str]:
         raise BenchmarkError("a file system is mounted for this: it needs root")
     if _postgres_programs() is None:
         raise BenchmarkError("not installed: initdb (Debian package postgresql)")
-    return {"qemu-img": "qemu-utils", "nbdfuse": "nbdfuse", "mkfs.ext4": "e2fsprogs", "runuser": "util-linux"}
+    return {"qemu-img": "qemu-utils", "nbdfuse": "libnbd-bin", "mkfs.ext4": "e2fsprogs", "runuser": "util-linux"}
 
 
 def measure_users(results: Results, options: argparse.Namespace) -> None:

@@ -467,6 +467,8 @@ def holder(process: "subprocess.Popen[bytes] | subprocess.Popen[str]") -> str:
 
 def test_a_second_server_is_refused_and_the_first_goes_on(scene: Scene, tmp_path: Path) -> None:
     with scene.inline.served() as first:
+        # The server notes in the audit trail what it found; after that it writes nothing by itself.
+        wait_until(lambda: "is in-sync" in scene.lab.lockstep("audit", "inline").ok(), "the state in the audit trail")
         scene.refuses(AlreadyServed(volume="inline"), scene.inline)
         scene.refuses(AlreadyServed(volume="inline"), scene.inline, "--socket", tmp_path / "another.sock")
 
