@@ -6,7 +6,8 @@ import typer
 from rich.table import Table
 
 from lockstep.cli.options import Json, moment
-from lockstep.cli.output import console, human_moment, plain, print_json
+from lockstep.cli.output import human_moment, print_json
+from lockstep.cli.screen import console, plain
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import AuditDamaged
 

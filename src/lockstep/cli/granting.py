@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lockstep.cli.options import Json, Name, moment
-from lockstep.cli.output import console, human_moment, plain, print_json
+from lockstep.cli.output import human_moment, print_json
+from lockstep.cli.screen import console, plain
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import SettingInvalid, UserInvalid
 from lockstep.nbd.identity import is_user_name

@@ -8,7 +8,8 @@ import typer
 from rich.table import Table
 
 from lockstep.cli.options import IterTime, Json, KeyFile, MirrorPath, Name, passphrase_from, refuse_together
-from lockstep.cli.output import ProgressBars, console, print_json
+from lockstep.cli.output import print_json
+from lockstep.cli.screen import ProgressBars, console
 from lockstep.cli.state import StateDir, state_of
 from lockstep.crypto.keyslots import KeySlot
 from lockstep.registry.store import MirrorRecord

@@ -34,7 +34,7 @@ _COMMANDS = {
     "verify": "verifying",
     "restore": "restoring",
     "open": "opening",
-    "commit": "opening",
+    "commit": "committing",
     "drill": "drilling",
     "replace-target": "replacing",
     "key": "keys",

@@ -6,7 +6,8 @@ import typer
 from rich.table import Table
 
 from lockstep.cli.options import Header, IterTime, Json, KeyFile, Name, passphrase_from, size_bytes
-from lockstep.cli.output import console, human_bytes, print_json
+from lockstep.cli.output import human_bytes, print_json
+from lockstep.cli.screen import console
 from lockstep.cli.state import StateDir, state_of
 from lockstep.cli.status import gather
 from lockstep.errors import AdoptFormatsNothing

@@ -1,26 +1,19 @@
-"""open, commit: working from the mirror while there is no target."""
+"""open: working from the mirror while there is no target."""
 
 import contextlib
-import functools
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Annotated
 
 import typer
 
-from lockstep.cli.options import Credential, Header, Json, KeyFile, TokenOnly, unlock_from
-from lockstep.cli.output import ProgressBars, human_bytes, human_seconds, print_json, report_error
+from lockstep.cli.options import Credential, Header, Incomplete, KeyFile, Mirror, TokenOnly, unlock_from
+from lockstep.cli.output import report_error
 from lockstep.errors import DetachRefused, NotAttached, OverlayUnwanted
 from lockstep.service import attach as attaching
 from lockstep.service.opening import Opened, exported, opened, place
-
-Mirror = Annotated[str, typer.Argument(metavar="MIRROR", help="The mirror: a block device or an image file.")]
-Incomplete = Annotated[
-    bool, typer.Option("--incomplete", help="Open it even if the mirror was never, or is no more, complete.")
-]
 
 
 def open_mirror(
@@ -118,43 +111,4 @@ def _note(context: typer.Context, view: Opened) -> None:
     note_if_known(state_of(context, None), "open", did, view.path, view.luks_uuid, {"overlay": view.overlay_path})
 
 
-def commit(
-    context: typer.Context,
-    mirror: Mirror,
-    overlay: Annotated[str, typer.Argument(metavar="OVERLAY", help="The overlay that was written over it.")],
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Where the data goes: a device, or a new file.")],
-    header: Header = None,
-    key_file: KeyFile = None,
-    credential: Credential = None,
-    token_only: TokenOnly = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite what the output holds.")] = False,
-    incomplete: Incomplete = False,
-    as_json: Json = False,
-) -> None:
-    """Make a disk of a mirror and what was written over it with `open --writable`: the new target."""
-    from lockstep.cli.state import state_of  # noqa: PLC0415 (as in _note)
-    from lockstep.service.committing import commit as commit_overlay  # noqa: PLC0415
-    from lockstep.service.committing import note_commit  # noqa: PLC0415
-
-    unlock = unlock_from(key_file, credential, token_only=token_only, what=f"the mirror {mirror}")
-    began_s = time.monotonic()
-    with ProgressBars({"commit": "Committing"}, as_json=as_json) as bars:
-        done = commit_overlay(
-            mirror,
-            overlay,
-            output,
-            unlock,
-            header_path=header,
-            force=force,
-            incomplete=incomplete,
-            on_progress=functools.partial(bars, "commit"),
-        )
-    note_commit(state_of(context, None), mirror, overlay, done)
-    if as_json:
-        print_json({"committed_bytes": done.size_bytes, "volume": done.volume_name, "output": done.output})
-        return
-    took = human_seconds(time.monotonic() - began_s)
-    typer.echo(f"Wrote {human_bytes(done.size_bytes)} of {done.volume_name}, as changed, to {done.output} in {took}.")
-
-
-COMMANDS = {"open": open_mirror, "commit": commit}
+COMMANDS = {"open": open_mirror}

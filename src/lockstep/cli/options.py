@@ -42,6 +42,10 @@ TokenOnly = Annotated[
         "--token-only", help="Unlock by a LUKS2 token that this machine has (TPM2, FIDO2, keyring), unattended."
     ),
 ]
+Mirror = Annotated[str, typer.Argument(metavar="MIRROR", help="The mirror: a block device or an image file.")]
+Incomplete = Annotated[
+    bool, typer.Option("--incomplete", help="Go on even if the mirror was never, or is no more, complete.")
+]
 MirrorPath = Annotated[
     str | None, typer.Option("--mirror", metavar="PATH", help="Which mirror, if the volume has several.")
 ]

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lockstep.cli.options import Credential, Json, KeyFile, MirrorPath, Name, TokenOnly, unlock_from
+from lockstep.cli.options import Credential, Incomplete, Json, KeyFile, MirrorPath, Name, TokenOnly, unlock_from
 from lockstep.cli.output import human_bytes, print_json
 from lockstep.cli.state import StateDir, state_of
 from lockstep.service.replacing import replace_target as replace
@@ -21,9 +21,7 @@ def replace_target(
     credential: Credential = None,
     token_only: TokenOnly = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what the new disk holds.")] = False,
-    incomplete: Annotated[
-        bool, typer.Option("--incomplete", help="Even if the mirror may not have everything that the target had.")
-    ] = False,
+    incomplete: Incomplete = False,
     as_json: Json = False,
     state_dir: StateDir = None,
 ) -> None:

@@ -5,8 +5,19 @@ from typing import Annotated
 
 import typer
 
-from lockstep.cli.options import Credential, Header, Json, KeyFile, TokenOnly, size_bytes, unlock_from
-from lockstep.cli.output import ProgressBars, human_bytes, print_json
+from lockstep.cli.options import (
+    Credential,
+    Header,
+    Incomplete,
+    Json,
+    KeyFile,
+    Mirror,
+    TokenOnly,
+    size_bytes,
+    unlock_from,
+)
+from lockstep.cli.output import human_bytes, print_json
+from lockstep.cli.screen import ProgressBars
 from lockstep.cli.state import state_of
 from lockstep.service.recovery import COPYING, STDOUT, VERIFYING, Restored, Wanted, note_restore
 from lockstep.service.recovery import restore as restore_mirror
@@ -16,7 +27,7 @@ _BARS = {COPYING: "Restoring", VERIFYING: "Verifying"}
 
 def restore(
     context: typer.Context,
-    mirror: Annotated[str, typer.Argument(metavar="MIRROR", help="The mirror: a block device or an image file.")],
+    mirror: Mirror,
     output: Annotated[
         str, typer.Argument(metavar="OUTPUT", help="Where the data goes: a device, a new file, or - for a pipe.")
     ],
@@ -32,9 +43,7 @@ def restore(
         typer.Option(metavar="SIZE", parser=size_bytes, help="Restore so much only; default: up to the end."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what the output holds.")] = False,
-    incomplete: Annotated[
-        bool, typer.Option("--incomplete", help="Restore even if the mirror was never, or is no more, complete.")
-    ] = False,
+    incomplete: Incomplete = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted restore to this output stopped.")
     ] = False,

@@ -1,7 +1,7 @@
 """serve, attach, detach: a volume in use."""
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import unquote
 
 import typer
@@ -10,11 +10,13 @@ from lockstep.cli.options import Credential, KeyFile, Name, TokenOnly, unlock_fr
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import NotAttached, TcpMissing
 from lockstep.service import attach as attaching
-from lockstep.service.certificates import load_terms
 from lockstep.service.control_client import ask_status
 from lockstep.service.serve import Listen, Options, group_id, parse_tcp
 from lockstep.service.serve import serve as serve_volume
 from lockstep.service.volume_session import PATIENCE_S
+
+if TYPE_CHECKING:
+    from lockstep.service.certificates import Terms
 
 
 def serve(
@@ -58,12 +60,18 @@ def serve(
     listen = Listen(
         os.path.abspath(socket) if socket else state.socket(name),
         parse_tcp(tcp, tls=tls_dir is not None) if tcp else None,
-        load_terms(tls_dir) if tls_dir else None,
+        _terms_of(tls_dir) if tls_dir else None,
         group_id(socket_group) if socket_group else None,
     )
     unlock = unlock_from(key_file, credential, token_only=token_only, what=f"the mirror of {name}")
     options = Options(mirror_patience_s=mirror_timeout, lock_memory=mlock)
     serve_volume(state, name, unlock, listen, _announce, options)
+
+
+def _terms_of(tls_dir: str) -> "Terms":
+    from lockstep.service.certificates import load_terms  # noqa: PLC0415 - a while to import, and few servers need it
+
+    return load_terms(tls_dir)
 
 
 def _announce(uris: list[str]) -> None:

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lockstep.cli.options import Json
-from lockstep.cli.output import console, human_bytes, human_moment, human_seconds, plain, print_json
+from lockstep.cli.output import human_bytes, human_moment, human_seconds, print_json
+from lockstep.cli.screen import console, plain
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import NotServed, ServerSilent
 from lockstep.service import headers

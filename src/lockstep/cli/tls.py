@@ -6,7 +6,8 @@ import typer
 from rich.table import Table
 
 from lockstep.cli.options import Json
-from lockstep.cli.output import console, print_json
+from lockstep.cli.output import print_json
+from lockstep.cli.screen import console
 from lockstep.service.certificates import (
     LEAF_DAYS,
     Certificate,

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Final
 import typer
 
 from lockstep.cli.options import Credential, Json, KeyFile, Name, TokenOnly, unlock_from
-from lockstep.cli.output import human_bytes, human_moment, print_json, progress_bar
+from lockstep.cli.output import human_bytes, human_moment, print_json
+from lockstep.cli.screen import progress_bar
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import MirrorsDiffer, NotServed, VerifyIncomplete
 from lockstep.service.control_client import ask, ask_status

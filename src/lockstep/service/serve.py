@@ -19,7 +19,7 @@ import stat
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 import uvloop
@@ -38,7 +38,6 @@ from lockstep.nbd.server import NbdServer
 from lockstep.registry.store import Registry
 from lockstep.service import headers
 from lockstep.service.background import Background
-from lockstep.service.certificates import Terms
 from lockstep.service.clients import Clients
 from lockstep.service.control import control_interface
 from lockstep.service.export import VolumeExport
@@ -52,6 +51,9 @@ from lockstep.service.verification import Verification
 from lockstep.service.volume_session import PATIENCE_S, VolumeSession, open_volume
 from lockstep.volume.workers import Workers
 
+if TYPE_CHECKING:  # X.509 takes a while to import, and few servers need it
+    from lockstep.service.certificates import Terms
+
 log = logging.getLogger(__name__)
 
 WORKERS: Final = 16
@@ -63,7 +65,7 @@ class Listen:
 
     socket: str
     tcp: tuple[str, int] | None = None
-    tls: Terms | None = None
+    tls: "Terms | None" = None
     group: int | None = None  # whose members may connect to the unix socket too
 
 
@@ -191,7 +193,7 @@ async def _listening(server: NbdServer, listen: Listen, name: str) -> AsyncItera
             os.unlink(listen.socket)
 
 
-async def _listen_tcp(server: NbdServer, address: tuple[str, int], tls: Terms | None) -> str:
+async def _listen_tcp(server: NbdServer, address: tuple[str, int], tls: "Terms | None") -> str:
     """Claim the address; return the beginning of its URI."""
     host, port = address
     try:
