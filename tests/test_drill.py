@@ -6,15 +6,18 @@ Nothing is left behind, and the mirror is as it was.
 import functools
 import json
 import os
+import pwd
 import signal
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.lab import MIB, Lab, Volume, needs, run, wait_until
+from lockstep.crypto.luks import read_header
+from tests.lab import MIB, Lab, Served, Volume, needs, run, wait_until
 from tests.test_service_refusals import ForkLab
 
 pytestmark = needs("nbdfuse", "fusermount3", "losetup", "mount", "blkid", "mkfs.ext4", "/dev/fuse", root=True)
@@ -177,13 +180,99 @@ def test_a_mirror_that_cannot_be_opened_fails_and_is_on_record(lab: Lab) -> None
     assert_clean(volume)
 
 
-def test_a_served_volume_is_not_drilled(lab: Lab) -> None:
-    volume = lab.volume("vol", MIB)
-    with volume.served():
-        lab.lockstep("drill", "vol", "--key-file", lab.key).failed(1, "is being served", "Stop it")
-    target = lab.disk("alone", MIB)
-    lab.lockstep("create", "alone", "--target", target).ok()
+def test_there_must_be_a_mirror(lab: Lab) -> None:
+    lab.lockstep("create", "alone", "--target", lab.disk("alone", MIB)).ok()
     lab.lockstep("drill", "alone", "--key-file", lab.key).failed(1, "has no mirror")
+
+
+class Waiting:
+    """A drill whose command copies the device to `seen`, and then waits for leave."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.seen, self._begun, self._leave = lab.home / "seen", lab.home / "begun", lab.home / "leave"
+        for mark in (self._begun, self._leave):
+            mark.unlink(missing_ok=True)
+        command = f"cd {lab.home}; cat $LOCKSTEP_DEVICE > seen; touch begun; until [ -e leave ]; do sleep 0.02; done"
+        arguments = ["drill", "vol", "--key-file", str(lab.key), "--json", "--command", command]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lockstep", "--state-dir", str(lab.state), *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        wait_until(lambda: self._begun.exists() or self.process.poll() is not None, "the command to run")
+        assert self.process.poll() is None
+
+    def end(self) -> dict[str, Any]:
+        self._leave.touch()
+        report = json.loads(self.process.communicate(timeout=60)[0])
+        assert self.process.returncode == (0 if report["passed"] else 1)
+        return dict(report["mirrors"][0])
+
+
+def write(served: Served, pattern: int) -> bytes:
+    run("qemu-io", "-f", "raw", "-c", f"write -P {pattern} 1M 64k", "-c", "flush", served.uri)
+    return bytes([pattern]) * 65536
+
+
+def test_a_served_volume_is_drilled_as_it_was_at_one_moment(lab: Lab) -> None:
+    volume = backed_up(lab, file_system(lab, 8 * MIB, *EXT4))
+    with volume.served() as served:
+        before = volume.target.read_bytes()
+        waiting = Waiting(lab)
+        written = write(served, 1)
+        assert volume.target.read_bytes()[MIB : MIB + 65536] == written
+        assert served.mirror_state() == "degraded"
+        assert "it is being drilled" in served.mirror()["error"]
+        token = read_header(str(volume.mirror)).token
+        assert token is not None
+        assert token.state == "aside"
+        opened = lab.home / "restored"
+        assert "as it was" in volume.restore(opened).ok()  # should the target be lost now
+        assert opened.read_bytes() == before
+        report = waiting.end()
+        assert [(step["step"], step["passed"]) for step in report["steps"]][-2:] == [
+            ("command", True),
+            ("return", True),
+        ]
+        assert waiting.seen.read_bytes() == before
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be in sync")
+        volume.assert_equal_disks()
+        # The checks of a file system, and nothing more to copy than what was written.
+        steps = lab.lockstep("drill", "vol", "--key-file", lab.key).ok().splitlines()
+        assert [step.split()[:2] for step in steps] == [[name, "ok"] for name, _ in [*GOOD, ("return", True)]]
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be in sync")
+    volume.assert_equal_disks()
+    assert_clean(volume)
+
+
+def test_whoever_dies_in_a_drill_loses_nothing(lab: Lab) -> None:
+    volume = backed_up(lab, file_system(lab, 8 * MIB, *EXT4))
+    with volume.served() as served:
+        waiting = Waiting(lab)
+        write(served, 2)
+        waiting.process.kill()
+        waiting.process.communicate()
+        wait_until(lambda: served.mirror_state() == "in-sync", "the server to take the mirror back by itself", 60)
+        volume.assert_equal_disks()
+        waiting = Waiting(lab)  # which clears up after the first
+        write(served, 3)
+        served.kill()
+        report = waiting.end()
+        assert (report["passed"], report["steps"][-1]["detail"]) == (True, "its server has ended meanwhile")
+    with volume.served():
+        pass
+    volume.assert_equal_disks()
+    assert_clean(volume)
+
+
+def test_a_mirror_that_is_incomplete_stays_with_its_server(lab: Lab) -> None:
+    image = file_system(lab, 8 * MIB, *EXT4)
+    volume = lab.volume("vol", 8 * MIB, content=image.read_bytes())
+    lab.lockstep("revoke", "vol", pwd.getpwuid(os.getuid()).pw_name).ok()
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: served.mirror_state() == "behind", "that nobody may update the mirror")
+        lab.lockstep("drill", "vol", "--key-file", lab.key).failed(1, "incomplete")
+        assert served.mirror_state() == "behind"
 
 
 def is_gone(pid: int) -> bool:

@@ -63,7 +63,7 @@ class Rekey:
         if self._ended(os.WNOHANG):
             return True
         for child in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 if b"--resume-only" in Path(f"/proc/{child}/cmdline").read_bytes():
                     return True
         return False

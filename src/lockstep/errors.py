@@ -974,11 +974,11 @@ class RekeyUnfinished(LuksError):
     )
 
 
-class RekeyRunning(LuksError):
+class MirrorBorrowed(LuksError):
     """Data: path."""
 
-    happened = "{path} is being re-keyed at this moment."
-    cause = "A `lockstep key rekey` is at work on it, or what it started goes on for a second after it was killed."
+    happened = "{path} is being re-keyed, or drilled, at this moment."
+    cause = "`lockstep key rekey` or `lockstep drill` has it, or what they started goes on for a second after a kill."
     next_step = "Wait for it; a served volume takes the mirror back by itself."
 
 
@@ -1149,14 +1149,6 @@ class DetachUnflushed(ServiceError):
     happened = "{device} of {export} is detached, but the server did not confirm its last writes: {reason}."
     cause = "The server ended, or failed to write, while the device was still attached."
     next_step = "Serve and attach {export} again, and check the file system on it (`fsck`) before using it."
-
-
-class DrillServed(ServiceError):
-    """Data: volume."""
-
-    happened = "The volume {volume} is being served, so its mirror changes while a drill would look at it."
-    cause = "A `lockstep serve {volume}` runs, and has the mirror for itself."
-    next_step = "Stop it for the time of the drill, or drill a snapshot of the mirror with `lockstep open --writable`."
 
 
 class DrillBusy(ServiceError):

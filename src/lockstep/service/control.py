@@ -4,7 +4,7 @@ GET  /v1/status    the volume as `status --json` prints it
 POST /v1/sync      {"include_held": bool, "compare": bool}: have what differs copied, if wanted what is held too, and
                    if wanted only where a comparison shows it
 POST /v1/mirrors   look at once for mirrors that are away
-POST /v1/aside     {"mirror": LUKS UUID}: stop following that mirror, in order, so that it can be re-keyed
+POST /v1/aside     {"mirror": LUKS UUID, "for": "rekey" or "drill"}: stop following that mirror, in order
 POST /v1/verify    {"repair": bool}: begin to compare the mirrors with the target
 GET  /v1/verify    how far that is, or what the last one found
 DELETE /v1/verify  end it early
@@ -23,6 +23,7 @@ from aiohttp import web
 from lockstep.errors import LockstepError, SocketUnusable
 from lockstep.nbd.identity import Peer, peer_of
 from lockstep.registry.audit import Actor
+from lockstep.service.borrowing import DRILL, REKEY
 
 
 class Commands(Protocol):
@@ -37,8 +38,8 @@ class Commands(Protocol):
     def look_for_mirrors(self, actor: Actor) -> None:
         """Look at once for mirrors that are away."""
 
-    async def let_go(self, luks_uuid: str) -> None:
-        """Stop following a mirror, in order, so that it can be re-keyed. Raises DiskBusy."""
+    async def let_go(self, luks_uuid: str, purpose: str) -> None:
+        """Stop following a mirror, in order, for another command. Raises DiskBusy, MirrorIncomplete."""
 
     def verify(self, actor: Actor, *, repair: bool) -> None:
         """Begin to compare. Raises AlreadyVerifying."""
@@ -86,7 +87,8 @@ async def control_interface(
         return web.json_response({})
 
     async def let_go(request: web.Request) -> web.Response:
-        await commands.let_go(str((await request.json()).get("mirror")))
+        asked = await request.json()
+        await commands.let_go(str(asked.get("mirror")), DRILL if asked.get("for") == DRILL else REKEY)
         return web.json_response({})
 
     async def begin_verify(request: web.Request) -> web.Response:

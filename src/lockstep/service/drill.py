@@ -9,6 +9,11 @@ The steps, each with its time; the first that fails ends the drill:
     check      its own checker finds nothing wrong, and is not allowed to repair
     read       it is mounted read-only; all directories are walked, and a sample of files is read
     command    in the place of the last four: a command of the user's, given the device
+    return     if the volume is being served: its server takes the mirror back, and copies what was written meanwhile
+
+A server lets the mirror go for the drill, between two updates, so that it is the disk as it was at one moment, and a
+backup of that moment for as long as the drill takes. It costs the clients nothing, where keeping the old content of
+whatever they overwrite would cost them a read and a write each.
 
 Everything happens on the overlay: the mirror is never written, whatever a journal or a command does. In the end
 mounts, device and overlay are taken away again, also after a failure or Ctrl-C. What a killed drill left behind is
@@ -39,13 +44,14 @@ from lockstep.errors import (
     DetachUnflushed,
     DrillBusy,
     DrillFailed,
-    DrillServed,
     DrillWithoutMirror,
     LockstepError,
     NotAttached,
+    NotServed,
 )
 from lockstep.registry.store import MirrorRecord
 from lockstep.service import attach as attaching
+from lockstep.service import borrowing
 from lockstep.service.managing import manager
 from lockstep.service.opening import exported, opened
 from lockstep.service.state import State
@@ -114,9 +120,9 @@ def drill(
     command: str | None = None,
     on_step: Callable[[Step], None] = lambda _: None,
 ) -> list[Report]:
-    """Try every mirror of a volume that is not being served; `on_step` is told of each step as it ends.
+    """Try every mirror of a volume, one after the other; `on_step` is told of each step as it ends.
 
-    Raises DrillServed, DrillBusy, DrillWithoutMirror, NotManager, AttachNeedsRoot, and what opening the mirror and
+    Raises DrillBusy, DrillWithoutMirror, NotManager, AttachNeedsRoot, and what opening the mirror and
     attaching raise. A mirror that does not pass is no error here: see the reports.
     """
     actor = manager(state, f"drill the volume {name}")
@@ -125,15 +131,12 @@ def drill(
         volume = registry.volume(name)
         if not volume.mirrors:
             raise DrillWithoutMirror(volume=name)
-        with state.volume_lock(name) as idle:
-            if not idle:
-                raise DrillServed(volume=name)
         reports = []
         for mirror in volume.mirrors:
             report = Report(name, mirror.path)
             try:
                 with _place(state, name) as place:
-                    _Drill(report, place, on_step).run(mirror, unlock, command)
+                    _Drill(state, report, place, on_step).run(mirror, unlock, command)
             finally:
                 if report.steps:
                     outcome = "passed" if report.passed else "failed"
@@ -222,13 +225,32 @@ def _loops_over(path: str) -> list[str]:
 
 
 class _Drill:
-    def __init__(self, report: Report, place: _Place, on_step: Callable[[Step], None]) -> None:
+    def __init__(self, state: State, report: Report, place: _Place, on_step: Callable[[Step], None]) -> None:
+        self._state = state
         self._report = report
         self._place = place
         self._on_step = on_step
 
     def run(self, mirror: MirrorRecord, unlock: Unlock, command: str | None) -> None:
         """Take all steps, or those up to the first that fails."""
+        served = False
+        try:
+            with borrowing.alone(self._state, mirror):
+                served = borrowing.ask(self._state, self._report.volume, mirror, borrowing.DRILL)
+                self._run(mirror, unlock, command)
+        finally:
+            if served:
+                self._give_back(mirror)
+
+    def _give_back(self, mirror: MirrorRecord) -> None:
+        with contextlib.suppress(_Wrong), self._step("return") as note:
+            try:
+                if reason := borrowing.give_back(self._state, self._report.volume, mirror):
+                    raise _Wrong(f"its server does not follow the mirror again yet: {reason}")
+            except NotServed:
+                note("its server has ended meanwhile")
+
+    def _run(self, mirror: MirrorRecord, unlock: Unlock, command: str | None) -> None:
         with contextlib.suppress(_Wrong), contextlib.ExitStack() as stack:
             place = self._place
             with self._step("open") as note:

@@ -39,11 +39,13 @@ from lockstep.errors import (
     DiskMissing,
     DiskUnreadable,
     LockstepError,
-    RekeyRunning,
+    MirrorBorrowed,
+    MirrorIncomplete,
     RekeyUnfinished,
     StateDirUnusable,
 )
 from lockstep.registry.store import MirrorRecord, VolumeRecord
+from lockstep.service.borrowing import DRILL, REKEY
 from lockstep.service.mirrors import header_path, identified
 from lockstep.service.state import State
 from lockstep.volume import intent
@@ -60,7 +62,10 @@ log = logging.getLogger(__name__)
 MIRROR_THREADS: Final = 8
 OPENING_PATIENCE_S: Final = 60.0  # argon2id takes seconds
 REST_INTERVAL_S: Final = 0.02
-REKEY: Final = "lockstep key rekey"
+_ASIDE: Final = {
+    DRILL: "it is being drilled; what is written meanwhile is copied afterwards",
+    REKEY: "it is being re-keyed, or that is not finished: lockstep key rekey {volume}",
+}
 
 
 class MirrorSession:
@@ -230,15 +235,21 @@ class MirrorSession:
 
     # --- being away, and coming back ---
 
-    async def step_aside(self, path: WritePath) -> None:
-        """Let the mirror be re-keyed: from here on nobody here has it open. Raises DiskBusy if it does not answer."""
-        self._rekeyed = True
-        await path.part_from(self.link, f"it is being re-keyed, or that is not finished: {REKEY} {self._volume.name}")
+    async def step_aside(self, path: WritePath, purpose: str) -> None:
+        """Let another command have the mirror: from here on nobody here has it open, and it says that it is aside.
+
+        Raises DiskBusy if it does not answer; and MirrorIncomplete if it could not be used, where that is the purpose.
+        """
+        if purpose == DRILL and not self.link.consistent:
+            raise MirrorIncomplete(path=self.mirror.path, state=self.link.state)
+        self._rekeyed = self._rekeyed or purpose == REKEY
+        left_as = await path.part_from(self.link, _ASIDE[purpose].format(volume=self._volume.name))
         deadline_s = time.monotonic() + self._patience_s
         while not (self.link.at_rest and self._scribe.at_rest and self._opener.at_rest):
             if time.monotonic() > deadline_s:
                 raise DiskBusy(path=self.mirror.path, users="in use by its server, which waits for it")
             await asyncio.sleep(REST_INTERVAL_S)
+        await self._scribe.run(self._write_state, left_as)
         disk = self.link.let_go()
         if disk is not None:
             disk.close()
@@ -309,10 +320,10 @@ class MirrorSession:
             return None, None, f"it is away: {failure}"
         try:
             return *self._open(), ""
-        except (RekeyRunning, RekeyUnfinished) as failure:
+        except (MirrorBorrowed, RekeyUnfinished) as failure:
             self._rekeyed = True
             log.error("mirror %s is not followed, the target goes on alone: %s", self.mirror.path, failure)
-            return None, None, f"{failure} {REKEY} {self._volume.name}"
+            return None, None, str(failure)
 
     def _reopen(self, former: EncryptedDisk | None, attempt: object) -> tuple[luks.Header, EncryptedDisk]:
         if former is not None:
@@ -324,9 +335,9 @@ class MirrorSession:
 
     def _open(self) -> tuple[luks.Header, EncryptedDisk]:
         mirror, size_bytes = self.mirror, self._volume.size_bytes
-        with self._state.rekey_lock(mirror.luks_uuid, shared=True) as free:
+        with self._state.borrowing_lock(mirror.luks_uuid, shared=True) as free:
             if free is None:
-                raise RekeyRunning(path=mirror.path)
+                raise MirrorBorrowed(path=mirror.path)
             header = luks.read_header(self._header_path)
             _require_token(self._volume, mirror, header)
             return header, open_mirror(mirror.path, mirror.header_path, header, self._unlock, size_bytes, writable=True)

@@ -143,7 +143,7 @@ def refuse_taken(registry: Registry, paths: list[str], *, but: str | None = None
 
 def forget_records(state: State, luks_uuid: str) -> None:
     """Remove what is kept about a mirror: then everything differs, and nothing is held."""
-    for path in (*state.records(luks_uuid), state.rekey_lock_path(luks_uuid)):
+    for path in (*state.records(luks_uuid), state.borrowing_lock_path(luks_uuid)):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
 

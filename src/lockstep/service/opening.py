@@ -39,7 +39,7 @@ from lockstep.nbd.negotiation import ExportInfo
 from lockstep.nbd.server import NbdServer
 from lockstep.service.memory import protect_memory
 from lockstep.service.sockets import clear_stale_socket
-from lockstep.volume.link import FROZEN, IN_SYNC
+from lockstep.volume.link import ASIDE, FROZEN, WHOLE
 from lockstep.volume.overlay import Base, Overlay, OverlayFile, read_any
 from lockstep.volume.ranges import Ranges
 from lockstep.volume.rounds import Rounds
@@ -105,7 +105,7 @@ def opened(
         token = header.token
         if token is None:
             raise NoToken(path=mirror_path)
-        if token.state not in (IN_SYNC, FROZEN) and not incomplete:
+        if token.state not in WHOLE and not incomplete:
             raise MirrorIncomplete(path=mirror_path, state=token.state)
         name, size_bytes = _file_name(token.volume_name), token.target_size_bytes
         base = Base(header.uuid, token.generation, size_bytes)
@@ -126,7 +126,7 @@ def opened(
         for file in files:
             overlay, overlay_file = Overlay(mirror, file), file.path
             stack.callback(_close_overlay, overlay, file.path)
-        frozen = token.state == FROZEN
+        frozen = token.state in (FROZEN, ASIDE)
         yield Opened(mirror_path, name, size_bytes, frozen, header.uuid, mirror, overlay, overlay_file)
 
 

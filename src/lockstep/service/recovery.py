@@ -50,7 +50,7 @@ from lockstep.errors import (
 from lockstep.service.memory import protect_memory
 from lockstep.service.noting import note_if_known
 from lockstep.service.state import State
-from lockstep.volume.link import FROZEN, IN_SYNC
+from lockstep.volume.link import ASIDE, FROZEN, WHOLE
 from lockstep.volume.restore import DiskSink, Extent, Progress, copy_out, differences, samples
 from lockstep.volume.restore_record import SUFFIX, RestoreRecord, remove_record
 
@@ -107,7 +107,7 @@ def restore(wanted: Wanted, unlock: Unlock, *, on_progress: OnProgress) -> Resto
     token = header.token
     if token is None:
         raise NoToken(path=wanted.mirror_path)
-    if token.state not in (IN_SYNC, FROZEN) and not wanted.incomplete:
+    if token.state not in WHOLE and not wanted.incomplete:
         raise MirrorIncomplete(path=wanted.mirror_path, state=token.state)
     extent = _range(wanted, token.target_size_bytes)
     begun = RestoreRecord(header.uuid, token.generation, token.target_size_bytes, extent.offset, extent.length)
@@ -124,7 +124,7 @@ def restore(wanted: Wanted, unlock: Unlock, *, on_progress: OnProgress) -> Resto
         resumed_bytes = 0
     else:
         resumed_bytes = _DiskRestore(wanted, extent, begun, on_progress).run(opened)
-    frozen = token.state == FROZEN
+    frozen = token.state in (FROZEN, ASIDE)
     return Restored(token.volume_name, wanted.output_path, extent, header.uuid, frozen, resumed_bytes, wanted.verify)
 
 

@@ -11,8 +11,8 @@ Rules:
    `lockstep restore` and `cryptsetup open` read it as it is.
 2. The same command again goes on where it was. How far that is, is told by the header (is the re-encryption under way?)
    and by the audit trail (which volume key was there when it began, and has it ended?).
-3. While this runs, nobody else writes to the mirror: whoever opens it asks for the rekey lock and for the lock of the
-   disk. Both are cryptsetup's as well: if this command is killed, they last until cryptsetup has ended too.
+3. While this runs, nobody else writes to the mirror: whoever opens it asks for the borrowing lock and for the disk's.
+   Both are cryptsetup's as well: if this command is killed, they last until cryptsetup has ended too.
 4. The plaintext stays what it was, so nothing need be copied but what was written meanwhile; a mirror that is frozen,
    or behind, or keeps what is held from it, stays so.
 
@@ -23,8 +23,7 @@ import asyncio
 import contextlib
 import os
 import secrets
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -32,10 +31,10 @@ from lockstep.crypto import keyslots, luks, reencryption
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk.mirror import claim_for_rekeying, whole_sectors
 from lockstep.disk.probe import inspect
-from lockstep.errors import LockstepError, NotServed, RekeyDropsKeys, RekeyRunning, TargetUnfinished
+from lockstep.errors import LockstepError, NotServed, RekeyDropsKeys, TargetUnfinished
 from lockstep.registry.audit import Actor
 from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
-from lockstep.service import control_client, mirrors
+from lockstep.service import borrowing, mirrors
 from lockstep.service.gate import VolumeGate
 from lockstep.service.managing import manager
 from lockstep.service.memory import protect_memory
@@ -46,9 +45,6 @@ from lockstep.volume.workers import Workers
 BEGUN, REKEYED = "rekey-begun", "rekeyed"
 """Events of the audit trail."""
 
-OPENERS_PATIENCE_S: Final = 60.0  # whoever is just opening the mirror has it in seconds
-RETURN_PATIENCE_S: Final = 60.0
-POLL_S: Final = 0.1
 WORKERS: Final = 4
 
 Ask = Callable[[], bytes]
@@ -97,7 +93,7 @@ def rekey(
     """Give a mirror a new volume key, or go on with it; `new` is a passphrase in place of the one that is there.
 
     `on_progress` is given bytes done and bytes in all. Raises NotManager, RekeyDropsKeys unless `drop_others`,
-    RekeyRunning, TargetUnfinished, DiskBusy, DiskLocked, registry errors, MirrorOfAnotherVolume, header errors and
+    MirrorBorrowed, TargetUnfinished, DiskBusy, DiskLocked, registry errors, MirrorOfAnotherVolume, header errors and
     cryptsetup's.
     """
     protect_memory()
@@ -111,7 +107,7 @@ def rekey(
             if ask is not None:
                 luks.refuse_empty(ask())
         work = _Work(state, registry, actor, volume, mirror, passphrase)
-        with _alone(work) as lock:
+        with borrowing.alone(work.state, work.mirror) as lock:
             former = _former_key(work)
             resumed = former is not None
             if reencryption.under_way(work.header) or former in (None, reencryption.key_mark(work.header)):
@@ -144,18 +140,6 @@ def _former_key(work: _Work) -> str | None:
 # --- re-encrypting ---
 
 
-@contextlib.contextmanager
-def _alone(work: _Work) -> Iterator[int]:
-    """Be the only one who re-keys this mirror, and have nobody open it anew. Raises RekeyRunning."""
-    deadline_s = time.monotonic() + OPENERS_PATIENCE_S
-    with contextlib.ExitStack() as stack:
-        while (lock := stack.enter_context(work.state.rekey_lock(work.mirror.luks_uuid))) is None:
-            if time.monotonic() > deadline_s:
-                raise RekeyRunning(path=work.mirror.path)
-            time.sleep(POLL_S)
-        yield lock
-
-
 def _reencrypt(
     work: _Work,
     lock: int,
@@ -170,8 +154,7 @@ def _reencrypt(
     passphrase = work.passphrase()
     if fresh:
         slot = _only_slot(work, drop_others=drop_others)
-        with contextlib.suppress(NotServed):
-            _ask_server(work, "/v1/aside", mirror=work.mirror.luks_uuid)
+        borrowing.ask(work.state, work.volume.name, work.mirror, borrowing.REKEY)
     with contextlib.ExitStack() as stack:
         claimed = claim_for_rekeying(work.mirror.path, segment, work.volume.size_bytes)
         stack.callback(os.close, claimed)
@@ -215,29 +198,10 @@ def _hand_back(work: _Work, new: Ask | None) -> str | None:
         if unserved:
             _renew(work, new)
             return None
-    control, name = work.state.control(work.volume.name), work.volume.name
-    deadline_s = time.monotonic() + RETURN_PATIENCE_S
     try:
-        _ask_server(work, "/v1/mirrors")
-        while True:
-            found = [each for each in control_client.ask_status(control, name)["mirrors"] if _is(each, work.mirror)]
-            if not found or found[0]["state"] != "degraded":
-                return None
-            if time.monotonic() > deadline_s:
-                return str(found[0]["error"])
-            time.sleep(POLL_S)
-    except LockstepError as error:  # it has ended, or does not answer: its next start takes the mirror
+        return borrowing.give_back(work.state, work.volume.name, work.mirror)
+    except NotServed as error:
         return str(error)
-
-
-def _ask_server(work: _Work, resource: str, **body: object) -> None:
-    """Have the server do something. Raises NotServed, ServerSilent, DiskBusy."""
-    name = work.volume.name
-    control_client.ask(work.state.control(name), name, "POST", resource, **body)
-
-
-def _is(described: dict[str, object], mirror: MirrorRecord) -> bool:
-    return described["uuid"] == mirror.luks_uuid
 
 
 def _renew(work: _Work, new: Ask | None) -> None:

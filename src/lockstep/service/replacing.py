@@ -49,7 +49,7 @@ from lockstep.service.volume_session import pair_of
 from lockstep.volume import intent, missing
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import Identity, IntentBitmap
-from lockstep.volume.link import FROZEN, IN_SYNC, SYNCING
+from lockstep.volume.link import ASIDE, FROZEN, IN_SYNC, SYNCING, WHOLE
 from lockstep.volume.missing import Pair
 from lockstep.volume.pages import sync_directory
 
@@ -122,7 +122,7 @@ def replace_target(
             missing.record(state.missing(volume.id), pair, b"\1" * pair.regions, asyncio.to_thread).close()
         except OSError as error:
             raise StateDirUnusable(path=state.path, reason=error.strerror or str(error)) from error
-    return Replaced(path, volume.size_bytes, mirror.path, source.token.state == FROZEN)
+    return Replaced(path, volume.size_bytes, mirror.path, source.token.state in (FROZEN, ASIDE))
 
 
 def _same(one: str, other: str) -> bool:
@@ -156,7 +156,7 @@ def _source(volume: VolumeRecord, path: str | None, *, incomplete: bool) -> _Sou
             failures.append(failure)
     if not found:
         raise failures[0]
-    ranks = {IN_SYNC: 0, FROZEN: 1}
+    ranks = {IN_SYNC: 0, ASIDE: 1, FROZEN: 2}
     return min(found, key=lambda each: ranks.get(each.token.state, len(ranks)))
 
 
@@ -164,7 +164,7 @@ def _usable(volume: VolumeRecord, mirror: MirrorRecord, *, incomplete: bool) -> 
     header = luks.read_header(mirrors.header_path(mirror))
     token = mirrors.identified(volume, mirror, header)
     if not incomplete:
-        if token.state not in (IN_SYNC, FROZEN):
+        if token.state not in WHOLE:
             raise MirrorIncomplete(path=mirror.path, state=token.state)
         if token.generation < mirror.generation:
             raise MirrorStale(path=mirror.path, generation=token.generation, seen=mirror.generation)

@@ -46,11 +46,11 @@ class ServedVolume:
         """Look at once for mirrors that are away."""
         self.background.look_for_mirrors(actor)
 
-    async def let_go(self, luks_uuid: str) -> None:
-        """Stop following a mirror, in order, so that it can be re-keyed. Raises DiskBusy."""
+    async def let_go(self, luks_uuid: str, purpose: str) -> None:
+        """Stop following a mirror, in order, for another command. Raises DiskBusy, MirrorIncomplete."""
         for session in self.session.mirrors:
             if session.mirror.luks_uuid == luks_uuid:
-                await session.step_aside(self.session.writes)
+                await session.step_aside(self.session.writes, purpose)
 
     def verify(self, actor: Actor, *, repair: bool) -> None:
         """Begin to compare. Raises AlreadyVerifying."""

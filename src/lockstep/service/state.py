@@ -6,7 +6,7 @@ held/LUKS-UUID.held, .writers    for each mirror, what it must not be given by i
 filling/VOLUME-ID.missing        for a volume whose target was replaced, what the new one does not have yet
 run/NAME.lock                    held by the server of the volume NAME for as long as it runs
 run/LUKS-UUID.keys               held by a command that changes the header of a mirror
-run/LUKS-UUID.rekey              held by who re-keys a mirror, and shared by who is just opening it
+run/LUKS-UUID.borrowed           held by who re-keys or drills a mirror, and shared by who is just opening it
 run/NAME.sock                    the NBD server
 run/NAME.control                 the control interface
 run/NAME.attached, NAME.fuse/    the block device of an attached volume
@@ -125,18 +125,18 @@ class State:
         finally:
             os.close(fd)
 
-    def rekey_lock_path(self, luks_uuid: str) -> str:
-        """Where the lock of a mirror is that `rekey_lock` takes."""
-        return f"{self.run_dir}/{luks_uuid}.rekey"
+    def borrowing_lock_path(self, luks_uuid: str) -> str:
+        """Where the lock of a mirror is that `borrowing_lock` takes."""
+        return f"{self.run_dir}/{luks_uuid}.borrowed"
 
     @contextlib.contextmanager
-    def rekey_lock(self, luks_uuid: str, *, shared: bool = False) -> Iterator[int | None]:
-        """Try to be the one who re-keys a mirror; or with `shared`, to open one that nobody re-keys meanwhile.
+    def borrowing_lock(self, luks_uuid: str, *, shared: bool = False) -> Iterator[int | None]:
+        """Try to be the one who borrows a mirror; or with `shared`, to open one that nobody borrows meanwhile.
 
         Yields None if that cannot be, or the descriptor that has the lock: a child that inherits it has the lock too.
         """
         try:
-            fd = os.open(self.rekey_lock_path(luks_uuid), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self.borrowing_lock_path(luks_uuid), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StateDirUnusable(path=self.path, reason=error.strerror) from error
         try:

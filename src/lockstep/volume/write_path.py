@@ -45,7 +45,7 @@ from lockstep.disk.runs import WORDS, aligned, run_of
 from lockstep.volume.filling import Filling
 from lockstep.volume.gate import UPDATE, Gate, Ruling
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW
-from lockstep.volume.link import MirrorLink
+from lockstep.volume.link import ASIDE, IN_SYNC, MirrorLink
 from lockstep.volume.ranges import Extents, Ranges
 from lockstep.volume.rounds import Rounds
 from lockstep.volume.workers import Workers
@@ -138,11 +138,16 @@ class WritePath:
         """Make durable what was answered so far; requests that come meanwhile share the next round."""
         await self._flushes.join()
 
-    async def part_from(self, mirror: MirrorLink, reason: str) -> None:
-        """Follow a mirror no more, between two updates: it is the disk as it is at this moment, durably."""
+    async def part_from(self, mirror: MirrorLink, reason: str) -> str:
+        """Follow a mirror no more, between two updates, and return what it may say of itself.
+
+        If that is one of `WHOLE`, it is the disk as it was at this moment, or when it was frozen; durably.
+        """
         async with self.ranges.hold([self.sectors(0, self.target.size_bytes)]):
             await mirror.flush()
+            left_as = mirror.token_state
             mirror.step_aside(reason)
+            return ASIDE if left_as == IN_SYNC else left_as
 
     async def tidy(self) -> None:
         """Clear the marks of regions that are equal, and that nobody writes to, after flushing both disks.
