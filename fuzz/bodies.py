@@ -299,7 +299,7 @@ class _ScribblingPool(PayloadPool):
     def used_bytes(self) -> int:
         return self._used_bytes
 
-    def give(self, block: bytearray) -> None:
+    def give(self, block: memoryview) -> None:
         block[:] = b"\xdd" * len(block)
         super().give(block)
 

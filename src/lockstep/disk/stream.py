@@ -11,6 +11,8 @@ _NOT_SYNCED: Final = frozenset({errno.EINVAL, errno.EROFS, errno.ENOTSUP})  # fs
 class Stream:
     """A descriptor that is written from its position on. Failures are OSErrors."""
 
+    in_order = True
+
     def __init__(self, fd: int) -> None:
         """Use `fd`, which stays open."""
         self._fd = fd

@@ -33,6 +33,7 @@ from array import array
 from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, Final, Protocol, cast
 
+from lockstep.buffers import aligned
 from lockstep.nbd import wire
 from lockstep.nbd.frames import (
     cookie_of,
@@ -155,18 +156,17 @@ class Connection(Securable):
         self._tls = tls
         self._negotiation: Negotiation | None = None
         self._agreement = Agreement("", structured=False, allocation=False)
-        self._buffer = bytearray(RECEIVE_BYTES)
-        self._view = memoryview(self._buffer)
+        self._buffer = aligned(RECEIVE_BYTES)
         self._start = self._end = 0
         self._skip = 0  # bytes of a refused payload that are still to be thrown away
-        self._block: bytearray | None = None
+        self._block: memoryview | None = None
         self._block_request = (0, 0, 0, 0)  # flags, cookie, offset, length
         self._block_filled = 0
         self._block_since_s = 0.0
         self._run = new_run()
         self._out: list[bytes | bytearray] = []
         self._batch_bytes = 0  # moved since replies were last sent
-        self._undrained: list[bytearray] = []  # pool blocks whose data the socket has not taken yet
+        self._undrained: list[memoryview] = []  # pool blocks whose data the socket has not taken yet
         self._undrained_since_s = 0.0
         self._pending = 0
         self._reading = True
@@ -198,14 +198,14 @@ class Connection(Securable):
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 (the kernel's hint; our buffers are what they are)
         """Say where the next bytes go."""
         if self._block is not None:
-            return memoryview(self._block)[self._block_filled : self._block_request[3]]
+            return self._block[self._block_filled : self._block_request[3]]
         if self._start == self._end:
             self._start = self._end = 0
         elif len(self._buffer) - self._end < len(self._buffer) // 4:
             length = self._end - self._start
             self._buffer[:length] = self._buffer[self._start : self._end]
             self._start, self._end = 0, length
-        return self._view[self._end :]
+        return self._buffer[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:
         """Take what has arrived."""
@@ -285,7 +285,7 @@ class Connection(Securable):
         self.user = user
 
     def _negotiate(self, negotiation: Negotiation) -> None:
-        used, reply = negotiation.receive(self._view[self._start : self._end])
+        used, reply = negotiation.receive(self._buffer[self._start : self._end])
         self._start += used
         if reply:
             self._transport.write(reply)
@@ -358,7 +358,7 @@ class Connection(Securable):
         count = find_writes(self._buffer, start, self._end, enough, self._writable_bytes, run)
         if not count:
             return False
-        done = self._export.write_run(self.user, self._view, run, count)
+        done = self._export.write_run(self.user, self._buffer, run, count)
         if done:
             self._out.append(pack_replies(run, done))
             self._start = end_of(run, done)
@@ -371,7 +371,7 @@ class Connection(Securable):
         block = self._take_block(end - start)
         if block is None:
             return False
-        block[: end - start] = self._view[start:end]
+        block[: end - start] = self._buffer[start:end]
         rebase(run, count, -start)
         self._start = end
         self._pending += count
@@ -442,7 +442,7 @@ class Connection(Securable):
         block = self._take_block(length)
         if block is None:
             return False
-        block[:length] = self._view[data:end]
+        block[:length] = self._buffer[data:end]
         self._start = end
         self._begin(wire.CMD_WRITE, cookie, self._write(flags, cookie, offset, block, length))
         return True
@@ -464,7 +464,7 @@ class Connection(Securable):
 
     # --- payloads that need a block of the pool ---
 
-    def _take_block(self, length: int) -> bytearray | None:
+    def _take_block(self, length: int) -> memoryview | None:
         pool = self._server.pool_for(length)
         held = self._held_bytes[pool]
         if held and held + block_bytes(length) > pool.share_bytes:
@@ -478,7 +478,7 @@ class Connection(Securable):
             pool.wait(self._retry)
         return block
 
-    def _give_block(self, block: bytearray) -> None:
+    def _give_block(self, block: memoryview) -> None:
         """Hand a block back. Whoever calls this serves on afterwards, so being sated ends here."""
         pool = self._server.pool_for(len(block))
         self._held_bytes[pool] -= len(block)
@@ -496,7 +496,7 @@ class Connection(Securable):
         if block is not None:
             data = self._start + wire.REQUEST_BYTES
             self._block_filled = self._end - data
-            block[: self._block_filled] = self._view[data : self._end]
+            block[: self._block_filled] = self._buffer[data : self._end]
             self._start = self._end = 0
             self._block = block
             self._block_since_s = self._server.now_s
@@ -534,25 +534,24 @@ class Connection(Securable):
             self._pending -= 1
             self._advance()
 
-    async def _write(self, flags: int, cookie: int, offset: int, block: bytearray, length: int) -> None:
+    async def _write(self, flags: int, cookie: int, offset: int, block: memoryview, length: int) -> None:
         try:
             run = run_of(offset, length)
-            await self._export.write(self.user, memoryview(block), run, 1, durable=bool(flags & wire.FLAG_FUA))
+            await self._export.write(self.user, block, run, 1, durable=bool(flags & wire.FLAG_FUA))
         finally:
             self._give_block(block)
         self._reply(simple_reply(cookie))
 
-    async def _write_run(self, run: "array[int]", count: int, block: bytearray) -> None:
+    async def _write_run(self, run: "array[int]", count: int, block: memoryview) -> None:
         """Carry out a run; if that fails, its writes one by one, so that each gets the answer that is its own."""
-        data = memoryview(block)
         try:
-            await self._export.write(self.user, data, run, count, durable=False)
+            await self._export.write(self.user, block, run, count, durable=False)
             self._reply(pack_replies(run, count))
         except OSError as failure:
             for at in range(count):
                 error = wire_error(failure.errno)
                 if count > 1 and failure.errno != errno.EPERM:  # that is about who writes, not about where
-                    error = await self._error_of(rest_of(run, at, at + 1), data)
+                    error = await self._error_of(rest_of(run, at, at + 1), block)
                 self._refuse(wire.CMD_WRITE, cookie_of(run, at), error)
         except Exception:
             log.exception("a run of writes failed in a way that Lockstep did not expect")
@@ -571,8 +570,8 @@ class Connection(Securable):
             return wire_error(failure.errno)
         return 0
 
-    async def _read(self, cookie: int, offset: int, block: bytearray, length: int) -> None:
-        data = memoryview(block)[:length]
+    async def _read(self, cookie: int, offset: int, block: memoryview, length: int) -> None:
+        data = block[:length]
         try:
             await self._export.read(offset, data)
         except BaseException:

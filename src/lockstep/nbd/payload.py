@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from lockstep.buffers import aligned
 from lockstep.nbd.wire import MAX_PAYLOAD_BYTES
 
 DEFAULT_LIMIT_BYTES: Final = 8 * MAX_PAYLOAD_BYTES
@@ -36,7 +37,7 @@ class PayloadPool:
         self._limit_bytes = max(limit_bytes, MAX_PAYLOAD_BYTES)
         self._used_bytes = 0
         self._kept_bytes = 0
-        self._kept: dict[int, list[bytearray]] = {}
+        self._kept: dict[int, list[memoryview]] = {}
         self._waiting: deque[Callable[[], None]] = deque()
 
     @property
@@ -44,7 +45,7 @@ class PayloadPool:
         """Whether somebody waits for memory that others hold."""
         return bool(self._waiting)
 
-    def take(self, length: int) -> bytearray | None:
+    def take(self, length: int) -> memoryview | None:
         """Return a block of at least `length` bytes, at most MAX_PAYLOAD_BYTES; None when there is no room now."""
         size = block_bytes(length)
         if self._used_bytes + size > self._limit_bytes:
@@ -54,9 +55,9 @@ class PayloadPool:
         if kept:
             self._kept_bytes -= size
             return kept.pop()
-        return bytearray(size)
+        return aligned(size)
 
-    def give(self, block: bytearray) -> None:
+    def give(self, block: memoryview) -> None:
         """Hand back a block that `take` returned; those who wait are told, in the order in which they came."""
         size = len(block)
         self._used_bytes -= size

@@ -1,8 +1,9 @@
 """Restore: a range of a mirror's data, decrypted, onto an output; and the comparison of the two.
 
-The range is cut into pieces. Threads read and decrypt the next few while the caller's thread takes them in order and
-writes them, so reading, decrypting and writing go on at once, and "done" is one number: everything before it was
-written. Ctrl-C meets the caller's thread, which is never behind a lock.
+The range is cut into pieces. Each is read, decrypted and written by one thread, in whose processor's cache it stays
+meanwhile; a pipe alone is written by the caller's thread. That one takes the pieces in order, so "done" is one number:
+everything before it was written. Some of what follows it may be, too: it is what will be written there again. Ctrl-C
+meets the caller's thread, which is never behind a lock.
 
 Zero runs (`RUN_BYTES`, aligned) are left out of an output that reads as zeroes anyway, so that it stays sparse;
 elsewhere they are cleared, which is a hole where the disk can do that.
@@ -13,6 +14,10 @@ A `checkpoint` makes done durable. It is taken by a thread of its own while the 
 
 import contextlib
 import functools
+import heapq
+import os
+import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -20,14 +25,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
+from lockstep.buffers import aligned
 from lockstep.disk.plain import PlainDisk
+from lockstep.disk.runs import same
 
 PIECE_BYTES: Final = 1 << 20
 RUN_BYTES: Final = 64 << 10
-READERS: Final = 3
+THREADS: Final = max(2, min(8, os.cpu_count() or 1))
 CHECKPOINT_S: Final = 2.0
 _BLOCK_BYTES: Final = 512  # the unit in which differences are reported
 _ZEROES: Final = bytes(RUN_BYTES)
+_BUFFER_BYTES: Final = PIECE_BYTES + 2 * 4096  # a piece, and the sectors at its ends
 
 _Result = TypeVar("_Result")
 
@@ -57,8 +65,11 @@ class Source(Protocol):
 class Sink(Protocol):
     """Where restored data goes; offsets count from the start of the output."""
 
+    in_order: bool
+    """Whether offsets must ascend; else any thread may write anywhere."""
+
     def write(self, offset: int, data: memoryview, /) -> None:
-        """Take data; offsets ascend."""
+        """Take data."""
 
     def zero(self, offset: int, length: int, /) -> None:
         """Read as zeroes there from now on."""
@@ -66,6 +77,8 @@ class Sink(Protocol):
 
 class DiskSink:
     """A file or a block device. `blank` says that it reads as zeroes wherever nothing was written."""
+
+    in_order = False
 
     def __init__(self, disk: PlainDisk, *, blank: bool) -> None:
         self.write = disk.write
@@ -104,13 +117,25 @@ def copy_out(
     rest = Extent(extent.offset + progress.done_bytes, extent.length - progress.done_bytes)
     recording: Future[None] | None = None
     next_s = 0.0  # the first piece is recorded at once: from then on the record vouches for the output
+
+    def put(piece: Extent, data: memoryview) -> bool:
+        return _put(sink, piece.offset - extent.offset, data)
+
+    def carry(piece: Extent, buffer: memoryview) -> bool:
+        return put(piece, _decrypted(mirror, piece, buffer))
+
+    def in_order() -> Generator[tuple[Extent, bool], None, None]:
+        with contextlib.closing(_ahead(functools.partial(_decrypted, mirror), _pieces(rest))) as decrypted:
+            for piece, data in decrypted:
+                yield piece, put(piece, data)
+
     with (
         ThreadPoolExecutor(1, "lockstep-checkpoint") as recorder,
-        contextlib.closing(_ahead(functools.partial(_decrypted, mirror), _pieces(rest))) as decrypted,
+        contextlib.closing(in_order() if sink.in_order else _spread(carry, _pieces(rest))) as carried,
     ):
-        for piece, data in decrypted:
+        for piece, found in carried:
             at = piece.offset - extent.offset
-            if _put(sink, at, data):
+            if found:
                 progress.witness = at
             progress.done_bytes = at + piece.length
             on_progress(progress.done_bytes)
@@ -137,11 +162,11 @@ def differences(
     Only in `pieces` of the extent, if they are given.
     """
 
-    def compare(piece: Extent, buffer: bytearray) -> list[Extent]:
+    def compare(piece: Extent, buffer: memoryview) -> list[Extent]:
         expected = _decrypted(mirror, piece, buffer)
-        found = bytearray(piece.length)
-        output.read(piece.offset - extent.offset, memoryview(found))
-        return [] if found == expected.tobytes() else _differing(piece.offset, expected, memoryview(found))
+        found = aligned(piece.length)
+        output.read(piece.offset - extent.offset, found)
+        return [] if same(found, expected) else _differing(piece.offset, expected, found)
 
     done = 0
     with contextlib.closing(_ahead(compare, _pieces(extent) if pieces is None else pieces)) as compared:
@@ -169,16 +194,71 @@ def _pieces(extent: Extent) -> Iterator[Extent]:
         yield Extent(offset, min(PIECE_BYTES, extent.end - offset))
 
 
+def _spread(
+    work: Callable[[Extent, memoryview], _Result], pieces: Iterable[Extent]
+) -> Generator[tuple[Extent, _Result], None, None]:
+    """Do `work` for each piece, several at a time, each thread with a buffer of its own; yield the results in order.
+
+    The threads take the next piece by themselves: they do not wait for who takes the results, as `_ahead` does.
+    """
+    todo, taking = enumerate(pieces), threading.Lock()
+    done: queue.SimpleQueue[tuple[int, Extent, _Result] | BaseException | None] = queue.SimpleQueue()
+    stopped = threading.Event()
+
+    def run() -> None:
+        buffer = aligned(_BUFFER_BYTES)
+        try:
+            while not stopped.is_set():
+                with taking:
+                    found = next(todo, None)
+                if found is None:
+                    break
+                done.put((*found, work(found[1], buffer)))
+        except BaseException as error:  # noqa: BLE001 - raised where the results are taken
+            done.put(error)
+        done.put(None)
+
+    threads = [threading.Thread(target=run, name=f"lockstep-restore-{number}") for number in range(THREADS)]
+    try:
+        for thread in threads:
+            thread.start()
+        yield from _sorted(done, len(threads))
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join()
+
+
+def _sorted(
+    done: "queue.SimpleQueue[tuple[int, Extent, _Result] | BaseException | None]", sources: int
+) -> Iterator[tuple[Extent, _Result]]:
+    """Yield numbered results in order, as soon as that can be, until each source has said None."""
+    early: list[tuple[int, Extent, _Result]] = []
+    following = 0
+    while sources:
+        match done.get():
+            case None:
+                sources -= 1
+            case BaseException() as error:
+                raise error
+            case result:
+                heapq.heappush(early, result)
+        while early and early[0][0] == following:
+            _, piece, found = heapq.heappop(early)
+            yield piece, found
+            following += 1
+
+
 def _ahead(
-    work: Callable[[Extent, bytearray], _Result], pieces: Iterable[Extent]
+    work: Callable[[Extent, memoryview], _Result], pieces: Iterable[Extent]
 ) -> Generator[tuple[Extent, _Result], None, None]:
     """Do `work` for each piece, several at a time, each with a buffer of its own; yield the results in order.
 
     A result may use its buffer until the next one is asked for.
     """
-    buffers = deque(bytearray(PIECE_BYTES + 2 * 4096) for _ in range(READERS + 1))
-    under_way: deque[tuple[Extent, bytearray, Future[_Result]]] = deque()
-    pool = ThreadPoolExecutor(READERS, "lockstep-restore")
+    buffers = deque(aligned(_BUFFER_BYTES) for _ in range(THREADS + 1))
+    under_way: deque[tuple[Extent, memoryview, Future[_Result]]] = deque()
+    pool = ThreadPoolExecutor(THREADS, "lockstep-restore")
     try:
         for piece in pieces:
             buffer = buffers.popleft()
@@ -193,14 +273,13 @@ def _ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _decrypted(mirror: Source, piece: Extent, buffer: bytearray) -> memoryview:
+def _decrypted(mirror: Source, piece: Extent, buffer: memoryview) -> memoryview:
     """Read a piece of any alignment: the whole sectors round it are decrypted."""
     sector = mirror.sector_bytes
     start = piece.offset - piece.offset % sector
     length = -(-piece.end // sector) * sector - start
-    view = memoryview(buffer)
-    mirror.read(start, view[:length])
-    return view[piece.offset - start : piece.end - start]
+    mirror.read(start, buffer[:length])
+    return buffer[piece.offset - start : piece.end - start]
 
 
 def _put(sink: Sink, at: int, data: memoryview) -> bool:

@@ -18,6 +18,7 @@ import logging
 import time
 from typing import Final
 
+from lockstep.buffers import aligned
 from lockstep.disk.runs import run_of, same
 from lockstep.volume.gate import UPDATE, Gate
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW
@@ -115,7 +116,7 @@ class Resync:
         """
         regions = self._link.regions
         pace = Pace(lambda: self._path.requests, self._stopping)
-        buffers = memoryview(bytearray(PIECE_BYTES)), memoryview(bytearray(PIECE_BYTES))
+        buffers = aligned(PIECE_BYTES), aligned(PIECE_BYTES)
         while self._may_go_on() and time.monotonic() < until_s and not (number and pace.gives_way):
             if (found := regions.begin_copy(PIECE_BYTES)) is None:
                 return

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from lockstep.buffers import aligned
 from lockstep.disk.runs import same
 from lockstep.volume.link import MirrorLink
 from lockstep.volume.pace import Pace
@@ -82,7 +83,7 @@ class Verify:
     async def _compare(self, number: int, may_go_on: Callable[[], bool]) -> None:
         pace = Pace(lambda: self._path.requests, self._stopping)
         sector = self._link.sector_bytes if self._link.error is None else 1
-        buffers = [memoryview(bytearray(PIECE_BYTES)) for _ in range(2)]
+        buffers = [aligned(PIECE_BYTES) for _ in range(2)]
         while not (self.over or self._stopping.is_set() or self._link.error) and may_go_on():
             if number and pace.gives_way:
                 return
