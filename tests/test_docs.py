@@ -510,7 +510,7 @@ def test_the_region_sizes_are_those_of_the_code() -> None:
 def test_the_columns_are_those_of_the_registry(name: str) -> None:
     (section,) = re.findall(rf"^Table `{name}`:\n(.*?)(?=^Table|\Z)", doc("formats.md"), re.MULTILINE | re.DOTALL)
     columns = [spans(row[0])[0] for row in table(section, "column", "type", "meaning")]
-    assert columns == list(models.Base.metadata.tables[name].columns.keys())
+    assert columns == list(models.METADATA.tables[name].columns.keys())
 
 
 # --- the wire ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from sqlalchemy.pool import NullPool
 
 from lockstep.errors import RegistryDamaged, RegistryTooNew
 from lockstep.registry import schema
-from lockstep.registry.models import Base
+from lockstep.registry.models import METADATA
 from lockstep.registry.store import Registry
 
 
@@ -46,10 +46,10 @@ def test_the_migrated_schema_is_the_models(file: Path, tmp_path: Path) -> None:
     _open_and_close(file)
     with create_engine(f"sqlite:///{file}", poolclass=NullPool).connect() as connection:
         migrated = MigrationContext.configure(connection, opts={"compare_server_default": True})
-        assert compare_metadata(migrated, Base.metadata) == []
+        assert compare_metadata(migrated, METADATA) == []
     # compare_metadata does not look at CHECK constraints and ON DELETE: the statements themselves do.
     made = tmp_path / "made.db"
-    Base.metadata.create_all(create_engine(f"sqlite:///{made}", poolclass=NullPool))
+    METADATA.create_all(create_engine(f"sqlite:///{made}", poolclass=NullPool))
     assert _statements(file) == _statements(made)
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.pool import NullPool
 from lockstep import errors
 from lockstep.registry import store
 from lockstep.registry.audit import Actor
-from lockstep.registry.models import Base
+from lockstep.registry.models import METADATA
 from lockstep.registry.store import Registry
 
 URL = os.environ.get("LOCKSTEP_TEST_POSTGRESQL_URL", "")
@@ -33,7 +33,7 @@ def fresh() -> Iterator[None]:
     yield
     with engine.connect() as connection:
         migrated = MigrationContext.configure(connection)
-        assert compare_metadata(migrated, Base.metadata) == []
+        assert compare_metadata(migrated, METADATA) == []
 
 
 @pytest.fixture

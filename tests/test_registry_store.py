@@ -16,7 +16,7 @@ from typing import cast
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy.orm import Session
+from sqlalchemy import Connection
 
 from lockstep import errors
 from lockstep.registry import store
@@ -184,9 +184,9 @@ def test_the_constraints_are_the_referee_when_another_was_quicker(
     check = store._refuse_taken
     blind_checks = iter([True])
 
-    def blind_once(session: Session, *paths: str) -> None:
+    def blind_once(connection: Connection, *paths: str) -> None:
         if not next(blind_checks, False):
-            check(session, *paths)
+            check(connection, *paths)
 
     monkeypatch.setattr(store, "_refuse_taken", blind_once)
     _refused(errors.TargetTaken, 1, "the volume vm1", lambda: _add(registry, "new", "/disks/t1"))

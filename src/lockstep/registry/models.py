@@ -1,10 +1,10 @@
 """The registry's tables: volumes (a target each), their mirrors, who may update these, and the audit trail.
 
 A change here needs a revision in migrations/versions and the new `schema.REVISION`; a test compares the two.
-Rules that span both tables (one disk has one role) are the store's: no portable constraint can express them.
+Rules that span both tables (one disk has one role) are the store's: no portable constraint can express them. These are
+tables and not mapped classes, because SQLAlchemy's mapper takes longer to import than most commands take to run.
 """
 
-import uuid
 from datetime import UTC, datetime
 
 from sqlalchemy import (
@@ -12,16 +12,18 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     CheckConstraint,
+    Column,
     DateTime,
     ForeignKey,
+    Integer,
     MetaData,
     String,
+    Table,
     UniqueConstraint,
     event,
     false,
 )
 from sqlalchemy.engine import Dialect
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator
 
 
@@ -42,109 +44,87 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value and (value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC))
 
 
-def _new_id() -> str:
-    return str(uuid.uuid4())
+METADATA = MetaData(
+    naming_convention={  # constraints are named by rule, so that a later migration can name them on any database
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
+    }
+)
 
+VOLUMES = Table(
+    "volumes",
+    METADATA,
+    Column("id", String(36), primary_key=True),
+    Column("name", String(64), unique=True, nullable=False),
+    Column("target_path", String, unique=True, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sector_bytes", Integer, nullable=False),
+    Column("on_denied", String(8), nullable=False),
+    Column("scrub_window", String),
+    Column("scrub_timezone", String),
+    Column("filled_from", String(36)),
+    Column("created_at", UtcDateTime, nullable=False),
+    CheckConstraint("on_denied IN ('hold', 'refuse')", name="on_denied"),
+)
+"""A target that Lockstep serves. `filled_from` is the mirror that a new target is still being filled from."""
 
-def _now() -> datetime:
-    return datetime.now(UTC)
+MIRRORS = Table(
+    "mirrors",
+    METADATA,
+    Column("id", String(36), primary_key=True),
+    Column("volume_id", String(36), ForeignKey("volumes.id", ondelete="CASCADE"), index=True, nullable=False),
+    Column("path", String, unique=True, nullable=False),
+    Column("header_path", String),
+    Column("luks_uuid", String(40), unique=True, nullable=False),
+    Column("generation", BigInteger, nullable=False),
+    Column("compare", Boolean, server_default=false(), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+)
+"""A disk that receives a volume's ciphertext. `generation` is the last one that was seen on it.
 
+`compare`: it may hold a copy already, so what differs is found by comparing.
+"""
 
-class Base(DeclarativeBase):
-    """All tables. Constraints are named by rule, so that a later migration can name them on any database."""
+GRANTS = Table(
+    "grants",
+    METADATA,
+    Column("id", String(36), primary_key=True),
+    Column("volume_id", String(36), ForeignKey("volumes.id", ondelete="CASCADE"), nullable=False),
+    Column("user", String(64), nullable=False),
+    Column("windows", String, nullable=False),
+    Column("timezone", String(64), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    UniqueConstraint("volume_id", "user"),
+)
+"""A user's right to update a volume's mirrors. `windows` is a JSON list of texts; none means always."""
 
-    metadata = MetaData(
-        naming_convention={
-            "pk": "pk_%(table_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "ix": "ix_%(table_name)s_%(column_0_name)s",
-        }
-    )
-    type_annotation_map = {datetime: UtcDateTime}  # noqa: RUF012 - SQLAlchemy's own declaration
+AUDIT = Table(
+    "audit",
+    METADATA,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("at_us", BigInteger, nullable=False),
+    Column("volume", String(64), index=True, nullable=False),
+    Column("event", String(32), nullable=False),
+    Column("user", String(64), nullable=False),
+    Column("origin", String, nullable=False),
+    Column("reason", String, nullable=False),
+    Column("details", String, nullable=False),
+    Column("previous", String(64), nullable=False),
+    Column("hash", String(64), nullable=False),
+)
+"""A row of the audit trail; `audit.py` has its form. Triggers refuse to change or to delete one."""
 
-
-class Volume(Base):
-    """A target that Lockstep serves. `filled_from` is the mirror that a new target is still being filled from."""
-
-    __tablename__ = "volumes"
-    __table_args__ = (CheckConstraint("on_denied IN ('hold', 'refuse')", name="on_denied"),)
-
-    id: Mapped[str] = mapped_column(String(36), primary_key=True, default=_new_id)
-    name: Mapped[str] = mapped_column(String(64), unique=True)
-    target_path: Mapped[str] = mapped_column(unique=True)
-    size_bytes: Mapped[int] = mapped_column(BigInteger)
-    sector_bytes: Mapped[int]
-    on_denied: Mapped[str] = mapped_column(String(8))
-    scrub_window: Mapped[str | None]
-    scrub_timezone: Mapped[str | None]
-    filled_from: Mapped[str | None] = mapped_column(String(36))
-    created_at: Mapped[datetime] = mapped_column(default=_now)
-
-    mirrors: Mapped[list["Mirror"]] = relationship(
-        order_by=lambda: (Mirror.created_at, Mirror.path), lazy="selectin", passive_deletes=True
-    )
-
-
-class Mirror(Base):
-    """A disk that receives a volume's ciphertext. `generation` is the last one that was seen on it.
-
-    `compare`: it may hold a copy already, so what differs is found by comparing.
-    """
-
-    __tablename__ = "mirrors"
-
-    id: Mapped[str] = mapped_column(String(36), primary_key=True, default=_new_id)
-    volume_id: Mapped[str] = mapped_column(ForeignKey("volumes.id", ondelete="CASCADE"), index=True)
-    path: Mapped[str] = mapped_column(unique=True)
-    header_path: Mapped[str | None]
-    luks_uuid: Mapped[str] = mapped_column(String(40), unique=True)
-    generation: Mapped[int] = mapped_column(BigInteger)
-    compare: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
-    created_at: Mapped[datetime] = mapped_column(default=_now)
-
-
-class Grant(Base):
-    """A user's right to update a volume's mirrors. `windows` is a JSON list of texts; none means always."""
-
-    __tablename__ = "grants"
-    __table_args__ = (UniqueConstraint("volume_id", "user"),)
-
-    id: Mapped[str] = mapped_column(String(36), primary_key=True, default=_new_id)
-    volume_id: Mapped[str] = mapped_column(ForeignKey("volumes.id", ondelete="CASCADE"))
-    user: Mapped[str] = mapped_column(String(64))
-    windows: Mapped[str]
-    timezone: Mapped[str] = mapped_column(String(64))
-    created_at: Mapped[datetime] = mapped_column(default=_now)
-
-
-class AuditRow(Base):
-    """A row of the audit trail; `audit.py` has its form. Triggers refuse to change or to delete one."""
-
-    __tablename__ = "audit"
-
-    number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
-    at_us: Mapped[int] = mapped_column(BigInteger)
-    volume: Mapped[str] = mapped_column(String(64), index=True)
-    event: Mapped[str] = mapped_column(String(32))
-    user: Mapped[str] = mapped_column(String(64))
-    origin: Mapped[str]
-    reason: Mapped[str]
-    details: Mapped[str]
-    previous: Mapped[str] = mapped_column(String(64))
-    hash: Mapped[str] = mapped_column(String(64))
-
-
-class AuditHead(Base):
-    """The number and the hash of the trail's last row: one row, whose id is 1."""
-
-    __tablename__ = "audit_head"
-
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    number: Mapped[int] = mapped_column(BigInteger)
-    hash: Mapped[str] = mapped_column(String(64))
-
+AUDIT_HEAD = Table(
+    "audit_head",
+    METADATA,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, nullable=False),
+    Column("hash", String(64), nullable=False),
+)
+"""The number and the hash of the trail's last row: one row, whose id is 1."""
 
 AUDIT_TRIGGERS = {
     "sqlite": (
@@ -165,4 +145,4 @@ AUDIT_TRIGGERS = {
 }
 for _dialect, _statements in AUDIT_TRIGGERS.items():
     for _statement in _statements:
-        event.listen(AuditRow.__table__, "after_create", DDL(_statement).execute_if(dialect=_dialect))  # type: ignore[no-untyped-call]
+        event.listen(AUDIT, "after_create", DDL(_statement).execute_if(dialect=_dialect))  # type: ignore[no-untyped-call]

@@ -24,18 +24,32 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, cast
 from urllib.parse import quote
 
-from sqlalchemy import CursorResult, Delete, Engine, Update, create_engine, delete, make_url, select, text, update
+from sqlalchemy import (
+    Column,
+    Connection,
+    Delete,
+    Engine,
+    Row,
+    Update,
+    create_engine,
+    delete,
+    insert,
+    make_url,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.orm import InstrumentedAttribute, Session
 from sqlalchemy.pool import NullPool
 
 from lockstep.errors import (
@@ -57,10 +71,10 @@ from lockstep.errors import (
     VolumeNameInvalid,
     VolumeUnknown,
 )
-from lockstep.registry import audit, models, schema, windows
+from lockstep.registry import audit, schema, windows
 from lockstep.registry.access import Grant
 from lockstep.registry.audit import Actor, AuditCheck, AuditRecord
-from lockstep.registry.models import AuditHead, AuditRow, Mirror, Volume
+from lockstep.registry.models import AUDIT, AUDIT_HEAD, GRANTS, MIRRORS, VOLUMES
 from lockstep.registry.windows import Schedule
 
 LOCK_TIMEOUT_S = 10.0
@@ -166,11 +180,11 @@ class Registry:
         """
         registry = cls(*(_sqlite(url) if url.startswith("sqlite:") else _postgresql(url)))
         try:
-            with registry._transaction() as session:
-                found = schema.found_revision(session.connection())
+            with registry._transaction() as connection:
+                found = schema.found_revision(connection)
             if found != schema.REVISION:
-                with registry._transaction(write=True) as session:
-                    schema.bring_up_to_date(session.connection(), registry._label)
+                with registry._transaction(write=True) as connection:
+                    schema.bring_up_to_date(connection, registry._label)
         except BaseException:
             registry.close()
             raise
@@ -190,22 +204,21 @@ class Registry:
 
     def volumes(self) -> tuple[VolumeRecord, ...]:
         """All volumes, by name."""
-        with self._transaction() as session:
-            records = map(_volume_record, session.scalars(select(Volume)))
+        with self._transaction() as connection:
+            rows = connection.execute(select(VOLUMES)).all()
+            records = [_volume_record(row, _mirrors(connection, row.id)) for row in rows]
             return tuple(sorted(records, key=lambda volume: volume.name))  # here: each database collates in its own way
 
     def volume(self, name: str) -> VolumeRecord:
         """Return one volume. Raises VolumeUnknown, which knows similar names."""
-        with self._transaction() as session:
-            return _volume_record(_find(session, name))
+        with self._transaction() as connection:
+            row = _find(connection, name)
+            return _volume_record(row, _mirrors(connection, row.id))
 
     def mirrors_of(self, volume_id: str) -> tuple[MirrorRecord, ...]:
         """Step 502: the target's mirrors, oldest first. None of them (step 505): the target is written alone."""
-        with self._transaction() as session:
-            rows = session.scalars(
-                select(Mirror).filter_by(volume_id=volume_id).order_by(Mirror.created_at, Mirror.path)
-            )
-            return tuple(map(_mirror_record, rows))
+        with self._transaction() as connection:
+            return _mirrors(connection, volume_id)
 
     def add_volume(
         self,
@@ -224,32 +237,30 @@ class Registry:
         check_name(name)
         _check_path(target_path)
 
-        def insert(session: Session) -> VolumeRecord:
-            if session.scalar(select(Volume.id).filter_by(name=name)):
+        def add(connection: Connection) -> VolumeRecord:
+            if connection.scalar(select(VOLUMES.c.id).where(VOLUMES.c.name == name)):
                 raise VolumeExists(volume=name)
-            _refuse_taken(session, target_path)
-            volume = Volume(
-                name=name,
-                target_path=target_path,
-                size_bytes=size_bytes,
-                sector_bytes=sector_bytes,
-                on_denied=on_denied,
-                mirrors=[],
-            )
-            session.add(volume)
-            session.flush()
-            session.add(models.Grant(volume_id=volume.id, user=actor.user, windows="[]", timezone="UTC"))
+            _refuse_taken(connection, target_path)
+            values = _new() | {
+                "name": name,
+                "target_path": target_path,
+                "size_bytes": size_bytes,
+                "sector_bytes": sector_bytes,
+                "on_denied": on_denied,
+            }
+            connection.execute(insert(VOLUMES).values(values))
+            _grant_to(connection, values["id"], actor.user, (), "UTC")
             reason = f"{actor.user} created the volume {name}, and was granted it"
-            _append(session, "volume-added", actor, name, reason, {"target": target_path, "on_denied": on_denied})
-            return _volume_record(volume)
+            _append(connection, "volume-added", actor, name, reason, {"target": target_path, "on_denied": on_denied})
+            return VolumeRecord(**values, scrub=None, mirrors=())
 
-        return self._insert(insert)
+        return self._insert(add)
 
     def remove_volume(self, name: str, *, actor: Actor) -> None:
         """Forget a volume, its mirrors and its grants; not its audit trail, and no disk. Raises VolumeUnknown."""
-        with self._transaction(write=True) as session:
-            session.execute(delete(Volume).filter_by(id=_find(session, name).id))
-            _append(session, "volume-removed", actor, name, f"{actor.user} removed the volume {name}", {})
+        with self._transaction(write=True) as connection:
+            connection.execute(delete(VOLUMES).where(VOLUMES.c.id == _find(connection, name).id))
+            _append(connection, "volume-removed", actor, name, f"{actor.user} removed the volume {name}", {})
 
     def add_mirror(
         self,
@@ -272,35 +283,34 @@ class Registry:
         if path == header_path:
             raise RegistryPathInvalid(path=path, reason="it is given as the mirror and as its header")
 
-        def insert(session: Session) -> MirrorRecord:
-            volume = _find(session, name)
-            _refuse_taken(session, *paths)
-            if twin := session.scalar(select(Mirror).filter_by(luks_uuid=luks_uuid)):
-                raise LuksUuidTaken(path=path, luks_uuid=luks_uuid, registered=twin.path)
-            mirror = Mirror(
-                volume_id=volume.id,
-                path=path,
-                header_path=header_path,
-                luks_uuid=luks_uuid,
-                generation=generation,
-                compare=compare,
-            )
-            session.add(mirror)
-            session.flush()
+        def add(connection: Connection) -> MirrorRecord:
+            volume = _find(connection, name)
+            _refuse_taken(connection, *paths)
+            if twin := connection.scalar(select(MIRRORS.c.path).where(MIRRORS.c.luks_uuid == luks_uuid)):
+                raise LuksUuidTaken(path=path, luks_uuid=luks_uuid, registered=twin)
+            values = _new() | {
+                "volume_id": volume.id,
+                "path": path,
+                "header_path": header_path,
+                "luks_uuid": luks_uuid,
+                "generation": generation,
+                "compare": compare,
+            }
+            connection.execute(insert(MIRRORS).values(values))
             reason = f"{actor.user} gave the volume {name} the {'adopted ' if compare else ''}mirror {path}"
-            _append(session, "mirror-added", actor, name, reason, {"path": path, "luks_uuid": luks_uuid})
-            return _mirror_record(mirror)
+            _append(connection, "mirror-added", actor, name, reason, {"path": path, "luks_uuid": luks_uuid})
+            return MirrorRecord(**values)
 
-        return self._insert(insert)
+        return self._insert(add)
 
     def remove_mirror(self, name: str, path: str, *, actor: Actor) -> None:
         """Forget one mirror; the disk is not touched. Raises VolumeUnknown, MirrorUnknown."""
-        with self._transaction(write=True) as session:
-            volume = _find(session, name)
-            if not _hit(session, delete(Mirror).filter_by(volume_id=volume.id, path=path)):
+        with self._transaction(write=True) as connection:
+            volume = _find(connection, name)
+            if not _hit(connection, delete(MIRRORS).where(MIRRORS.c.volume_id == volume.id, MIRRORS.c.path == path)):
                 raise MirrorUnknown(mirror=path, where=f" with the volume {name}")
             reason = f"{actor.user} took the mirror {path} from the volume {name}"
-            _append(session, "mirror-removed", actor, name, reason, {"path": path})
+            _append(connection, "mirror-removed", actor, name, reason, {"path": path})
 
     def replace_target(self, name: str, path: str, mirror_id: str, *, actor: Actor) -> None:
         """Have a volume filled anew at `path` from one of its mirrors; the others are compared with that.
@@ -308,80 +318,77 @@ class Registry:
         Raises VolumeUnknown, RegistryPathInvalid, TargetTaken, MirrorTaken, HeaderTaken.
         """
         _check_path(path)
-        with self._transaction(write=True) as session:
-            volume = _find(session, name)
+        with self._transaction(write=True) as connection:
+            volume = _find(connection, name)
             former = volume.target_path
             if path != former:
-                _refuse_taken(session, path)
-            volume.target_path, volume.filled_from = path, mirror_id
-            for mirror in volume.mirrors:
-                mirror.compare = mirror.id != mirror_id
-            (source,) = (mirror.path for mirror in volume.mirrors if mirror.id == mirror_id)
+                _refuse_taken(connection, path)
+            _set(connection, volume, target_path=path, filled_from=mirror_id)
+            others = MIRRORS.c.id != mirror_id
+            connection.execute(update(MIRRORS).where(MIRRORS.c.volume_id == volume.id).values(compare=others))
+            source = connection.execute(select(MIRRORS.c.path).where(MIRRORS.c.id == mirror_id)).scalar_one()
             reason = f"{actor.user} had the target {former} replaced by {path}, filled from the mirror {source}"
             details = {"path": path, "former": former, "mirror": source}
-            _append(session, "target-replaced", actor, name, reason, details)
+            _append(connection, "target-replaced", actor, name, reason, details)
 
     def target_filled(self, name: str, *, actor: Actor) -> None:
         """Note that a new target holds everything. Raises VolumeUnknown."""
-        with self._transaction(write=True) as session:
-            volume = _find(session, name)
-            volume.filled_from = None
+        with self._transaction(write=True) as connection:
+            volume = _find(connection, name)
+            _set(connection, volume, filled_from=None)
             reason = f"the new target {volume.target_path} of the volume {name} holds everything"
-            _append(session, "target-filled", actor, name, reason, {"path": volume.target_path})
+            _append(connection, "target-filled", actor, name, reason, {"path": volume.target_path})
 
     def set_on_denied(self, name: str, policy: OnDenied, *, actor: Actor) -> None:
         """Say what becomes of updates that are denied. Raises VolumeUnknown."""
-        with self._transaction(write=True) as session:
-            _find(session, name).on_denied = policy
+        with self._transaction(write=True) as connection:
+            _set(connection, _find(connection, name), on_denied=policy)
             reason = f"{actor.user} set on-denied={policy}"
-            _append(session, "on-denied", actor, name, reason, {"on_denied": policy})
+            _append(connection, "on-denied", actor, name, reason, {"on_denied": policy})
 
     def set_scrub(self, name: str, schedule: Schedule | None, *, actor: Actor) -> None:
         """Say when the mirrors are scrubbed; None is never. Raises VolumeUnknown."""
-        with self._transaction(write=True) as session:
-            volume = _find(session, name)
-            volume.scrub_window = str(schedule.window) if schedule else None
-            volume.scrub_timezone = schedule.timezone if schedule else None
+        with self._transaction(write=True) as connection:
+            window, timezone = (str(schedule.window), schedule.timezone) if schedule else (None, None)
+            _set(connection, _find(connection, name), scrub_window=window, scrub_timezone=timezone)
             reason = f"{actor.user} set scrub={schedule or 'off'}"
-            _append(session, "scrub-schedule", actor, name, reason, {"scrub": str(schedule) if schedule else None})
+            _append(connection, "scrub-schedule", actor, name, reason, {"scrub": str(schedule) if schedule else None})
 
     # --- who may update the mirrors ---
 
     def grants(self, name: str) -> tuple[Grant, ...]:
         """All grants of a volume, by user. Raises VolumeUnknown."""
-        with self._transaction() as session:
-            rows = session.scalars(select(models.Grant).filter_by(volume_id=_find(session, name).id))
+        with self._transaction() as connection:
+            rows = connection.execute(select(GRANTS).where(GRANTS.c.volume_id == _find(connection, name).id))
             return tuple(sorted(map(_grant, rows), key=lambda grant: grant.user))
 
     def grant(self, name: str, grant: Grant, *, actor: Actor) -> None:
         """Give a user, or everybody, the right to update the mirrors, in place of the old. Raises VolumeUnknown."""
         texts = [str(window) for window in grant.windows]
-        with self._transaction(write=True) as session:
-            volume = _find(session, name)
-            session.execute(delete(models.Grant).filter_by(volume_id=volume.id, user=grant.user))
-            session.add(
-                models.Grant(volume_id=volume.id, user=grant.user, windows=json.dumps(texts), timezone=grant.timezone)
-            )
+        with self._transaction(write=True) as connection:
+            volume = _find(connection, name)
+            connection.execute(delete(GRANTS).where(GRANTS.c.volume_id == volume.id, GRANTS.c.user == grant.user))
+            _grant_to(connection, volume.id, grant.user, texts, grant.timezone)
             when = f" {', '.join(texts)} ({grant.timezone})" if texts else ""
             reason = f"{actor.user} granted {grant.user} the mirrors of {name}{when}"
             details = {"grantee": grant.user, "windows": texts, "timezone": grant.timezone}
-            _append(session, "granted", actor, name, reason, details)
+            _append(connection, "granted", actor, name, reason, details)
 
     def revoke(self, name: str, user: str, *, actor: Actor) -> None:
         """Take a user's right away, or everybody's. Raises VolumeUnknown, GrantUnknown."""
-        with self._transaction(write=True) as session:
-            volume = _find(session, name)
-            if not _hit(session, delete(models.Grant).filter_by(volume_id=volume.id, user=user)):
+        with self._transaction(write=True) as connection:
+            volume = _find(connection, name)
+            if not _hit(connection, delete(GRANTS).where(GRANTS.c.volume_id == volume.id, GRANTS.c.user == user)):
                 raise GrantUnknown(user=user, volume=name)
             reason = f"{actor.user} took the mirrors of {name} from {user}"
-            _append(session, "revoked", actor, name, reason, {"grantee": user})
+            _append(connection, "revoked", actor, name, reason, {"grantee": user})
 
     # --- the audit trail ---
 
     def audit(self, event: str, *, actor: Actor, volume: str, reason: str, details: Mapping[str, Any]) -> None:
         """Append a row to the audit trail, durably."""
-        with self._transaction(write=True) as session:
-            _append(session, event, actor, volume, reason, details)
+        with self._transaction(write=True) as connection:
+            _append(connection, event, actor, volume, reason, details)
 
     def audit_rows(
         self,
@@ -393,61 +400,60 @@ class Registry:
         events: Collection[str] | None = None,
     ) -> tuple[AuditRecord, ...]:
         """The rows of the audit trail, oldest first; times in seconds since 1970, the second one excluded."""
-        query = select(AuditRow).order_by(AuditRow.number)
+        query = select(AUDIT).order_by(AUDIT.c.number)
         if volume is not None:
-            query = query.filter_by(volume=volume)
+            query = query.where(AUDIT.c.volume == volume)
         if user is not None:
-            query = query.filter_by(user=user)
+            query = query.where(AUDIT.c.user == user)
         if since_s is not None:
-            query = query.where(AuditRow.at_us >= round(since_s * 1e6))
+            query = query.where(AUDIT.c.at_us >= round(since_s * 1e6))
         if until_s is not None:
-            query = query.where(AuditRow.at_us < round(until_s * 1e6))
+            query = query.where(AUDIT.c.at_us < round(until_s * 1e6))
         if events is not None:
-            query = query.where(AuditRow.event.in_(events))
-        with self._transaction() as session:
-            return tuple(map(_audit_record, session.scalars(query)))
+            query = query.where(AUDIT.c.event.in_(events))
+        with self._transaction() as connection:
+            return tuple(map(_audit_record, connection.execute(query)))
 
     def check_audit(self, head: str | None = None) -> AuditCheck:
         """Prove that the audit trail is whole; `head`, a hash noted earlier, must still be in it."""
-        with self._transaction() as session:
-            last = session.get(AuditHead, 1)
-            rows = session.scalars(select(AuditRow).order_by(AuditRow.number).execution_options(yield_per=1000))
-            noted = (last.number, last.hash) if last else (0, audit.FIRST)
+        with self._transaction() as connection:
+            noted = _audit_head(connection) or (0, audit.FIRST)
+            rows = connection.execute(select(AUDIT).order_by(AUDIT.c.number), execution_options={"yield_per": 1000})
             return audit.check(map(_audit_record, rows), noted, head)
 
     def set_generation(self, mirror_id: str, generation: int, *, compare: bool | None = None) -> None:
         """Keep the generation that was last seen on a mirror, and `compare` if given, durably. Raises MirrorUnknown."""
         values: dict[str, Any] = {"generation": generation} | ({} if compare is None else {"compare": compare})
-        with self._transaction(write=True) as session:
-            if not _hit(session, update(Mirror).filter_by(id=mirror_id).values(**values)):
+        with self._transaction(write=True) as connection:
+            if not _hit(connection, update(MIRRORS).where(MIRRORS.c.id == mirror_id).values(**values)):
                 raise MirrorUnknown(mirror=mirror_id, where="")
 
     @contextmanager
-    def _transaction(self, *, write: bool = False) -> Iterator[Session]:
+    def _transaction(self, *, write: bool = False) -> Iterator[Connection]:
         """One transaction: committed at the end, rolled back on an error; the database's errors in our words."""
         try:
-            with Session(self._engine, expire_on_commit=False) as session, session.begin():
+            with self._engine.begin() as connection:
                 for statement in _OPENING[self._engine.dialect.name, write]:
-                    session.execute(text(statement))
-                yield session
+                    connection.execute(text(statement))
+                yield connection
         except DBAPIError as error:
             raise _in_our_words(error, self._label) from error
 
-    def _insert(self, work: Callable[[Session], Record]) -> Record:
+    def _insert(self, work: Callable[[Connection], Record]) -> Record:
         """Do what inserts a row, and return its record.
 
         A constraint that rejects what the checks let through means that somebody without our lock was quicker, or
         damage. So it is done once more: the checks then see the other's row and name it, or the error comes again.
         """
 
-        def insert() -> Record:
-            with self._transaction(write=True) as session:
-                return work(session)
+        def once() -> Record:
+            with self._transaction(write=True) as connection:
+                return work(connection)
 
         try:
-            return insert()
+            return once()
         except RegistryDamaged:
-            return insert()
+            return once()
 
 
 def check_name(name: str) -> str:
@@ -465,42 +471,66 @@ def _check_path(path: str) -> None:
         raise RegistryPathInvalid(path=path, reason="it holds bytes that are not printable text")
 
 
-def _find(session: Session, name: str) -> Volume:
-    if volume := session.scalar(select(Volume).filter_by(name=name)):
+def _new() -> dict[str, Any]:
+    """What every new row has."""
+    return {"id": str(uuid.uuid4()), "created_at": datetime.now(UTC)}
+
+
+def _find(connection: Connection, name: str) -> Row[Any]:
+    if volume := connection.execute(select(VOLUMES).where(VOLUMES.c.name == name)).first():
         return volume
-    near = get_close_matches(name, session.scalars(select(Volume.name)))
+    near = get_close_matches(name, connection.scalars(select(VOLUMES.c.name)))
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise VolumeUnknown(volume=name, near=tuple(near), hint=hint)
 
 
-_ROLES: tuple[tuple[InstrumentedAttribute[Any], type[RegistryError]], ...] = (
-    (Volume.target_path, TargetTaken),
-    (Mirror.path, MirrorTaken),
-    (Mirror.header_path, HeaderTaken),
+def _set(connection: Connection, volume: Row[Any], **values: object) -> None:
+    connection.execute(update(VOLUMES).where(VOLUMES.c.id == volume.id).values(**values))
+
+
+def _mirrors(connection: Connection, volume_id: str) -> tuple[MirrorRecord, ...]:
+    rows = select(MIRRORS).where(MIRRORS.c.volume_id == volume_id).order_by(MIRRORS.c.created_at, MIRRORS.c.path)
+    return tuple(MirrorRecord(**row) for row in connection.execute(rows).mappings())
+
+
+def _grant_to(connection: Connection, volume_id: str, user: str, texts: Sequence[str], timezone: str) -> None:
+    values = {"volume_id": volume_id, "user": user, "windows": json.dumps(texts), "timezone": timezone}
+    connection.execute(insert(GRANTS).values(_new() | values))
+
+
+_ROLES: tuple[tuple[Column[Any], type[RegistryError]], ...] = (
+    (VOLUMES.c.target_path, TargetTaken),
+    (MIRRORS.c.path, MirrorTaken),
+    (MIRRORS.c.header_path, HeaderTaken),
 )
 
 
-def _refuse_taken(session: Session, *paths: str) -> None:
+def _refuse_taken(connection: Connection, *paths: str) -> None:
     """Refuse a disk that already has a role, in this volume or another."""
     for role, error in _ROLES:
-        held = select(role, Volume.name).select_from(Volume).outerjoin(Volume.mirrors).where(role.in_(paths))
-        if taken := session.execute(held).first():
+        held = select(role, VOLUMES.c.name).select_from(VOLUMES.outerjoin(MIRRORS)).where(role.in_(paths))
+        if taken := connection.execute(held).first():
             raise error(path=taken[0], volume=taken[1])
 
 
-def _hit(session: Session, statement: Delete | Update) -> bool:
+def _hit(connection: Connection, statement: Delete | Update) -> bool:
     """Execute, and say whether there was a row to change."""
-    return cast("CursorResult[Any]", session.execute(statement)).rowcount > 0
+    return connection.execute(statement).rowcount > 0
 
 
-def _append(session: Session, event: str, actor: Actor, volume: str, reason: str, details: Mapping[str, Any]) -> None:
+def _audit_head(connection: Connection) -> tuple[int, str] | None:
+    row = connection.execute(select(AUDIT_HEAD)).first()
+    return (row.number, row.hash) if row else None
+
+
+def _append(
+    connection: Connection, event: str, actor: Actor, volume: str, reason: str, details: Mapping[str, Any]
+) -> None:
     """Add a row to the audit trail, in the transaction of what it tells of."""
-    last = session.get(AuditHead, 1)
-    if last is None:
-        last = AuditHead(id=1, number=0, hash=audit.FIRST)
-        session.add(last)
+    head = _audit_head(connection)
+    number, previous = head or (0, audit.FIRST)
     record = AuditRecord(
-        number=last.number + 1,
+        number=number + 1,
         at_us=time.time_ns() // 1000,
         volume=volume,
         event=event,
@@ -508,14 +538,15 @@ def _append(session: Session, event: str, actor: Actor, volume: str, reason: str
         origin=_text(actor.origin),
         reason=_text(reason),
         details=json.loads(_text(json.dumps(details))),
-        previous=last.hash,
+        previous=previous,
         hash="",
     )
     sealed = replace(record, hash=audit.hash_of(record.members()))
     columns = sealed.members() | {"at_us": sealed.at_us, "details": json.dumps(sealed.details), "hash": sealed.hash}
     del columns["at"]
-    session.add(AuditRow(**columns))
-    last.number, last.hash = sealed.number, sealed.hash
+    connection.execute(insert(AUDIT).values(columns))
+    following = {"id": 1, "number": sealed.number, "hash": sealed.hash}
+    connection.execute((update if head else insert)(AUDIT_HEAD).values(following))
 
 
 def _text(text: str) -> str:
@@ -523,7 +554,7 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
-def _audit_record(row: AuditRow) -> AuditRecord:
+def _audit_record(row: Row[Any]) -> AuditRecord:
     try:
         details = json.loads(row.details)
     except ValueError:
@@ -532,30 +563,17 @@ def _audit_record(row: AuditRow) -> AuditRecord:
     return AuditRecord(**{name: getattr(row, name) for name in names}, details=details)
 
 
-def _grant(row: models.Grant) -> Grant:
+def _grant(row: Row[Any]) -> Grant:
     return Grant(row.user, tuple(map(windows.parse, json.loads(row.windows))), row.timezone)
 
 
-def _mirror_record(row: Mirror) -> MirrorRecord:
-    return MirrorRecord(
-        id=row.id,
-        volume_id=row.volume_id,
-        path=row.path,
-        header_path=row.header_path,
-        luks_uuid=row.luks_uuid,
-        generation=row.generation,
-        created_at=row.created_at,
-        compare=row.compare,
-    )
-
-
-def _schedule(row: Volume) -> Schedule | None:
+def _schedule(row: Row[Any]) -> Schedule | None:
     if row.scrub_window is None or row.scrub_timezone is None:
         return None
     return Schedule(windows.parse(row.scrub_window), row.scrub_timezone)
 
 
-def _volume_record(row: Volume) -> VolumeRecord:
+def _volume_record(row: Row[Any], mirrors: tuple[MirrorRecord, ...]) -> VolumeRecord:
     return VolumeRecord(
         id=row.id,
         name=row.name,
@@ -565,7 +583,7 @@ def _volume_record(row: Volume) -> VolumeRecord:
         on_denied=cast("OnDenied", row.on_denied),
         scrub=_schedule(row),
         created_at=row.created_at,
-        mirrors=tuple(map(_mirror_record, row.mirrors)),
+        mirrors=mirrors,
         filled_from=row.filled_from,
     )
 
