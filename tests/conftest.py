@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.forks import ForkLab
 from tests.lab import Lab, loop_devices, run
 
 # How long an example takes says more about the machine than about us.
@@ -29,7 +30,7 @@ def tmp_path(request: pytest.FixtureRequest) -> Iterator[Path]:
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:
     """A fresh directory to run the real thing in."""
-    return Lab(tmp_path)
+    return ForkLab(tmp_path)
 
 
 @pytest.fixture

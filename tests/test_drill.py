@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from lockstep.crypto.luks import read_header
+from tests.forks import ForkLab
 from tests.lab import MIB, Lab, Served, Volume, needs, run, wait_until
-from tests.test_service_refusals import ForkLab
 
 pytestmark = needs("nbdfuse", "fusermount3", "losetup", "mount", "blkid", "mkfs.ext4", "/dev/fuse", root=True)
 

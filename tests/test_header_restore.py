@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lockstep.crypto import keyslots, luks
+from tests.forks import ForkLab
 from tests.keys import NEW, Keys, opens
 from tests.lab import MIB, PASSPHRASE, Lab, Volume, run
-from tests.test_service_refusals import ForkLab
 
 
 @pytest.fixture

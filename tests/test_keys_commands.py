@@ -14,9 +14,9 @@ from lockstep.errors import KeySlotsFull, LastKeySlot, NoKeySlots, NotManager
 from lockstep.registry.audit import Actor
 from lockstep.service import headers, keys
 from lockstep.service.state import State
+from tests.forks import ForkLab
 from tests.keys import NEW, Keys, opens
 from tests.lab import MIB, PASSPHRASE, Lab, needs, run
-from tests.test_service_refusals import ForkLab
 
 
 @pytest.fixture

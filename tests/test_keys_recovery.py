@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from lockstep.crypto import keyslots, recovery_key
 from lockstep.errors import RecoveryKeyMistyped, RecoveryKeyUnknown, WrongPassphrase
+from tests.forks import ForkLab
 from tests.keys import Keys, opens
 from tests.lab import PASSPHRASE, Lab, run, wait_until
-from tests.test_service_refusals import ForkLab
 
 GROUPS = r"([bcdefghjknprstvx]{6}-){7}[bcdefghjknprstvx]{6}"
 

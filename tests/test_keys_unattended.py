@@ -11,8 +11,8 @@ import pytest
 
 from lockstep.crypto import luks, unlock
 from lockstep.errors import NoTokenUnlocks
+from tests.forks import ForkLab
 from tests.lab import MIB, PASSPHRASE, Lab, Volume, run, wait_until
-from tests.test_service_refusals import ForkLab
 
 ADD_KEY, KEYCTL = 248, 250  # system calls of x86-64
 PROCESS_KEYRING, SESSION_KEYRING = -2, -3

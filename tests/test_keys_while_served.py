@@ -8,9 +8,9 @@ import pytest
 
 from lockstep.crypto import keyslots, luks
 from lockstep.errors import LuksError
+from tests.forks import ForkLab
 from tests.keys import NEW, Keys, opens
 from tests.lab import MIB, PASSPHRASE, Lab, run
-from tests.test_service_refusals import ForkLab
 
 
 @pytest.fixture

@@ -26,9 +26,10 @@ from lockstep.errors import (
     WrongPassphrase,
 )
 from lockstep.nbd.identity import account
+from tests.forks import ForkLab
 from tests.lab import MIB, Lab, Result, Served, Storage, Volume, needs, run, wait_until
 from tests.test_mirror_faults import Plugged
-from tests.test_service_refusals import ForkLab, assert_error, everything_below
+from tests.test_service_refusals import assert_error, everything_below
 
 SIZE_BYTES = 8 * MIB + 1024
 HEADER_BYTES = 16 * MIB

@@ -18,7 +18,8 @@ import pytest
 from dissect.fve.luks import LUKS
 
 from tests import nbd_client as nbd
-from tests.lab import MIB, PASSPHRASE, Lab, Served, Volume, run
+from tests.forks import ForkLab
+from tests.lab import MIB, PASSPHRASE, Served, Volume, run
 from tests.nbd_client import Client, Request
 
 # Not a whole number of sectors: whatever rounds, rounds wrongly here.
@@ -87,7 +88,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    lab = Lab(tmp_path_factory.mktemp("conversation"))
+    lab = ForkLab(tmp_path_factory.mktemp("conversation"))
     volume = lab.volume("vol", SIZE)
     volume.grant("anonymous")
     with volume.served("--tcp", "127.0.0.1:0") as served:
@@ -102,7 +103,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A volume without a mirror."""
-    lab = Lab(tmp_path_factory.mktemp("bare"))
+    lab = ForkLab(tmp_path_factory.mktemp("bare"))
     target = lab.disk("bare.target", 4 * MIB, os.urandom(MIB))
     lab.lockstep("create", "bare", "--target", target).ok()
     with Volume(lab, "bare", target, lab.home / "no mirror", None).served(in_sync=False) as served:

@@ -29,7 +29,8 @@ import pytest
 
 from lockstep.nbd import connection, payload, server
 from tests import nbd_client as nbd
-from tests.lab import MIB, PATIENCE_S, Lab, Served, Volume, is_root, wait_until
+from tests.forks import ForkLab
+from tests.lab import MIB, PATIENCE_S, Served, Volume, is_root, wait_until
 from tests.nbd_client import Client, pack_info, pack_option, pack_request
 
 SIZE = 34 * MIB + 333
@@ -100,7 +101,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = PLENTY_OF_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, PLENTY_OF_DESCRIPTORS)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-    lab = Lab(tmp_path_factory.mktemp("hostile"))
+    lab = ForkLab(tmp_path_factory.mktemp("hostile"))
     volume = lab.volume("vol", SIZE, content=random.Random(1).randbytes(4 * MIB))
     try:
         with volume.served() as served:

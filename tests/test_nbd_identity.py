@@ -20,6 +20,7 @@ from lockstep.nbd.identity import is_user_name
 from lockstep.nbd.server import NbdServer
 from lockstep.service.attach import require_right_to_act_for
 from tests import nbd_client as nbd
+from tests.forks import ForkLab
 from tests.lab import MIB, Lab, Result, Served, Volume, run, wait_until
 from tests.nbd_client import Client, pack_option
 
@@ -36,7 +37,7 @@ def open_lab() -> Iterator[Lab]:
     """A lab whose directory other accounts can enter, which pytest's own do not allow."""
     home = Path(tempfile.mkdtemp(prefix="lockstep-identity-"))
     home.chmod(0o755)
-    yield Lab(home)
+    yield ForkLab(home)
     shutil.rmtree(home)
 
 

@@ -29,6 +29,7 @@ from lockstep.nbd.server import NbdServer
 from lockstep.nbd.tls import TlsTransport
 from lockstep.service import certificates
 from tests import nbd_client as nbd
+from tests.forks import ForkLab
 from tests.lab import MIB, Lab, Served, Volume, run, wait_until
 from tests.nbd_client import Client, TlsSocket, pack_info, pack_option, pack_request
 
@@ -85,7 +86,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    lab = Lab(tmp_path_factory.mktemp("tls"))
+    lab = ForkLab(tmp_path_factory.mktemp("tls"))
     tls = lab.home / "certificates"
     lab.lockstep("tls", "init", tls).ok()
     lab.lockstep("tls", "client", tls, "alice").ok()

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from lockstep.crypto import luks
+from tests.forks import ForkLab
 from tests.lab import MIB, PASSPHRASE, Clients, Lab, OpenMirror, Volume, libnbd, needs, opened, run, wait_until
-from tests.test_service_refusals import ForkLab
 
 SIZE_BYTES = 8 * MIB + 700  # no multiple of anything
 CONTENT = random.Random(4).randbytes(3 * MIB)

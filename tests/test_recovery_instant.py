@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import ForkLab
 from tests.lab import MIB, Lab, Served, needs, opened, run, wait_until
-from tests.test_service_refusals import ForkLab
 
 pytestmark = needs("nbdfuse", "fusermount3", "losetup", "mount", "mkfs.ext4", "e2fsck", "/dev/fuse", root=True)
 

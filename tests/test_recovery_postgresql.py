@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import ForkLab
 from tests.lab import MIB, Lab, needs, opened, run, wait_until
 from tests.test_recovery_instant import destroyed, mounted
-from tests.test_service_refusals import ForkLab
 
 HOMES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 BIN = HOMES[-1] if HOMES else Path("/usr/lib/postgresql/bin")

@@ -18,9 +18,9 @@ from typing import IO, Any
 import pytest
 
 from lockstep.crypto import luks, reencryption
+from tests.forks import ForkLab, become_lockstep
 from tests.keys import NEW, opens
 from tests.lab import MIB, PASSPHRASE, Lab, Volume, forget_volume_keys, needs, run, wait_until
-from tests.test_service_refusals import ForkLab, _become_lockstep
 
 SIZE_BYTES = 20 * MIB  # more than one zone of a journal
 KILLS = int(os.environ.get("REKEY_KILLS", "4"))
@@ -55,7 +55,7 @@ class Rekey:
                 os.setsid()
                 os.environ.update(environment or {})
                 command = ["key", "rekey", volume.name, "--key-file", lab.key, *options]
-                _become_lockstep(["--state-dir", str(lab.state), *map(str, command)], streams)
+                become_lockstep(["--state-dir", str(lab.state), *map(str, command)], streams)
         self.status: int | None = None
 
     def at_work(self) -> bool:

@@ -33,10 +33,11 @@ from lockstep.errors import (
     WrongPassphrase,
 )
 from lockstep.nbd.identity import account
+from tests.forks import ForkLab
 from tests.lab import MIB, PATIENCE_S, Lab, Result, Served, Storage, Volume, libnbd, needs, run, wait_until
 from tests.test_mirror_faults import Plugged
 from tests.test_mirror_set import add, in_sync
-from tests.test_service_refusals import ForkLab, assert_error, everything_below
+from tests.test_service_refusals import assert_error, everything_below
 
 SIZE_BYTES = 16 * MIB + 1536
 HEADER_BYTES = 16 * MIB

@@ -33,8 +33,9 @@ from lockstep.errors import (
     PassphraseMissing,
     WrongPassphrase,
 )
+from tests.forks import ForkLab
 from tests.lab import MIB, Result, run, wait_until
-from tests.test_service_refusals import ForkLab, assert_error, everything_below, holder, mounted, overwrite, read_only
+from tests.test_service_refusals import assert_error, everything_below, holder, mounted, overwrite, read_only
 
 needs_devices = pytest.mark.skipif(
     os.geteuid() != 0 or not os.path.exists("/dev/loop-control"), reason="needs root and loop devices"

@@ -26,9 +26,10 @@ from lockstep.errors import (
     WrongPassphrase,
 )
 from lockstep.volume.restore import PIECE_BYTES, RUN_BYTES
+from tests.forks import ForkLab
 from tests.lab import MIB, Result, Storage, needs, run
 from tests.test_restore import Elsewhere
-from tests.test_service_refusals import ForkLab, assert_error, everything_below
+from tests.test_service_refusals import assert_error, everything_below
 
 needs_devices = pytest.mark.skipif(
     os.geteuid() != 0 or not os.path.exists("/dev/loop-control"), reason="needs root and loop devices"

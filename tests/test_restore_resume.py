@@ -34,9 +34,10 @@ from lockstep.errors import (
 from lockstep.volume import restore as copying
 from lockstep.volume.restore import PIECE_BYTES, RUN_BYTES
 from lockstep.volume.restore_record import RestoreRecord
+from tests.forks import ForkLab, become_lockstep
 from tests.lab import MIB, Result, run, wait_until
 from tests.test_restore import Elsewhere
-from tests.test_service_refusals import ForkLab, _become_lockstep, assert_error, everything_below, holder, mounted
+from tests.test_service_refusals import assert_error, everything_below, holder, mounted
 
 needs_devices = pytest.mark.skipif(
     os.geteuid() != 0 or not os.path.exists("/dev/loop-control"), reason="needs root and loop devices"
@@ -84,7 +85,7 @@ class There(Elsewhere):
                 _watch_calls(see)
                 if in_step:
                     vars(copying)["ThreadPoolExecutor"] = InStep
-                _become_lockstep([*map(str, arguments)], [stream] * 3)
+                become_lockstep([*map(str, arguments)], [stream] * 3)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             stream.seek(0)
             assert code in (0, -signal.SIGKILL), stream.read()
@@ -265,7 +266,7 @@ def test_the_record_says_only_what_is_durable(there: There, tmp_path: Path) -> N
             calls.write(json.dumps(entry) + "\n")
 
         _watch_calls(see)
-        _become_lockstep([*map(str, arguments)], [calls] * 3)  # type: ignore[list-item]
+        become_lockstep([*map(str, arguments)], [calls] * 3)  # type: ignore[list-item]
     assert os.waitpid(pid, 0)[1] == 0, log.read_text()
     made: list[tuple[str, int]] = [json.loads(line) for line in log.read_text().splitlines() if line[0] == "["]
     names = [str(name) for name, _ in made]

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import ForkLab
 from tests.lab import MIB, Lab, run, wait_until
-from tests.test_service_refusals import ForkLab
 
 PASSPHRASE = b"Recognisable-Passphrase-7c1f"
 WRONG = b"Recognisable-Wrong-Passphrase-55aa"

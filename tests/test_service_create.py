@@ -43,8 +43,9 @@ from lockstep.errors import (
     VolumeExists,
     VolumeNameInvalid,
 )
+from tests.forks import ForkLab
 from tests.lab import MIB, PASSPHRASE, Result, run
-from tests.test_service_refusals import ForkLab, assert_error, everything_below, holder, mounted, used_by_qemu
+from tests.test_service_refusals import assert_error, everything_below, holder, mounted, used_by_qemu
 
 SIZE_BYTES = 2 * MIB
 HEADER_BYTES = 16 * MIB

@@ -33,8 +33,9 @@ from lockstep.errors import (
     VolumeUnknown,
 )
 from lockstep.service.control_client import ANSWER_TIMEOUT_S, ask_status
+from tests.forks import ForkLab
 from tests.lab import MIB, Lab, Result, Served, Volume, loop_devices, run, wait_until
-from tests.test_service_refusals import ForkLab, assert_error, everything_below, mounted
+from tests.test_service_refusals import assert_error, everything_below, mounted
 
 needs_attach = pytest.mark.skipif(
     os.geteuid() != 0

@@ -9,28 +9,20 @@ import contextlib
 import hashlib
 import importlib
 import json
-import logging
 import os
 import shutil
-import signal
 import socket
 import sqlite3
 import stat
 import subprocess
-import sys
-import tempfile
-import traceback
 import uuid
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NoReturn
 
 import pytest
 from alembic import command, config, script
 
 from lockstep.cli import restoring, serving, status, volumes
-from lockstep.cli.main import main
 from lockstep.errors import (
     AddressInvalid,
     AddressUnusable,
@@ -63,6 +55,7 @@ from lockstep.errors import (
     WrongPassphrase,
 )
 from lockstep.service.serve import parse_tcp
+from tests.forks import ForkLab
 from tests.lab import MIB, PASSPHRASE, Lab, Result, Volume, run, wait_until
 
 SIZE_BYTES = 4 * MIB
@@ -80,76 +73,6 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
 
 # --- the stage --------------------------------------------------------------------------------------------
-
-
-class ForkLab(Lab):
-    """A lab whose commands are forks of this process, which has imported everything: 20 ms each instead of 800.
-
-    It is the real `main` in a process of its own, with its own standard streams. The servers are started afresh.
-    """
-
-    def lockstep(
-        self, *arguments: object, stdin: bytes | None = None, environment: dict[str, str] | None = None
-    ) -> Result:
-        """Like `Lab.lockstep`."""
-        with contextlib.ExitStack() as files:
-            streams: list[IO[bytes]] = [files.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
-            streams[0].write(stdin or b"")
-            streams[0].seek(0)
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", DeprecationWarning
-                )  # of threads: pytest-xdist has one, which only reads
-                pid = os.fork()
-            if not pid:
-                os.environ.update(environment or {})
-                _become_lockstep(["--state-dir", str(self.state), *map(str, arguments)], streams)
-            code = _wait_for(pid)
-            for stream in streams:
-                stream.seek(0)
-            said = (stream.read() for stream in streams[1:])
-            return Result(subprocess.CompletedProcess(["lockstep"], code, *said))
-
-
-def _become_lockstep(arguments: list[str], streams: list[IO[bytes]]) -> NoReturn:
-    code = 99
-    try:
-        for number, stream in enumerate(streams):
-            os.dup2(stream.fileno(), number)
-        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode) for number, mode in enumerate("rww"))
-        sys.argv = ["lockstep", *arguments]
-        logging.root.handlers.clear()
-        warnings.simplefilter("always")  # told, and found by `assert_error`; as exceptions they can hang a closing loop
-        main()
-        code = 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
-    except BaseException:  # noqa: BLE001 - what the interpreter does at its end
-        traceback.print_exc()
-        code = 1
-    finally:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-
-
-def _wait_for(pid: int) -> int:
-    ended: list[int] = []
-
-    def has_ended() -> bool:
-        found, how = os.waitpid(pid, os.WNOHANG)
-        if found:
-            ended.append(os.waitstatus_to_exitcode(how))
-        return bool(found)
-
-    try:
-        wait_until(has_ended, "a command to end")
-    finally:
-        if not ended:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-    return ended[0]
 
 
 class Scene:

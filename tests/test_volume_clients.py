@@ -13,7 +13,8 @@ from typing import Final
 
 import pytest
 
-from tests.lab import MIB, Lab, Served, Volume, needs, run
+from tests.forks import ForkLab
+from tests.lab import MIB, Served, Volume, needs, run
 
 SIZE_BYTES: Final = 16 * MIB + 512
 
@@ -33,7 +34,7 @@ class Stage:
 
 @pytest.fixture(scope="module", params=[512, 4096])
 def shared_stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    lab = Lab(tmp_path_factory.mktemp("clients"))
+    lab = ForkLab(tmp_path_factory.mktemp("clients"))
     volume = lab.volume("vol", SIZE_BYTES, "--sector-size", request.param)
     with volume.served() as served:
         yield Stage(volume, served, lab.home)

@@ -14,6 +14,7 @@ from typing import Final
 
 import pytest
 
+from tests.forks import ForkLab
 from tests.lab import MIB, Clients, Lab, Served, Storage, Volume, needs, run, wait_until
 
 pytestmark = needs("nbdkit", "nbdfuse", "fusermount3", "/dev/fuse", root=True)
@@ -36,7 +37,7 @@ class Stage:
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    lab = Lab(tmp_path_factory.mktemp("durability"))
+    lab = ForkLab(tmp_path_factory.mktemp("durability"))
     with contextlib.ExitStack() as stack:
         target = Storage(lab.home / "target", SIZE_BYTES)
         stack.callback(target.close)

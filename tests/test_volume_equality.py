@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.forks import ForkLab
 from tests.lab import MIB, Clients, Lab, Volume
 
 CONNECTIONS: Final = 4
@@ -54,7 +55,7 @@ class Stage:
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     shape: Shape = request.param
-    lab = Lab(tmp_path_factory.mktemp("equality"))
+    lab = ForkLab(tmp_path_factory.mktemp("equality"))
     volume = lab.volume("vol", shape.size_bytes, "--sector-size", shape.sector_bytes, header=shape.header)
     with volume.served() as served:
         clients = Clients(served.uri, CONNECTIONS)
