@@ -19,7 +19,7 @@ from benchmarks.peers import LUKS_HEADER_BYTES, Lockstep
 from benchmarks.processes import POLL_S, BenchmarkError
 from benchmarks.results import Cell, Results
 from benchmarks.stage import in_turn, make_random, note, require_space, scratch_directory
-from lockstep.buffers import aligned
+from lockstep.buffers import page_aligned
 from lockstep.crypto.cipher import XtsCipher
 
 PIECE_BYTES = 1 << 20
@@ -116,7 +116,7 @@ def _verify(lockstep: Lockstep) -> None:
 
 
 def _read(path: Path) -> None:
-    piece = aligned(PIECE_BYTES)
+    piece = page_aligned(PIECE_BYTES)
     with path.open("rb", buffering=0) as file:
         while file.readinto(piece):
             pass
@@ -124,7 +124,7 @@ def _read(path: Path) -> None:
 
 def _encrypt(size_bytes: int, sector_bytes: int) -> None:
     cipher = XtsCipher(os.urandom(64), sector_bytes)
-    plain, secret = aligned(PIECE_BYTES), aligned(PIECE_BYTES)
+    plain, secret = page_aligned(PIECE_BYTES), page_aligned(PIECE_BYTES)
     for offset in range(0, size_bytes, PIECE_BYTES):
         cipher.encrypt_into(offset // 512, plain, secret)
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lockstep.buffers import aligned
+from lockstep.buffers import page_aligned
 from lockstep.crypto.cipher import XtsCipher
 
 CHUNK_BYTES = 1 << 20
@@ -102,14 +102,14 @@ def _forget(path: Path) -> None:
 
 def _read(path: Path) -> None:
     _forget(path)
-    buffer = aligned(CHUNK_BYTES)
+    buffer = page_aligned(CHUNK_BYTES)
     with path.open("rb", buffering=0) as file:
         while file.readinto(buffer):
             pass
 
 
 def _decrypt(size_bytes: int, sector_bytes: int) -> None:
-    cipher, buffer = XtsCipher(os.urandom(64), sector_bytes), aligned(CHUNK_BYTES)
+    cipher, buffer = XtsCipher(os.urandom(64), sector_bytes), page_aligned(CHUNK_BYTES)
     for number in range(size_bytes // CHUNK_BYTES):
         cipher.decrypt_into(number * CHUNK_BYTES // 512, buffer, buffer)
 

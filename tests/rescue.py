@@ -18,12 +18,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.lab import MIB, Lab, Volume, run
+from lockstep.crypto import reencryption
+from tests.lab import MIB, Lab, Volume, run, wait_until
+from tests.test_rekey import Rekey
 
 PAGE: Final = Path(__file__).parent.parent / "docs" / "rescue.md"
 SIZE_BYTES: Final = 32 * MIB
@@ -54,14 +57,18 @@ class Case:
     detached: bool
     sector_bytes: int
     partitioned: bool
+    half_rekeyed: bool = False
 
     @property
     def name(self) -> str:
         header, disk = ("inline", "detached")[self.detached], ("plain", "partitioned")[self.partitioned]
-        return f"{header}-{self.sector_bytes}-{disk}"
+        return f"{header}-{self.sector_bytes}-{disk}{'-half-rekeyed' * self.half_rekeyed}"
 
 
-CASES: Final = [Case(*each) for each in itertools.product((False, True), (512, 4096), (False, True))]
+CASES: Final = [
+    *(Case(*each) for each in itertools.product((False, True), (512, 4096), (False, True))),
+    *(Case(detached, 512, partitioned=False, half_rekeyed=True) for detached in (False, True)),
+]
 
 
 def blocks(section: str) -> list[str]:
@@ -114,9 +121,28 @@ def make(lab: Lab, case: Case) -> tuple[Volume, str, str]:
                 (point / "marker").write_bytes(content)
         finally:
             lab.lockstep("detach", case.name).ok()
+    if case.half_rekeyed:
+        _rekey_half(volume)
     with volume.target.open("rb") as target:
         digest = hashlib.file_digest(target, "sha256").hexdigest()
     return volume, digest, hashlib.sha256(content).hexdigest()
+
+
+def _rekey_half(volume: Volume) -> None:
+    """Interrupt a re-keying when some of the data has the new volume key, and some has not."""
+    header = str(volume.header or volume.mirror)
+
+    def half_done() -> bool:
+        if not reencryption.under_way(header):
+            return False
+        found = reencryption.read(header)
+        return bool(found.renewed) and not found.is_over(SIZE_BYTES)
+
+    while not half_done():
+        rekey = Rekey(volume, environment=volume.lab.quick_format())
+        wait_until(rekey.at_work, "cryptsetup to work")
+        time.sleep(random.random() / 5)
+        rekey.interrupt()
 
 
 @contextlib.contextmanager

@@ -107,6 +107,7 @@ def test_a_systemd_credential(lab: Lab) -> None:
     lab.environment = {"CREDENTIALS_DIRECTORY": str(directory)}
     with volume.served(unlocked_by=["--credential", "vol"]):
         pass
+    lab.environment = {}
     restore = ("restore", volume.mirror, lab.home / "output", "--credential")
     given = {"CREDENTIALS_DIRECTORY": str(directory)}
     lab.lockstep(*restore, "none", environment=given).failed(

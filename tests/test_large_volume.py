@@ -14,7 +14,7 @@ from tests.lab import MIB, Lab, Volume, run, wait_until
 
 SIZE_BYTES: Final = 1 << 40
 REGION_BYTES: Final = MIB  # of a terabyte
-DIRTY_REGIONS: Final = 256
+DIRTY_REGIONS: Final = 1024
 MOST_RESIDENT_BYTES: Final = 120 * MIB
 
 

@@ -149,6 +149,12 @@ def test_runs_are_read_alike(extents: list[tuple[int, int]]) -> None:
         assert results[1][1][len(extents) - 1 :][:length] == content[offset : offset + length]
 
 
+@given(one=st.binary(max_size=40), other=st.binary(max_size=40))
+def test_buffers_are_compared_alike(one: bytes, other: bytes) -> None:
+    for left, right in ((one, other), (one, bytearray(one)), (memoryview(other), other)):
+        assert runs._same(left, right) == native_runs.same(left, right) == (bytes(left) == bytes(right))
+
+
 @pytest.mark.parametrize("loops", [runs._covered, native_runs.covered], ids=["python", "native"])
 def test_a_write_outside_of_the_disk_is_refused(loops: Any) -> None:
     with pytest.raises(ValueError, match="outside"):

@@ -82,6 +82,12 @@ class Rekey:
         assert self.status in (0, -signal.SIGKILL), self.said[1].read_text()
         return self.status != 0
 
+    def interrupt(self) -> None:
+        """Ctrl-C, and the end of it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGINT)
+        self._ended(0)
+
     def ok(self) -> str:
         """Its output; it must have succeeded."""
         self._ended(0)

@@ -3,7 +3,7 @@
 import mmap
 
 
-def aligned(size_bytes: int) -> memoryview:
+def page_aligned(size_bytes: int) -> memoryview:
     """Return zeroed memory that begins with a page.
 
     Disks are cached in whole pages. To copy one to an address that lies 1 to 31 bytes further within its page takes

@@ -978,7 +978,7 @@ class MirrorBorrowed(LuksError):
     """Data: path."""
 
     happened = "{path} is being re-keyed, or drilled, at this moment."
-    cause = "`lockstep key rekey` or `lockstep drill` has it, or what they started goes on for a second after a kill."
+    cause = "A `lockstep key rekey` or `lockstep drill` has it, or what it started goes on for a second after a kill."
     next_step = "Wait for it; a served volume takes the mirror back by itself."
 
 

@@ -1,11 +1,12 @@
 # cython: language_level=3
 """Inner loops over runs of small writes; `runs.py` has the same in Python, says what they do, and is tested against them.
 
-The GIL is given up round the system calls of a whole run, once: a disk may take its time.
+The GIL is given up round the system calls of a whole run, once: a disk may take its time. So it is round a comparison.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint64_t
+from libc.string cimport memcmp
 
 from lockstep.run cimport Write
 
@@ -70,61 +71,69 @@ def covered(run, Py_ssize_t count, bytearray marks, bytearray touched, int regio
         PyBuffer_Release(&writes)
 
 
+ctypedef ssize_t (*Call)(int, const iovec *, int, int64_t, int) noexcept nogil
+
+
+cdef Py_ssize_t _carry(Call call, int fd, int flags, Py_buffer *data, run, Py_ssize_t count) except -1:
+    """Have `call` move each part of the data; how many it moved whole, from the front."""
+    cdef Py_buffer requests
+    cdef Py_ssize_t at = 0
+    cdef ssize_t moved
+    cdef Write *request
+    cdef iovec part
+    PyObject_GetBuffer(run, &requests, PyBUF_SIMPLE)
+    try:
+        count = _checked(&requests, count)
+        request = <Write *> requests.buf
+        with nogil:
+            while at < count:
+                if request[at].position + request[at].length > <uint64_t> data.len:
+                    break
+                part.iov_base = <char *> data.buf + request[at].position
+                part.iov_len = request[at].length
+                moved = call(fd, &part, 1, request[at].offset, flags)
+                if moved < 0 or <uint64_t> moved != request[at].length:
+                    break
+                at += 1
+        return at
+    finally:
+        PyBuffer_Release(&requests)
+
+
 def write_run(int fd, int flags, data, run, Py_ssize_t count):
     """See `runs.py`."""
-    cdef Py_buffer source, writes
-    cdef Py_ssize_t at = 0
-    cdef ssize_t written
-    cdef Write *write
-    cdef iovec part
+    cdef Py_buffer source
     PyObject_GetBuffer(data, &source, PyBUF_SIMPLE)
     try:
-        PyObject_GetBuffer(run, &writes, PyBUF_SIMPLE)
-        try:
-            count = _checked(&writes, count)
-            write = <Write *> writes.buf
-            with nogil:
-                while at < count:
-                    if write[at].position + write[at].length > <uint64_t> source.len:
-                        break
-                    part.iov_base = <char *> source.buf + write[at].position
-                    part.iov_len = write[at].length
-                    written = pwritev2(fd, &part, 1, write[at].offset, flags)
-                    if written < 0 or <uint64_t> written != write[at].length:
-                        break
-                    at += 1
-            return at
-        finally:
-            PyBuffer_Release(&writes)
+        return _carry(<Call> pwritev2, fd, flags, &source, run, count)
     finally:
         PyBuffer_Release(&source)
 
 
 def read_run(int fd, int flags, into, run, Py_ssize_t count):
     """See `runs.py`."""
-    cdef Py_buffer target, reads
-    cdef Py_ssize_t at = 0
-    cdef ssize_t got
-    cdef Write *read
-    cdef iovec part
+    cdef Py_buffer target
     PyObject_GetBuffer(into, &target, PyBUF_WRITABLE)
     try:
-        PyObject_GetBuffer(run, &reads, PyBUF_SIMPLE)
-        try:
-            count = _checked(&reads, count)
-            read = <Write *> reads.buf
-            with nogil:
-                while at < count:
-                    if read[at].position + read[at].length > <uint64_t> target.len:
-                        break
-                    part.iov_base = <char *> target.buf + read[at].position
-                    part.iov_len = read[at].length
-                    got = preadv2(fd, &part, 1, read[at].offset, flags)
-                    if got < 0 or <uint64_t> got != read[at].length:
-                        break
-                    at += 1
-            return at
-        finally:
-            PyBuffer_Release(&reads)
+        return _carry(<Call> preadv2, fd, flags, &target, run, count)
     finally:
         PyBuffer_Release(&target)
+
+
+def same(one, other):
+    """See `runs.py`."""
+    cdef Py_buffer ours, theirs
+    cdef bint equal
+    PyObject_GetBuffer(one, &ours, PyBUF_SIMPLE)
+    try:
+        PyObject_GetBuffer(other, &theirs, PyBUF_SIMPLE)
+        try:
+            if ours.len != theirs.len:
+                return False
+            with nogil:
+                equal = memcmp(ours.buf, theirs.buf, ours.len) == 0
+            return equal
+        finally:
+            PyBuffer_Release(&theirs)
+    finally:
+        PyBuffer_Release(&ours)

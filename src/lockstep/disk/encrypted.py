@@ -95,6 +95,11 @@ class EncryptedDisk:
         read_all(self._fd, into, self._data_offset + offset)
         self._decrypt_into(self._first_iv + (offset >> 9), into, into)
 
+    def read_medium(self, offset: int, into: memoryview) -> None:
+        """Like `read`, from the medium, as far as it was flushed."""
+        self.forget_cache(offset, len(into))
+        self.read(offset, into)
+
     def read_cached(self, offset: int, into: memoryview) -> bool:
         """Like `read`, or return False where that would wait for the medium, or needs more than whole sectors."""
         if self._nowait is None or (offset | len(into)) % self.sector_bytes:

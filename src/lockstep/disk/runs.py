@@ -22,11 +22,6 @@ def run_of(offset: int, length: int) -> "array[int]":
     return array("Q", (offset, length, 0, 0))
 
 
-def same(one: "Buffer", other: "Buffer") -> bool:
-    """Whether two buffers hold the same bytes; memoryviews, asked themselves, compare number by number."""
-    return bytearray(one) == other
-
-
 def _aligned(run: "array[int]", count: int, mask: int, /) -> int:
     """How many writes, from the front, begin and end on a multiple of `mask` + 1 bytes."""
     return next((at for at in range(count) if (run[WORDS * at] | run[WORDS * at + 1]) & mask), count)
@@ -74,6 +69,11 @@ def _read_run(fd: int, flags: int, into: bytearray, run: "array[int]", count: in
     return count
 
 
+def _same(one: "Buffer", other: "Buffer", /) -> bool:
+    """Whether two buffers hold the same bytes; memoryviews, asked themselves, compare number by number."""
+    return bytearray(one) == other
+
+
 try:
     from lockstep.disk import _runs as _native
 except ImportError:
@@ -81,8 +81,10 @@ except ImportError:
     covered = _covered
     write_run = _write_run
     read_run = _read_run
+    same = _same
 else:
     aligned = _native.aligned
     covered = _native.covered
     write_run = _native.write_run
     read_run = _native.read_run
+    same = _native.same

@@ -33,7 +33,7 @@ from array import array
 from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, Final, Protocol, cast
 
-from lockstep.buffers import aligned
+from lockstep.buffers import page_aligned
 from lockstep.nbd import wire
 from lockstep.nbd.frames import (
     cookie_of,
@@ -156,7 +156,7 @@ class Connection(Securable):
         self._tls = tls
         self._negotiation: Negotiation | None = None
         self._agreement = Agreement("", structured=False, allocation=False)
-        self._buffer = aligned(RECEIVE_BYTES)
+        self._buffer = page_aligned(RECEIVE_BYTES)
         self._start = self._end = 0
         self._skip = 0  # bytes of a refused payload that are still to be thrown away
         self._block: memoryview | None = None

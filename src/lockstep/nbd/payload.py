@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from lockstep.buffers import aligned
+from lockstep.buffers import page_aligned
 from lockstep.nbd.wire import MAX_PAYLOAD_BYTES
 
 DEFAULT_LIMIT_BYTES: Final = 8 * MAX_PAYLOAD_BYTES
@@ -55,7 +55,7 @@ class PayloadPool:
         if kept:
             self._kept_bytes -= size
             return kept.pop()
-        return aligned(size)
+        return page_aligned(size)
 
     def give(self, block: memoryview) -> None:
         """Hand back a block that `take` returned; those who wait are told, in the order in which they came."""

@@ -25,7 +25,7 @@ from array import array
 from collections.abc import Iterator
 from typing import Final
 
-from lockstep.buffers import aligned
+from lockstep.buffers import page_aligned
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.runs import WORDS, same
 from lockstep.volume.link import MirrorLink
@@ -242,7 +242,7 @@ class Filling:
         sector = self._source.sector_bytes
         for start in range(offset, offset + length, PIECE_BYTES):
             count = min(PIECE_BYTES, offset + length - start)
-            data = aligned(-(-count // sector) * sector)
+            data = page_aligned(-(-count // sector) * sector)
             if not self._source.as_left:
                 raise OSError(errno.EIO, f"the mirror {self._source.path} is not as it was left")
             if not await self._source.read(start, data):

@@ -263,9 +263,9 @@ class MirrorLink:
         """Make the mirror durable; False, and it is dropped, when that fails."""
         return await self._asks("flushing", lambda disk: disk.flush)
 
-    async def forget_cache(self, offset: int, length: int) -> None:
-        """Have the next read of this range come from the medium, as far as it is there already."""
-        await self._asks("reading", lambda disk: disk.forget_cache, offset, length)
+    async def read_medium(self, offset: int, into: memoryview) -> bool:
+        """Like `read`, from the medium, as far as it was flushed."""
+        return await self._asks("reading", lambda disk: disk.read_medium, offset, into)
 
     async def _asks(self, doing: str, what: Callable[[EncryptedDisk], Callable[..., None]], *args: Any) -> bool:
         if self.error is not None or self._workers is None or self._disk is None:

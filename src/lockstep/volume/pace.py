@@ -3,6 +3,8 @@
 While clients are at work, each piece is followed by a rest that is longer each time, up to GIVE_WAY times as long as
 the piece took: so clients have the disks nearly to themselves. But never so long that less than FLOOR_BYTES_S gets
 done: so whatever has begun ends.
+
+While they rest, and as long as the disks are quick, pieces grow, since each has to be handed to a thread and back.
 """
 
 import asyncio
@@ -11,6 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+PIECE_BYTES: Final = 1 << 20
+LARGEST_PIECE_BYTES: Final = 4 << 20
+QUICK_S: Final = 0.01
 FLOOR_BYTES_S: Final = 8 << 20
 GIVE_WAY: Final = 8.0
 
@@ -25,6 +30,7 @@ class Pace:
         self._seen = requests()
         self._since_s = time.monotonic()
         self._factor = 0.0
+        self.piece_bytes = PIECE_BYTES  # how large the next piece may be
 
     def begin(self) -> None:
         """A piece begins."""
@@ -33,11 +39,13 @@ class Pace:
 
     async def rest(self, count: int) -> None:
         """A piece of `count` bytes has ended: let clients have the disks, if they want them."""
-        if self._requests() == self._seen:
+        took_s = time.monotonic() - self._since_s
+        idle = self._requests() == self._seen
+        self.piece_bytes = min(2 * self.piece_bytes, LARGEST_PIECE_BYTES) if idle and took_s < QUICK_S else PIECE_BYTES
+        if idle:
             self._factor = 0.0
             return
         self._factor = min(GIVE_WAY, self._factor * 2 or 1.0)
-        took_s = time.monotonic() - self._since_s
         rest_s = min(took_s * self._factor, count / FLOOR_BYTES_S - took_s)
         if rest_s > 0:
             with contextlib.suppress(TimeoutError):

@@ -25,7 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
-from lockstep.buffers import aligned
+from lockstep.buffers import page_aligned
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.runs import same
 
@@ -164,7 +164,7 @@ def differences(
 
     def compare(piece: Extent, buffer: memoryview) -> list[Extent]:
         expected = _decrypted(mirror, piece, buffer)
-        found = aligned(piece.length)
+        found = page_aligned(piece.length)
         output.read(piece.offset - extent.offset, found)
         return [] if same(found, expected) else _differing(piece.offset, expected, found)
 
@@ -206,7 +206,7 @@ def _spread(
     stopped = threading.Event()
 
     def run() -> None:
-        buffer = aligned(_BUFFER_BYTES)
+        buffer = page_aligned(_BUFFER_BYTES)
         try:
             while not stopped.is_set():
                 with taking:
@@ -256,7 +256,7 @@ def _ahead(
 
     A result may use its buffer until the next one is asked for.
     """
-    buffers = deque(aligned(_BUFFER_BYTES) for _ in range(THREADS + 1))
+    buffers = deque(page_aligned(_BUFFER_BYTES) for _ in range(THREADS + 1))
     under_way: deque[tuple[Extent, memoryview, Future[_Result]]] = deque()
     pool = ThreadPoolExecutor(THREADS, "lockstep-restore")
     try:

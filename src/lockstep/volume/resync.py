@@ -16,23 +16,24 @@ import asyncio
 import contextlib
 import logging
 import time
+from array import array
 from typing import Final
 
-from lockstep.buffers import aligned
-from lockstep.disk.runs import run_of, same
+from lockstep.buffers import page_aligned
+from lockstep.disk.runs import WORDS, run_of, same
 from lockstep.volume.gate import UPDATE, Gate
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW
 from lockstep.volume.link import IN_SYNC, MirrorLink
-from lockstep.volume.pace import Pace
+from lockstep.volume.pace import LARGEST_PIECE_BYTES, Pace
 from lockstep.volume.progress import SyncProgress
 from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
 
 log = logging.getLogger(__name__)
 
-PIECE_BYTES: Final = 1 << 20
 HANDS: Final = 3
 TURN_S: Final = 2.0
+COMPARED_BYTES: Final = 256 << 10
 LOOK_INTERVAL_S: Final = 0.5
 
 
@@ -116,9 +117,9 @@ class Resync:
         """
         regions = self._link.regions
         pace = Pace(lambda: self._path.requests, self._stopping)
-        buffers = aligned(PIECE_BYTES), aligned(PIECE_BYTES)
+        buffers = page_aligned(LARGEST_PIECE_BYTES), page_aligned(LARGEST_PIECE_BYTES)
         while self._may_go_on() and time.monotonic() < until_s and not (number and pace.gives_way):
-            if (found := regions.begin_copy(PIECE_BYTES)) is None:
+            if (found := regions.begin_copy(pace.piece_bytes)) is None:
                 return
             offset, length = found
             equal = False
@@ -130,8 +131,9 @@ class Resync:
 
     async def _copy_stretch(self, offset: int, length: int, buffers: tuple[memoryview, memoryview], pace: Pace) -> bool:
         """Copy it piece by piece; True when all of it was copied."""
-        for start in range(offset, offset + length, PIECE_BYTES):
-            count = min(PIECE_BYTES, offset + length - start)
+        start = offset
+        while start < offset + length:
+            count = min(pace.piece_bytes, offset + length - start)
             pace.begin()
             if not await self._is_there(start, count):
                 return False
@@ -142,6 +144,7 @@ class Resync:
             if not self._may_go_on():
                 return False
             await pace.rest(count)
+            start += count
         return True
 
     async def _is_there(self, offset: int, length: int) -> bool:
@@ -163,10 +166,12 @@ class Resync:
         except OSError as failure:
             link.target_failed(failure, (offset, length))
             return
-        if self.compare and await link.read(offset, theirs) and same(data, theirs):
-            return
         run = run_of(offset, whole)
-        await link.settle(link.begin_update(data, run, 1, durable=False), run, 1)
+        if self.compare and await link.read(offset, theirs):
+            run = _differing(offset, data, theirs)
+        count = len(run) // WORDS
+        if count:
+            await link.settle(link.begin_update(data, run, count, durable=False), run, count)
 
     def _may_go_on(self) -> bool:
         failed = self._link.error is not None or self._link.target_error is not None
@@ -176,3 +181,13 @@ class Resync:
 
     def _permitted(self) -> bool:
         return self._gate.anyone() and self._link.held.frozen_since_s is None
+
+
+def _differing(offset: int, data: memoryview, theirs: memoryview) -> "array[int]":
+    """Return a run of writes of those parts of `data`, which lies at `offset`, that are not on the mirror."""
+    run = array("Q")
+    for at in range(0, len(data), COMPARED_BYTES):
+        part = slice(at, at + COMPARED_BYTES)
+        if not same(data[part], theirs[part]):
+            run.extend((offset + at, len(data[part]), at, 0))
+    return run

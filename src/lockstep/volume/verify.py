@@ -13,14 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from lockstep.buffers import aligned
+from lockstep.buffers import page_aligned
 from lockstep.disk.runs import same
 from lockstep.volume.link import MirrorLink
-from lockstep.volume.pace import Pace
+from lockstep.volume.pace import LARGEST_PIECE_BYTES, Pace
 from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
 
-PIECE_BYTES: Final = 1 << 20
 HANDS: Final = 3
 
 
@@ -83,12 +82,12 @@ class Verify:
     async def _compare(self, number: int, may_go_on: Callable[[], bool]) -> None:
         pace = Pace(lambda: self._path.requests, self._stopping)
         sector = self._link.sector_bytes if self._link.error is None else 1
-        buffers = [aligned(PIECE_BYTES) for _ in range(2)]
+        buffers = [page_aligned(LARGEST_PIECE_BYTES) for _ in range(2)]
         while not (self.over or self._stopping.is_set() or self._link.error) and may_go_on():
             if number and pace.gives_way:
                 return
             start = self._next
-            count = min(PIECE_BYTES, self.found.total_bytes - start)
+            count = min(pace.piece_bytes, self.found.total_bytes - start)
             self._next += count
             pace.begin()
             for offset, length in self._known_equal(start, count):
@@ -115,9 +114,8 @@ class Verify:
         async with self._path.ranges.hold([(offset, offset + length)]):
             if not link.regions.equal(offset, length):  # it was until a moment ago
                 return
-            await link.forget_cache(offset, len(theirs))
             reading = self._in_worker(self._path.target.read, offset, ours)
-            readable, failure = await asyncio.gather(link.read(offset, theirs), reading, return_exceptions=True)
+            readable, failure = await asyncio.gather(link.read_medium(offset, theirs), reading, return_exceptions=True)
             if isinstance(failure, OSError):
                 self.found.differ(offset, length)  # nothing can be said of it, and that is worth an alarm
                 return
