@@ -20,7 +20,7 @@ import re
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote
@@ -43,6 +43,7 @@ from lockstep.volume.link import ASIDE, FROZEN, WHOLE
 from lockstep.volume.overlay import Base, Overlay, OverlayFile, read_any
 from lockstep.volume.ranges import Ranges
 from lockstep.volume.rounds import Rounds
+from lockstep.volume.workers import Workers
 
 WORKERS: Final = 16
 
@@ -154,13 +155,13 @@ def _close_overlay(overlay: Overlay, path: str) -> None:
 class OpenedExport:
     """Joins an opened mirror to the NBD server. Requests to an overlay take turns where they overlap."""
 
-    def __init__(self, view: Opened, workers: Executor) -> None:
+    def __init__(self, view: Opened, workers: Workers) -> None:
         flags = _READ_ONLY if view.overlay is None else _WRITABLE
         self.info = ExportInfo(view.name, view.size_bytes, flags, f"Lockstep mirror of {view.name}")
         self._disk = view.disk
         self._overlay = view.overlay
         self._ranges = Ranges()
-        self._workers = workers
+        self._in_worker = workers.run
         self._flushes = Rounds(self._flush)
 
     def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
@@ -263,9 +264,6 @@ class OpenedExport:
         assert self._overlay is not None
         await self._in_worker(self._overlay.flush)
 
-    async def _in_worker(self, work: Callable[..., None], *args: object) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._workers, work, *args)
-
 
 # --- serving it ---------------------------------------------------------------------------------------------
 
@@ -291,7 +289,7 @@ def exported(view: Opened, socket: str) -> Iterator[str]:
 
 async def _serve(view: Opened, socket: str, ready: Future[Callable[[], object]]) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    with ThreadPoolExecutor(WORKERS, "lockstep-worker") as workers:
+    with contextlib.closing(Workers("lockstep-worker", WORKERS)) as workers:
         server = NbdServer(OpenedExport(view, workers))
         try:
             await server.listen_unix(socket)
