@@ -26,23 +26,30 @@ BODY_BYTES: Final = PAGE_BYTES - CRC.size
 PAGE_BITS: Final = BODY_BYTES * 8
 
 # A state as a digit, and back: the interpreter turns long binary numbers into digits quickly, a million in a moment.
+# Mostly there is not a single one among them, and to find that out takes no time at all.
 _AS_DIGITS: Final = bytes.maketrans(b"\0\1", b"01")
 _AS_STATES: Final = bytes.maketrans(b"01", b"\0\1")
 
 
 def spread(bits: bytes | bytearray) -> bytes:
     """Return a byte, 0 or 1, for each bit, the lowest bit of the first byte first."""
-    digits = f"{int.from_bytes(bits, 'little'):0{8 * len(bits)}b}"[::-1] if bits else ""
+    if not bits.strip(b"\0"):
+        return bytes(8 * len(bits))
+    digits = f"{int.from_bytes(bits, 'little'):0{8 * len(bits)}b}"[::-1]
     return digits.encode().translate(_AS_STATES)
 
 
 def gather(states: bytes | bytearray) -> bytes:
     """Return the inverse of `spread`; the number of `states` is a multiple of eight."""
-    return int(states[::-1].translate(_AS_DIGITS) or b"0", 2).to_bytes(len(states) // 8, "little")
+    if 1 not in states:
+        return bytes(len(states) // 8)
+    return int(states[::-1].translate(_AS_DIGITS), 2).to_bytes(len(states) // 8, "little")
 
 
 def union(one: bytes | bytearray, other: bytes | bytearray) -> bytes:
     """Return the states that are 1 in either of two of the same length."""
+    if 1 not in other:
+        return bytes(one)
     return (int.from_bytes(one, "little") | int.from_bytes(other, "little")).to_bytes(len(one), "little")
 
 
