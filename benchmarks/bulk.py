@@ -1,7 +1,8 @@
 """The rates of Lockstep's copies of a whole disk, beside those of the steps that a copy cannot do without.
 
 The steps are a sequential read, encryption, and a sequential write, in pieces of 1 MiB, each alone and in one thread;
-the rate of the slowest is the measure. All of it happens in one round, one after the other.
+the rate of the slowest is the measure. A restore makes a new file, so that is what it is measured by. All of it happens
+in one round, one after the other.
 """
 
 import argparse
@@ -50,15 +51,15 @@ def _measure(results: Results, lockstep: Lockstep, number: int) -> None:
     floors = {
         "read_bytes_s": _rate(lockstep.size_bytes, _read, lockstep.target),
         "xts_bytes_s": _rate(lockstep.size_bytes, _encrypt, lockstep.size_bytes, lockstep.sector_bytes),
-        "write_bytes_s": _rate(lockstep.size_bytes, _writer(lockstep.home / "written", lockstep.size_bytes)),
+        "write_bytes_s": _rate(lockstep.size_bytes, _writer(lockstep.home / "written", lockstep.size_bytes, made=True)),
     }
-    slowest = min(floors.values())
+    anew = {"write_bytes_s": _rate(lockstep.size_bytes, _writer(lockstep.home / "written", lockstep.size_bytes))}
 
-    def rate(row: str, bytes_s: float | None) -> None:
+    def rate(row: str, bytes_s: float | None, steps: dict[str, float] = floors) -> None:
         if bytes_s is None:
             results.notes.append(f"{row} was over before it could be measured: choose a larger --bulk-size")
             return
-        figures = {"bytes_s": bytes_s, "share": bytes_s / slowest, **floors}
+        figures = {"bytes_s": bytes_s, "share": bytes_s / min(steps.values()), **steps}
         note(results, Cell(row, lockstep.name, number, "bytes_s", figures))
 
     lockstep.start()
@@ -70,7 +71,7 @@ def _measure(results: Results, lockstep: Lockstep, number: int) -> None:
     start_up_s = min(_seconds(lockstep.lockstep, "list") for _ in range(3))
     rate("verify", lockstep.size_bytes / (_seconds(_verify, lockstep) - start_up_s))
     lockstep.stop()
-    rate("restore", _restored(lockstep))
+    rate("restore", _restored(lockstep), floors | anew)
 
 
 def _copied(lockstep: Lockstep) -> float | None:
@@ -129,10 +130,11 @@ def _encrypt(size_bytes: int, sector_bytes: int) -> None:
         cipher.encrypt_into(offset // 512, plain, secret)
 
 
-def _writer(path: Path, size_bytes: int) -> Callable[[], None]:
-    """A function that writes a file whose space is there already, as the mirror's is, and flushes it."""
+def _writer(path: Path, size_bytes: int, *, made: bool = False) -> Callable[[], None]:
+    """A function that writes a new file, or one whose space is there already, as the mirror's is; and flushes it."""
     with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size_bytes)
+        if made:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
 
     def write() -> None:
         piece = os.urandom(PIECE_BYTES)
