@@ -113,8 +113,11 @@ class InStep(ThreadPoolExecutor):
         return future
 
 
-def _watch_calls(see: Callable[..., Any]) -> None:
-    """Have every call of os that changes something seen before it is made: (number, name, arguments)."""
+def _watch_calls(see: Callable[..., Any], wrote: Callable[[int, int], object] | None = None) -> None:
+    """Have every call of os that changes something seen before it is made: (number, name, arguments).
+
+    `wrote` is given offset and length of what was written, afterwards.
+    """
     copying.CHECKPOINT_S = 0.0  # type: ignore[misc]
     count = 0
 
@@ -123,7 +126,10 @@ def _watch_calls(see: Callable[..., Any]) -> None:
             nonlocal count
             count += 1
             see(count, name, arguments)
-            return call(*arguments, **named)
+            result = call(*arguments, **named)
+            if name == "pwrite" and wrote is not None:
+                wrote(arguments[2], len(arguments[1]))
+            return result
 
         return seen
 
@@ -258,27 +264,26 @@ def test_the_record_says_only_what_is_durable(there: There, tmp_path: Path) -> N
         calls = log.open("a", buffering=1)
 
         def see(_number: int, name: str, details: tuple[Any, ...]) -> None:
-            entry: list[Any] = [name, 0]
-            if name == "pwrite":
-                entry[1] = details[2] + len(details[1])
-            elif name == "replace":
-                entry[1] = json.loads(Path(details[0]).read_text())["done_bytes"]
-            calls.write(json.dumps(entry) + "\n")
+            value = json.loads(Path(details[0]).read_text())["done_bytes"] if name == "replace" else 0
+            calls.write(json.dumps([name, value, 0]) + "\n")
 
-        _watch_calls(see)
+        _watch_calls(see, lambda offset, length: calls.write(json.dumps(["wrote", offset, length]) + "\n"))
         become_lockstep([*map(str, arguments)], [calls] * 3)  # type: ignore[list-item]
     assert os.waitpid(pid, 0)[1] == 0, log.read_text()
-    made: list[tuple[str, int]] = [json.loads(line) for line in log.read_text().splitlines() if line[0] == "["]
-    names = [str(name) for name, _ in made]
+    made: list[tuple[str, int, int]] = [json.loads(line) for line in log.read_text().splitlines() if line[0] == "["]
+    names = [str(name) for name, _, _ in made]
     assert names.index("replace") < names.index("ftruncate") < names.index("pwrite")
-    written = durable = recorded = 0
-    for name, value in made:
-        if name == "pwrite":
-            written = value
+    written: dict[int, int] = {}  # where a write began -> where it ended; threads write at once
+    durable = recorded = 0
+    for name, value, length in made:
+        if name == "wrote":
+            written[value] = value + length
         elif name == "fdatasync":  # its begin: what was written before is durable at its end, before the replace
-            durable = max(durable, written)
+            durable = max(durable, _next_data(durable))
+            while durable in written:
+                durable = _next_data(written[durable])
         elif name == "replace":
-            assert value <= max(durable, _next_data(durable))
+            assert value <= durable
             recorded = value
     assert recorded == SIZE_BYTES
     assert names.count("replace") >= 3

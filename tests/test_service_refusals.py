@@ -7,7 +7,6 @@ registry, region records, sockets) is the same before and after, bytes, modes an
 
 import contextlib
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -60,10 +59,7 @@ from tests.lab import MIB, PASSPHRASE, Lab, Result, Volume, run, wait_until
 
 SIZE_BYTES = 4 * MIB
 # The program imports them when they are needed; alembic, when a registry is made; the last one, to read an argument.
-READY_IN_MEMORY = (
-    *(restoring, serving, status, volumes, command, config, script),
-    importlib.import_module("typer._adapters"),
-)
+READY_IN_MEMORY = (*(restoring, serving, status, volumes, command, config, script),)
 MISSING = "No such file or directory"
 
 needs_devices = pytest.mark.skipif(

@@ -244,12 +244,17 @@ class MirrorSession:
             raise MirrorIncomplete(path=self.mirror.path, state=self.link.state)
         self._rekeyed = self._rekeyed or purpose == REKEY
         left_as = await path.part_from(self.link, _ASIDE[purpose].format(volume=self._volume.name))
+        busy = DiskBusy(path=self.mirror.path, users="in use by its server, which waits for it")
         deadline_s = time.monotonic() + self._patience_s
         while not (self.link.at_rest and self._scribe.at_rest and self._opener.at_rest):
             if time.monotonic() > deadline_s:
-                raise DiskBusy(path=self.mirror.path, users="in use by its server, which waits for it")
+                raise busy
             await asyncio.sleep(REST_INTERVAL_S)
-        await self._scribe.run(self._write_state, left_as)
+        try:
+            if self._token_id is not None:
+                await self._scribe.run(self._write_state, left_as)
+        except TimeoutError:
+            raise busy from None
         disk = self.link.let_go()
         if disk is not None:
             disk.close()

@@ -169,7 +169,7 @@ def differences(
         return [] if same(found, expected) else _differing(piece.offset, expected, found)
 
     done = 0
-    with contextlib.closing(_ahead(compare, _pieces(extent) if pieces is None else pieces)) as compared:
+    with contextlib.closing(_spread(compare, _pieces(extent) if pieces is None else pieces)) as compared:
         for piece, found in compared:
             yield from found
             done += piece.length
