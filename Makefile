@@ -7,8 +7,7 @@ BIN := $(VENV)/bin
 # Debian packages: what Lockstep runs on, what builds its kernel, and what the tests and benchmarks compare it with.
 RUN_PACKAGES := cryptsetup-bin libnbd-bin fuse3 util-linux e2fsprogs kmod
 BUILD_PACKAGES := gcc libc6-dev libssl-dev python3-dev python3-venv
-TEST_PACKAGES := python3-libnbd qemu-utils qemu-system-common nbdkit nbd-client fio xfsprogs btrfs-progs strace fdisk postgresql
-BENCH_PACKAGES := postgresql
+TEST_PACKAGES := python3-libnbd qemu-utils qemu-system-common nbdkit nbd-client fio xfsprogs btrfs-progs strace fdisk lvm2 postgresql
 # A kernel is taken from its package, not installed: `make rescue-test` boots it in QEMU.
 RESCUE_PACKAGES := qemu-system-x86 busybox-static cpio kpartx
 
@@ -35,9 +34,8 @@ check: $(VENV)/installed
 recovery: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
 	PG_RECOVERY_SECONDS=60 $(BIN)/pytest tests/test_recovery_instant.py tests/test_recovery_postgresql.py
 
-# docs/benchmarks.md says what each measures. The packages of a database are wanted by bench-users alone.
+# docs/benchmarks.md says what each measures.
 bench bench-quick bench-grow bench-users: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
-bench-users: $(VENV)/bench-packages
 bench:
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 bench-quick:
@@ -102,9 +100,8 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard src/lockst
 $(VENV)/build-packages: PACKAGES = $(BUILD_PACKAGES)
 $(VENV)/run-packages: PACKAGES = $(RUN_PACKAGES)
 $(VENV)/test-packages: PACKAGES = $(TEST_PACKAGES)
-$(VENV)/bench-packages: PACKAGES = $(BENCH_PACKAGES)
 $(VENV)/rescue-packages: PACKAGES = $(RESCUE_PACKAGES)
-$(addprefix $(VENV)/,build-packages run-packages test-packages bench-packages rescue-packages): Makefile
+$(addprefix $(VENV)/,build-packages run-packages test-packages rescue-packages): Makefile
 	@mkdir -p $(VENV)
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
 	if [ -n "$$missing" ]; then \

@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,42 @@ def test_a_damaged_file_system_fails(lab: Lab) -> None:
     assert not steps[-1][1]
     assert all(passed for _, passed in steps[:-1])
     assert f"The drill of vol failed at {steps[-1][0]} ext4 on the whole disk: " in said
+
+
+def lvm(lab: Lab, loop: Callable[..., str], *, pieces: bool = False) -> Path:
+    """A disk with LVM on it: a logical volume with a file system, and another, which may lie in two pieces."""
+    content, disk = file_system(lab, 8 * MIB, *EXT4).read_bytes(), lab.disk("lvm", 64 * MIB)
+    device = loop(disk)
+    alone = ("--driverloaded", "n", "--devices", device)
+    made = (*alone, "-q", "--autobackup", "n", "-an", "-Zn", "-Wn")
+    run("pvcreate", *alone, device)
+    run("vgcreate", *alone, "--autobackup", "n", "drill", device)
+    for name, size in (("other", "4M"), ("data", "8M")):
+        run("lvcreate", *made, "-L", size, "-n", name, "drill")
+    if pieces:
+        run("lvextend", *alone, "--autobackup", "n", "-L", "+4M", "drill/other")  # behind `data`
+    first_byte = run("pvs", *alone, "--noheadings", "--units", "b", "--nosuffix", "-o", "pe_start").split()[0]
+    run("losetup", "-d", device)
+    with disk.open("rb+") as file:
+        file.seek(int(first_byte) + 4 * MIB)  # behind the first extent, which is the other's
+        file.write(content)
+    return disk
+
+
+@needs("pvcreate", root=True)
+def test_file_systems_in_logical_volumes(lab: Lab, loop: Callable[..., str]) -> None:
+    volume = backed_up(lab, partitioned(lab, lvm(lab, loop)))
+    code, report, steps, _ = drill(volume)
+    assert (code, steps) == (0, GOOD), report
+    assert "logical volume drill/data on partition 1: ext4" in json.dumps(report)
+
+
+@needs("pvcreate", root=True)
+def test_a_logical_volume_in_pieces_does_not_pass(lab: Lab, loop: Callable[..., str]) -> None:
+    volume = backed_up(lab, lvm(lab, loop, pieces=True))
+    code, _, steps, said = drill(volume)
+    assert (code, steps[-1]) == (1, ("look", False))
+    assert "logical volume drill/other on the whole disk holds several pieces" in said
 
 
 @pytest.mark.parametrize("found", ["no file system was found", "the whole disk holds crypto_LUKS"])

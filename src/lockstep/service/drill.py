@@ -4,7 +4,7 @@ The steps, each with its time; the first that fails ends the drill:
 
     open       the mirror is unlocked, and served with a temporary overlay over it
     attach     as a block device
-    look       what is on it: a file system, or a partition table with file systems in it
+    look       what is on it: a file system, or partitions, or LVM's logical volumes, with file systems in them
     replay     of each file system: mounted and unmounted, so that its journal is replayed, as after a power cut
     check      its own checker finds nothing wrong, and is not allowed to repair
     read       it is mounted read-only; all directories are walked, and a sample of files is read
@@ -22,11 +22,16 @@ taken away by the next one of that volume; it is found by its names, below run/.
 A file system that is mounted elsewhere at the same time (the target's, say) is a matter for its kind: ext4 does not
 mind, XFS is told not to, and a btrfs with the same UUID is refused by the kernel, so the drill fails then and says so.
 
-Not handled: what is inside LVM, md or another encryption. The drill says what it found, and asks for a command.
+LVM's metadata is read, and nothing is activated: a volume group of that name may be in use on this machine. A logical
+volume that lies in one piece gets a loop device, like a partition.
+
+Not handled: logical volumes in several pieces, striped or thin; md, and what is encrypted. The drill says what it
+found, and asks for a command.
 """
 
 import contextlib
 import fcntl
+import json
 import os
 import random
 import signal
@@ -180,8 +185,7 @@ class _Place:
         while self.mount in mounted_paths():
             _run("umount", self.mount)
         for device in self._devices():
-            for partition in _loops_over(device):
-                _run("losetup", "-d", partition)
+            _detach_loops(device)
         with contextlib.suppress(NotAttached, DetachUnflushed):  # the overlay goes as well: nothing is lost
             attaching.detach(self.directory, self.export)
         for path in (self.overlay, self.socket, f"{self.directory}/.attach.lock"):
@@ -219,6 +223,13 @@ def _place(state: State, name: str) -> Iterator[_Place]:
 def _loops_over(path: str) -> list[str]:
     backings = Path("/sys/block").glob("loop*/loop/backing_file")
     return [f"/dev/{backing.parts[3]}" for backing in backings if backing.read_text().rstrip("\n") == path]
+
+
+def _detach_loops(path: str) -> None:
+    """Take away the loop devices over `path`, and those over these."""
+    for device in _loops_over(path):
+        _detach_loops(device)
+        _run("losetup", "-d", device)
 
 
 # --- its steps ----------------------------------------------------------------------------------------------
@@ -318,15 +329,59 @@ def _look(device: str, stack: contextlib.ExitStack) -> Iterator[_Found]:
     """What is on the device. Partitions get loop devices of their own: not every kernel makes nodes for them."""
     signature = _blkid(device)
     if "TYPE" in signature or "PTTYPE" not in signature:
-        yield _Found("the whole disk", device, signature.get("TYPE", ""))
+        yield from _inside(_Found("the whole disk", device, signature.get("TYPE", "")), stack)
         return
     columns = "NR,START,SECTORS"
     for line in _run("partx", "--raw", "--noheadings", "--output", columns, device).splitlines():
         number, start, sectors = map(int, line.split())
-        place = ("--offset", str(start * 512), "--sizelimit", str(sectors * 512))
-        partition = _run("losetup", "--find", "--show", *place, device).strip()
-        stack.callback(_run, "losetup", "-d", partition)
-        yield _Found(f"partition {number}", partition, _blkid(partition).get("TYPE", ""))
+        yield from _inside(_part(f"partition {number}", device, start * 512, sectors * 512, stack), stack)
+
+
+def _part(what: str, device: str, offset: int, length: int, stack: contextlib.ExitStack) -> _Found:
+    """A part of a device, in bytes, as a loop device."""
+    part = _run("losetup", "--find", "--show", "--offset", str(offset), "--sizelimit", str(length), device).strip()
+    stack.callback(_run, "losetup", "-d", part)
+    return _Found(what, part, _blkid(part).get("TYPE", ""))
+
+
+def _inside(found: _Found, stack: contextlib.ExitStack) -> Iterator[_Found]:
+    """The logical volumes of an LVM physical volume; of anything else, itself."""
+    if found.kind != "LVM2_member":
+        yield found
+        return
+    first_byte = int(_lvm("pvs", found.device, "pe_start")[0]["pe_start"])
+    fields = "vg_name,lv_name,segtype,seg_start,seg_pe_ranges,vg_extent_size"
+    segments = sorted(_lvm("lvs", found.device, fields, "--segments"), key=lambda each: int(each["seg_start"]))
+    for vg, lv in sorted({(each["vg_name"], each["lv_name"]) for each in segments}):
+        own = [each for each in segments if (each["vg_name"], each["lv_name"]) == (vg, lv)]
+        what, extent = f"logical volume {vg}/{lv} on {found.what}", int(own[0]["vg_extent_size"])
+        extents = _one_piece(own, found.device)
+        if extents is None:
+            yield _Found(what, "", "several pieces, or " + own[0]["segtype"])
+        else:
+            first, last = extents
+            yield _part(what, found.device, first_byte + first * extent, (last + 1 - first) * extent, stack)
+
+
+def _one_piece(segments: list[dict[str, str]], device: str) -> tuple[int, int] | None:
+    """The first and the last extent of a logical volume on a device, if it is linear and lies there in one piece."""
+    ranges: list[tuple[int, int]] = []
+    for each in segments:
+        path, _, extents = each["seg_pe_ranges"].rpartition(":")
+        first, _, last = extents.partition("-")
+        if each["segtype"] != "linear" or path != device or (ranges and int(first) != ranges[-1][1] + 1):
+            return None
+        ranges.append((int(first), int(last)))
+    return ranges[0][0], ranges[-1][1]
+
+
+def _lvm(report: str, device: str, fields: str, *options: str) -> list[dict[str, str]]:
+    """What LVM's metadata on this one device says; sizes in bytes. Nothing is activated."""
+    alone = ("--driverloaded", "n", "--devices", device)
+    form = ("--reportformat", "json", "--units", "b", "--nosuffix", "-o", fields)
+    (said,) = json.loads(_run(report, *alone, *form, *options, package="lvm2"))["report"]
+    rows: list[dict[str, str]] = next(iter(said.values()))
+    return rows
 
 
 def _blkid(device: str) -> dict[str, str]:
