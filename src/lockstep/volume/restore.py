@@ -215,6 +215,7 @@ def _spread(
                     break
                 done.put((*found, work(found[1], buffer)))
         except BaseException as error:  # noqa: BLE001 - raised where the results are taken
+            stopped.set()
             done.put(error)
         done.put(None)
 
@@ -232,21 +233,26 @@ def _spread(
 def _sorted(
     done: "queue.SimpleQueue[tuple[int, Extent, _Result] | BaseException | None]", sources: int
 ) -> Iterator[tuple[Extent, _Result]]:
-    """Yield numbered results in order, as soon as that can be, until each source has said None."""
+    """Yield numbered results in order, as soon as that can be, until each source has said None.
+
+    If one failed, those that the others were at are yielded as well, before that is raised.
+    """
     early: list[tuple[int, Extent, _Result]] = []
-    following = 0
+    following, failure = 0, None
     while sources:
         match done.get():
             case None:
                 sources -= 1
             case BaseException() as error:
-                raise error
+                failure = failure or error
             case result:
                 heapq.heappush(early, result)
         while early and early[0][0] == following:
             _, piece, found = heapq.heappop(early)
             yield piece, found
             following += 1
+    if failure is not None:
+        raise failure
 
 
 def _ahead(
