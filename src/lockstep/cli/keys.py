@@ -14,7 +14,7 @@ from lockstep.cli.state import StateDir, state_of
 from lockstep.crypto.keyslots import KeySlot
 from lockstep.registry.store import MirrorRecord
 from lockstep.service import keys
-from lockstep.service.rekey import rekey
+from lockstep.service.rekey import Rekeyed, rekey
 
 NewKeyFile = Annotated[
     str | None, typer.Option(metavar="FILE", help="The new passphrase; as with --key-file, '-' is standard input.")
@@ -143,8 +143,7 @@ def rekey_(
             on_progress=functools.partial(bars, _REKEYING),
         )
     if as_json:
-        report = {"mirror": done.mirror.path, "uuid": done.mirror.luks_uuid, "slot": done.slot}
-        print_json(report | {"resumed": done.resumed, "behind": done.behind})
+        print_json(_done_as_json(done) | {"resumed": done.resumed, "behind": done.behind})
         return
     typer.echo(f"{done.mirror.path} has a new volume key, in key slot {done.slot}. Headers from before open nothing.")
     typer.echo(f"Make a copy of the header of today: lockstep header backup {name} OUTPUT")
@@ -201,7 +200,7 @@ def _print_recovery_key(name: str, mirror: MirrorRecord, slot: int, key: str) ->
     typer.echo("`lockstep restore` or `cryptsetup open` asks for one.")
 
 
-def _done_as_json(done: keys.Done) -> dict[str, Any]:
+def _done_as_json(done: keys.Done | Rekeyed) -> dict[str, Any]:
     return {"mirror": done.mirror.path, "uuid": done.mirror.luks_uuid, "slot": done.slot}
 
 

@@ -7,16 +7,13 @@ what the other one has left.
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from lockstep.crypto import keyslots, luks, recovery_key
 from lockstep.crypto.keyslots import KeySlot
 from lockstep.errors import NoMirror, WrongPassphrase
-from lockstep.registry.audit import Actor
-from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
+from lockstep.registry.store import MirrorRecord
 from lockstep.service import mirrors
-from lockstep.service.managing import manager
-from lockstep.service.memory import protect_memory
+from lockstep.service.managing import MirrorWork, manager, working_on
 from lockstep.service.state import State
 
 ADDED, REMOVED, CHANGED = "key-added", "key-removed", "key-changed"
@@ -34,23 +31,6 @@ class Done:
     old_slot: int | None = None  # of a passphrase that was changed
     recovery_key: str | None = None
     still_opens: bool = False  # a passphrase that was removed opens another slot
-
-
-@dataclass(frozen=True)
-class _Work:
-    registry: Registry
-    actor: Actor
-    volume: VolumeRecord
-    mirror: MirrorRecord
-
-    @property
-    def header(self) -> str:
-        return mirrors.header_path(self.mirror)
-
-    def note(self, event: str, what: str, **details: Any) -> None:
-        reason = f"{self.actor.user} {what} of the mirror {self.mirror.path}"
-        details |= {"mirror": self.mirror.path, "luks_uuid": self.mirror.luks_uuid}
-        self.registry.audit(event, actor=self.actor, volume=self.volume.name, reason=reason, details=details)
 
 
 def list_keys(state: State, name: str, mirror_path: str | None) -> list[tuple[MirrorRecord, tuple[KeySlot, ...]]]:
@@ -76,7 +56,7 @@ def add_key(
     with _changing(state, name, mirror_path, "add a key to", passphrase, new) as work:
         slot = keyslots.add(work.header, passphrase(), new(), iter_time_ms=iter_time_ms)
         with _undone(work, passphrase, slot):
-            work.note(ADDED, f"added a passphrase (key slot {slot})", slot=slot, kind=keyslots.PASSPHRASE)
+            work.note(ADDED, f"added a passphrase (key slot {slot}) of", slot=slot, kind=keyslots.PASSPHRASE)
     return Done(work.mirror, slot)
 
 
@@ -88,7 +68,7 @@ def add_recovery_key(
         made = recovery_key.new()
         slot = keyslots.add(work.header, passphrase(), made.encode(), iter_time_ms=iter_time_ms, recovery=True)
         with _undone(work, passphrase, slot):
-            work.note(ADDED, f"added a recovery key (key slot {slot})", slot=slot, kind=keyslots.RECOVERY_KEY)
+            work.note(ADDED, f"added a recovery key (key slot {slot}) of", slot=slot, kind=keyslots.RECOVERY_KEY)
     return Done(work.mirror, slot, recovery_key=made)
 
 
@@ -96,7 +76,7 @@ def remove_key(state: State, name: str, mirror_path: str | None, passphrase: Ask
     """Remove the slot that the passphrase opens; or `slot`, authorised by the passphrase of another one."""
     with _changing(state, name, mirror_path, "remove a key from", passphrase) as work:
         removed = keyslots.remove(work.header, passphrase(), slot)
-        work.note(REMOVED, f"removed key slot {removed}", slot=removed)
+        work.note(REMOVED, f"removed key slot {removed} of", slot=removed)
         still_opens = slot is None and _opens(work.header, passphrase())
     return Done(work.mirror, removed, still_opens=still_opens)
 
@@ -107,28 +87,23 @@ def change_key(
     """Put a new passphrase in the place of one; there is no moment at which neither opens the mirror."""
     with _changing(state, name, mirror_path, "change a key of", passphrase, new) as work:
         old, slot = keyslots.change(work.header, passphrase(), new(), iter_time_ms=iter_time_ms)
-        work.note(CHANGED, f"changed a passphrase (key slot {old}, now {slot})", slot=slot, old_slot=old)
+        work.note(CHANGED, f"changed a passphrase (key slot {old}, now {slot}) of", slot=slot, old_slot=old)
     return Done(work.mirror, slot, old_slot=old)
 
 
 @contextlib.contextmanager
-def _changing(state: State, name: str, mirror_path: str | None, action: str, *asked: Ask) -> Iterator[_Work]:
+def _changing(state: State, name: str, mirror_path: str | None, action: str, *asked: Ask) -> Iterator[MirrorWork]:
     """Alone with a mirror's key slots. Raises NotManager, registry errors, MirrorOfAnotherVolume and header errors."""
-    protect_memory()
-    actor = manager(state, f"{action} {name}")
-    with state.registry() as registry:
-        volume = registry.volume(name)
-        mirror = mirrors.chosen(volume, mirror_path)
-        mirrors.require_same_disk(volume, mirror, luks.read_uuid(mirrors.header_path(mirror)))
+    with working_on(state, name, mirror_path, action) as work:
         for ask in asked:
             ask()  # they remember: nobody else has to wait while somebody types
-        with state.key_lock(mirror.luks_uuid):
-            luks.read_header(mirrors.header_path(mirror))  # refuses one that is being re-keyed
-            yield _Work(registry, actor, volume, mirror)
+        with state.key_lock(work.mirror.luks_uuid):
+            luks.read_header(work.header)  # refuses one that is being re-keyed
+            yield work
 
 
 @contextlib.contextmanager
-def _undone(work: _Work, passphrase: Ask, slot: int) -> Iterator[None]:
+def _undone(work: MirrorWork, passphrase: Ask, slot: int) -> Iterator[None]:
     """Take a new key away again if what follows fails: none opens the mirror that is not in the audit trail."""
     try:
         yield

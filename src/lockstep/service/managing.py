@@ -1,10 +1,57 @@
-"""The right to manage, which is another than the right to update: root has it, and the state directory's owner."""
+"""The right to manage, which is another than the right to update: root has it, and the state directory's owner.
 
+`working_on` is how a command uses it on one mirror, whose passphrases it is given.
+"""
+
+import contextlib
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+from lockstep.crypto import luks
 from lockstep.nbd.identity import account
 from lockstep.registry.audit import Actor
+from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
+from lockstep.service import mirrors
+from lockstep.service.memory import protect_memory
 from lockstep.service.state import State
+
+
+@dataclass(frozen=True)
+class MirrorWork:
+    """What a manager is doing to one mirror."""
+
+    state: State
+    registry: Registry
+    actor: Actor
+    volume: VolumeRecord
+    mirror: MirrorRecord
+
+    @property
+    def header(self) -> str:
+        """Where the mirror's LUKS2 header is."""
+        return mirrors.header_path(self.mirror)
+
+    def note(self, event: str, what: str, **details: object) -> None:
+        """Put it into the audit trail: `what` is what was done (to) the mirror. Raises registry errors."""
+        reason = f"{self.actor.user} {what} the mirror {self.mirror.path}"
+        details |= {"mirror": self.mirror.path, "luks_uuid": self.mirror.luks_uuid}
+        self.registry.audit(event, actor=self.actor, volume=self.volume.name, reason=reason, details=details)
+
+
+@contextlib.contextmanager
+def working_on(state: State, name: str, mirror_path: str | None, action: str) -> Iterator[MirrorWork]:
+    """Work on a mirror of the volume `name`; `action` says what for, up to the volume's name.
+
+    Raises NotManager, registry errors, NoMirror and its like, MirrorOfAnotherVolume and header errors.
+    """
+    protect_memory()
+    actor = manager(state, f"{action} {name}")
+    with state.registry() as registry:
+        volume = registry.volume(name)
+        mirror = mirrors.chosen(volume, mirror_path)
+        mirrors.require_same_disk(volume, mirror, luks.read_uuid(mirrors.header_path(mirror)))
+        yield MirrorWork(state, registry, actor, volume, mirror)
 
 
 def manager(state: State, action: str) -> Actor:

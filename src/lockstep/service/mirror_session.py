@@ -246,7 +246,7 @@ class MirrorSession:
         left_as = await path.part_from(self.link, _ASIDE[purpose].format(volume=self._volume.name))
         busy = DiskBusy(path=self.mirror.path, users="in use by its server, which waits for it")
         deadline_s = time.monotonic() + self._patience_s
-        while not (self.link.at_rest and self._scribe.at_rest and self._opener.at_rest):
+        while not self._at_rest:
             if time.monotonic() > deadline_s:
                 raise busy
             await asyncio.sleep(REST_INTERVAL_S)
@@ -264,7 +264,7 @@ class MirrorSession:
 
         Not before everything that it was asked has ended: nothing from before may reach it afterwards.
         """
-        if self.link.error is None or not (self.link.at_rest and self._scribe.at_rest and self._opener.at_rest):
+        if self.link.error is None or not self._at_rest:
             return False
         self._opener = Workers("lockstep-opener", 1, OPENING_PATIENCE_S)
         attempt = self._attempt = object()
@@ -316,6 +316,11 @@ class MirrorSession:
             return
         self._held.frozen_since_s = None
         self._generations = (generation, generation)
+
+    @property
+    def _at_rest(self) -> bool:
+        """Whether nothing that was asked of the mirror, or of its header, is still under way."""
+        return self.link.at_rest and self._scribe.at_rest and self._opener.at_rest
 
     def _open_unless_away(self) -> tuple[luks.Header | None, EncryptedDisk | None, str]:
         try:

@@ -32,12 +32,10 @@ from lockstep.crypto.unlock import Unlock
 from lockstep.disk.mirror import claim_for_rekeying, whole_sectors
 from lockstep.disk.probe import inspect
 from lockstep.errors import LockstepError, NotServed, RekeyDropsKeys, TargetUnfinished
-from lockstep.registry.audit import Actor
-from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
-from lockstep.service import borrowing, mirrors
+from lockstep.registry.store import MirrorRecord, VolumeRecord
+from lockstep.service import borrowing
 from lockstep.service.gate import VolumeGate
-from lockstep.service.managing import manager
-from lockstep.service.memory import protect_memory
+from lockstep.service.managing import MirrorWork, working_on
 from lockstep.service.state import State
 from lockstep.service.volume_session import open_volume
 from lockstep.volume.workers import Workers
@@ -61,22 +59,8 @@ class Rekeyed:
 
 
 @dataclass(frozen=True)
-class _Work:
-    state: State
-    registry: Registry
-    actor: Actor
-    volume: VolumeRecord
-    mirror: MirrorRecord
+class _Work(MirrorWork):
     passphrase: Ask
-
-    @property
-    def header(self) -> str:
-        return mirrors.header_path(self.mirror)
-
-    def note(self, event: str, what: str, **details: object) -> None:
-        reason = f"{self.actor.user} {what} the mirror {self.mirror.path}"
-        details |= {"mirror": self.mirror.path, "luks_uuid": self.mirror.luks_uuid}
-        self.registry.audit(event, actor=self.actor, volume=self.volume.name, reason=reason, details=details)
 
 
 def rekey(
@@ -96,17 +80,12 @@ def rekey(
     MirrorBorrowed, TargetUnfinished, DiskBusy, DiskLocked, registry errors, MirrorOfAnotherVolume, header errors and
     cryptsetup's.
     """
-    protect_memory()
-    actor = manager(state, f"re-key a mirror of {name}")
-    with state.registry() as registry:
-        volume = registry.volume(name)
-        mirror = mirrors.chosen(volume, mirror_path)
-        mirrors.require_same_disk(volume, mirror, luks.read_uuid(mirrors.header_path(mirror)))
-        _refuse_filling(volume)
+    with working_on(state, name, mirror_path, "re-key a mirror of") as begun:
+        work = _Work(**vars(begun), passphrase=passphrase)
+        _refuse_filling(work.volume)
         for ask in (passphrase, new):
             if ask is not None:
                 luks.refuse_empty(ask())
-        work = _Work(state, registry, actor, volume, mirror, passphrase)
         with borrowing.alone(work.state, work.mirror) as lock:
             former = _former_key(work)
             resumed = former is not None
@@ -115,7 +94,7 @@ def rekey(
         behind = _hand_back(work, new)
         slot = _change_passphrase(work, new, iter_time_ms)
         work.note(REKEYED, "gave a new volume key to", slot=slot)
-    return Rekeyed(mirror, slot, resumed, behind)
+    return Rekeyed(work.mirror, slot, resumed, behind)
 
 
 def _refuse_filling(volume: VolumeRecord) -> None:
