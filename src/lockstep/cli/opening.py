@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lockstep.cli.options import Credential, Header, Incomplete, KeyFile, Mirror, TokenOnly, unlock_from
-from lockstep.cli.output import report_error
+from lockstep.cli.output import EARLIER, report_error
 from lockstep.errors import DetachRefused, NotAttached, OverlayUnwanted
 from lockstep.service import attach as attaching
 from lockstep.service.opening import Opened, exported, opened, place
@@ -56,7 +56,7 @@ def open_mirror(
         await_signal = stack.enter_context(_signals())
         typer.echo(f"ready {uri}")
         if view.frozen:
-            typer.echo("It is the disk as it was when the mirror froze: what was held since is not in it.", err=True)
+            typer.echo(EARLIER, err=True)
         if view.overlay_path:
             typer.echo(f"overlay {view.overlay_path}")
         if attach:

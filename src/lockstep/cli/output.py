@@ -9,6 +9,7 @@ import typer
 
 from lockstep.errors import LockstepError
 
+EARLIER = "It is the disk as it was when the mirror froze, or its server let it go: it lacks what was written since."
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 

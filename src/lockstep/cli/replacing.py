@@ -44,7 +44,8 @@ def replace_target(
     )
     if done.frozen:
         typer.echo(
-            "The mirror is the disk as it was when it froze: what was held from it was on the old target, and is lost."
+            "The mirror is the disk as it was when it froze, or its server let it go: what was written since was on "
+            "the old target alone, and is lost."
         )
     typer.echo(f"Next: lockstep serve {name}, which copies it back while clients work. Keep that mirror connected.")
 

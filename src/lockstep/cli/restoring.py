@@ -16,7 +16,7 @@ from lockstep.cli.options import (
     size_bytes,
     unlock_from,
 )
-from lockstep.cli.output import human_bytes, print_json
+from lockstep.cli.output import EARLIER, human_bytes, print_json
 from lockstep.cli.screen import ProgressBars
 from lockstep.cli.state import state_of
 from lockstep.service.recovery import COPYING, STDOUT, VERIFYING, Restored, Wanted, note_restore
@@ -118,10 +118,7 @@ def _tell(done: Restored, elapsed_s: float, *, err: bool) -> None:
     if done.verified:
         typer.echo("It was read back, and equals the mirror.", err=err)
     if done.frozen:
-        typer.echo(
-            "It is the disk as it was when the mirror froze: what was written since, without permission, is not in it.",
-            err=err,
-        )
+        typer.echo(EARLIER, err=err)
 
 
 COMMANDS = {"restore": restore}

@@ -39,7 +39,7 @@ from lockstep.nbd.negotiation import ExportInfo
 from lockstep.nbd.server import NbdServer
 from lockstep.service.memory import protect_memory
 from lockstep.service.sockets import clear_stale_socket
-from lockstep.volume.link import ASIDE, FROZEN, WHOLE
+from lockstep.volume.link import STILL, WHOLE
 from lockstep.volume.overlay import Base, Overlay, OverlayFile, read_any
 from lockstep.volume.ranges import Ranges
 from lockstep.volume.rounds import Rounds
@@ -127,7 +127,7 @@ def opened(
         for file in files:
             overlay, overlay_file = Overlay(mirror, file), file.path
             stack.callback(_close_overlay, overlay, file.path)
-        frozen = token.state in (FROZEN, ASIDE)
+        frozen = token.state in STILL
         yield Opened(mirror_path, name, size_bytes, frozen, header.uuid, mirror, overlay, overlay_file)
 
 

@@ -50,7 +50,7 @@ from lockstep.errors import (
 from lockstep.service.memory import protect_memory
 from lockstep.service.noting import note_if_known
 from lockstep.service.state import State
-from lockstep.volume.link import ASIDE, FROZEN, WHOLE
+from lockstep.volume.link import STILL, WHOLE
 from lockstep.volume.restore import DiskSink, Extent, Progress, copy_out, differences, samples
 from lockstep.volume.restore_record import SUFFIX, RestoreRecord, remove_record
 
@@ -124,7 +124,7 @@ def restore(wanted: Wanted, unlock: Unlock, *, on_progress: OnProgress) -> Resto
         resumed_bytes = 0
     else:
         resumed_bytes = _DiskRestore(wanted, extent, begun, on_progress).run(opened)
-    frozen = token.state in (FROZEN, ASIDE)
+    frozen = token.state in STILL
     return Restored(token.volume_name, wanted.output_path, extent, header.uuid, frozen, resumed_bytes, wanted.verify)
 
 

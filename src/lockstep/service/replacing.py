@@ -49,7 +49,7 @@ from lockstep.service.volume_session import pair_of
 from lockstep.volume import intent, missing
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import Identity, IntentBitmap
-from lockstep.volume.link import ASIDE, FROZEN, IN_SYNC, SYNCING, WHOLE
+from lockstep.volume.link import ASIDE, FROZEN, IN_SYNC, STILL, SYNCING, WHOLE
 from lockstep.volume.missing import Pair
 from lockstep.volume.pages import sync_directory
 
@@ -122,7 +122,7 @@ def replace_target(
             missing.record(state.missing(volume.id), pair, b"\1" * pair.regions, asyncio.to_thread).close()
         except OSError as error:
             raise StateDirUnusable(path=state.path, reason=error.strerror or str(error)) from error
-    return Replaced(path, volume.size_bytes, mirror.path, source.token.state in (FROZEN, ASIDE))
+    return Replaced(path, volume.size_bytes, mirror.path, source.token.state in STILL)
 
 
 def _same(one: str, other: str) -> bool:

@@ -45,7 +45,9 @@ FROZEN: Final = "frozen"
 """What the mirror's own token says in place of `behind` while the mirror is the disk as it was at one moment."""
 ASIDE: Final = "aside"
 """What the token says while another command has the mirror, which is the disk as it was when it was let go."""
-WHOLE: Final = (IN_SYNC, FROZEN, ASIDE)
+STILL: Final = (FROZEN, ASIDE)
+"""What the token says of a mirror that is the whole disk as it was at an earlier moment."""
+WHOLE: Final = (IN_SYNC, *STILL)
 """What the token says of a mirror that is the whole disk as it was at one moment."""
 
 
