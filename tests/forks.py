@@ -1,6 +1,7 @@
 """Commands without the time that Python takes to start."""
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -11,8 +12,16 @@ import traceback
 import warnings
 from typing import IO, NoReturn
 
-from lockstep.cli.main import main
+from alembic import command, config, script
+
+from lockstep.cli.main import _COMMANDS, main
 from tests.lab import Lab, Result, wait_until
+
+# What the program imports when it is needed: its commands, and Alembic, when a registry is made.
+READY_IN_MEMORY = (
+    *(importlib.import_module(f"lockstep.cli.{file}") for file in dict.fromkeys(_COMMANDS.values())),
+    *(command, config, script),
+)
 
 
 class ForkLab(Lab):

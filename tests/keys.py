@@ -5,10 +5,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from lockstep.cli import headers, keys
 from tests.lab import MIB, Lab, Result, Volume
 
-READY_IN_MEMORY = (headers, keys)  # for ForkLab: `main` imports them when they are asked for
 NEW = b"a second passphrase\nof two lines"
 
 

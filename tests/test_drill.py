@@ -18,17 +18,11 @@ from typing import Any
 import pytest
 
 from lockstep.crypto.luks import read_header
-from tests.forks import ForkLab
 from tests.lab import MIB, Lab, Served, Volume, needs, run, wait_until
 
 pytestmark = needs("nbdfuse", "fusermount3", "losetup", "mount", "blkid", "mkfs.ext4", "/dev/fuse", root=True)
 
 EXT4 = ("mkfs.ext4", "-q", "-F")
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> ForkLab:
-    return ForkLab(tmp_path)
 
 
 def backed_up(lab: Lab, image: Path) -> Volume:

@@ -27,18 +27,18 @@ def copied_bytes(served: Served) -> int:
 
 
 class Plugged:
-    """The disk behind an NBD socket, shown as the file that the volume takes for its mirror."""
+    """A file shown by nbdkit, with the filters and options given, as the file that the volume takes for its mirror."""
 
-    def __init__(self, path: Path, socket: Path) -> None:
+    def __init__(self, path: Path, held: Path, *options: str) -> None:
         self.path = path
         self.point = path.with_name("plug")
-        self.socket = socket
+        self.nbdkit = ("nbdkit", "--exit-with-parent", "file", str(held), *options)
 
     def __enter__(self) -> None:
         # One that was pulled has left its mount point behind.
         subprocess.run(["fusermount3", "-u", "-z", self.point], capture_output=True, check=False)
         self.point.mkdir(exist_ok=True)
-        self.fuse = subprocess.Popen(["nbdfuse", f"{self.point}/disk", "--unix", self.socket])
+        self.fuse = subprocess.Popen(["nbdfuse", f"{self.point}/disk", "[", *self.nbdkit, "]"])
         wait_until((self.point / "disk").exists, "nbdfuse to show the disk")
         self.path.unlink(missing_ok=True)
         self.path.symlink_to(self.point / "disk")
@@ -47,10 +47,10 @@ class Plugged:
         subprocess.run(["fusermount3", "-u", "-z", self.point], capture_output=True, check=False)
         self.fuse.wait()
 
-    @staticmethod
-    def pull(path: Path) -> None:
+    def pull(self) -> None:
         """Kill it without a word."""
-        run("pkill", "-KILL", "-f", f"nbdfuse {path.with_name('plug')}/disk")
+        self.fuse.kill()
+        self.fuse.wait()
 
 
 @pytest.fixture
@@ -68,42 +68,37 @@ def test_a_mirror_that_is_pulled_and_put_back_misses_nothing(lab: Lab, tmp_path:
     volume = lab.volume("vol", SIZE_BYTES)
     held = tmp_path / "held.img"
     shutil.move(volume.mirror, held)
-    socket = tmp_path / "held.sock"
-    disk = subprocess.Popen(["nbdkit", "-f", "-U", socket, "file", held])
-    try:
-        with Plugged(volume.mirror, socket), volume.served() as served:
-            write(served, "write -P 1 0 1M")
-            Plugged.pull(volume.mirror)
-            write(served, "write -P 2 4M 64k", "write -P 3 100 9", "write -z 8M 64k", "discard 12M 64k")
-            (mirror,) = served.status()["mirrors"]
-            assert mirror["state"] == "degraded"
-            assert "writing the mirror failed" in mirror["error"]
-            assert REGION_BYTES <= mirror["dirty_bytes"] <= 8 * MIB
-        volume_log = served.log.read_text()
-        assert volume_log.count("is degraded") == 1, "said once, and said"
-        served.log.write_text("")
-        # It is away when the server starts, and then put back.
-        with contextlib.ExitStack() as plugs, volume.served(in_sync=False) as served:
-            (mirror,) = served.status()["mirrors"]
-            assert mirror["state"] == "degraded"
-            assert "away" in mirror["error"]
-            assert not volume.mirror.exists(), "a missing mirror is never made by serving"
-            write(served, "write -P 4 16M 64k")
-            plugs.enter_context(Plugged(volume.mirror, socket))
-            wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be back")
-            assert 0 < copied_bytes(served) <= 8 * MIB
-            # And pulled and put back once more, under the server.
-            Plugged.pull(volume.mirror)
-            write(served, "write -P 5 20M 64k")
-            assert served.mirror_state() == "degraded"
-            plugs.enter_context(Plugged(volume.mirror, socket))
-            wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be back again")
-            assert 0 < copied_bytes(served) <= 8 * MIB
-            write(served, "write -P 6 24M 64k")
-            served.stop()
-    finally:
-        disk.terminate()
-        disk.wait()
+    plug = Plugged(volume.mirror, held)
+    with plug, volume.served() as served:
+        write(served, "write -P 1 0 1M")
+        plug.pull()
+        write(served, "write -P 2 4M 64k", "write -P 3 100 9", "write -z 8M 64k", "discard 12M 64k")
+        (mirror,) = served.status()["mirrors"]
+        assert mirror["state"] == "degraded"
+        assert "writing the mirror failed" in mirror["error"]
+        assert REGION_BYTES <= mirror["dirty_bytes"] <= 8 * MIB
+    volume_log = served.log.read_text()
+    assert volume_log.count("is degraded") == 1, "said once, and said"
+    served.log.write_text("")
+    # It is away when the server starts, and then put back.
+    with contextlib.ExitStack() as plugs, volume.served(in_sync=False) as served:
+        (mirror,) = served.status()["mirrors"]
+        assert mirror["state"] == "degraded"
+        assert "away" in mirror["error"]
+        assert not volume.mirror.exists(), "a missing mirror is never made by serving"
+        write(served, "write -P 4 16M 64k")
+        plugs.enter_context(plug)
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be back")
+        assert 0 < copied_bytes(served) <= 8 * MIB
+        # And pulled and put back once more, under the server.
+        plug.pull()
+        write(served, "write -P 5 20M 64k")
+        assert served.mirror_state() == "degraded"
+        plugs.enter_context(plug)
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be back again")
+        assert 0 < copied_bytes(served) <= 8 * MIB
+        write(served, "write -P 6 24M 64k")
+        served.stop()
     volume.mirror.unlink()
     shutil.move(held, volume.mirror)
     volume.assert_equal_disks()

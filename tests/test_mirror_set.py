@@ -5,13 +5,9 @@ import json
 import os
 import random
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from lockstep.cli import mirroring
 from lockstep.errors import (
     LuksUuidTaken,
     MirrorKeysDiffer,
@@ -33,14 +29,7 @@ from tests.test_service_refusals import assert_error, everything_below
 
 SIZE_BYTES = 8 * MIB + 1024
 HEADER_BYTES = 16 * MIB
-READY_IN_MEMORY = (mirroring,)  # for ForkLab: `main` imports it when it is asked for
 needs_nbdkit = needs("nbdkit", "nbdfuse", "fusermount3", "/dev/fuse", root=True)
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Lab:
-    """Commands are forks: there are many."""
-    return ForkLab(tmp_path)
 
 
 def noise(size_bytes: int = SIZE_BYTES) -> bytes:
@@ -107,38 +96,30 @@ def test_a_volume_gets_its_first_mirror_and_one_more_and_loses_one(lab: Lab) -> 
 
 @needs_nbdkit
 def test_of_two_mirrors_one_fails_and_comes_back_and_each_gives_everything_back(lab: Lab) -> None:
-    volume, second, held, socket = bare(lab), *(lab.home / name for name in ("second", "held", "socket"))
-    lab.disk("held", SIZE_BYTES + HEADER_BYTES)
-    disk = subprocess.Popen(["nbdkit", "-f", "-U", socket, "file", held])
-    plug = Plugged(second, socket)
-    try:
-        wait_until(socket.exists, "nbdkit to listen")
-        with plug:
-            add(volume, volume.mirror).ok()
-            add(volume, second).ok()
-        with contextlib.ExitStack() as plugs, volume.served(in_sync=False) as served:
-            plugs.enter_context(plug)
-            wait_until(lambda: in_sync(served), "both mirrors to be in sync")
-            plug.fuse.kill()
-            plug.fuse.wait()
-            run("qemu-io", "-f", "raw", "-c", "write -P 5 3M 100000", "-c", "flush", served.uri)
-            states = [mirror["state"] for mirror in served.now()["mirrors"]]
-            assert states == ["in-sync", "degraded"]
-            plugs.enter_context(plug)
-            assert "is a mirror of vol already: " in add(volume, second).ok()
-            wait_until(lambda: in_sync(served), "the second mirror to be back")
-            assert "already: in-sync." in add(volume, second).ok()
-            other = StillServed(volume="vol", action="given another mirror")
-            assert_error(add(volume, lab.home / "third"), other)
-            served.stop()
-        for mirror in (volume.mirror, held):
-            copy_of(volume, mirror).assert_equal_disks()
-            output = lab.home / f"{mirror.name}.output"
-            lab.lockstep("restore", mirror, output, "--key-file", lab.key).ok()
-            assert output.read_bytes() == volume.target.read_bytes()
-    finally:
-        disk.terminate()
-        disk.wait()
+    volume, second, held = bare(lab), lab.home / "second", lab.disk("held", SIZE_BYTES + HEADER_BYTES)
+    plug = Plugged(second, held)
+    with plug:
+        add(volume, volume.mirror).ok()
+        add(volume, second).ok()
+    with contextlib.ExitStack() as plugs, volume.served(in_sync=False) as served:
+        plugs.enter_context(plug)
+        wait_until(lambda: in_sync(served), "both mirrors to be in sync")
+        plug.pull()
+        run("qemu-io", "-f", "raw", "-c", "write -P 5 3M 100000", "-c", "flush", served.uri)
+        states = [mirror["state"] for mirror in served.now()["mirrors"]]
+        assert states == ["in-sync", "degraded"]
+        plugs.enter_context(plug)
+        assert "is a mirror of vol already: " in add(volume, second).ok()
+        wait_until(lambda: in_sync(served), "the second mirror to be back")
+        assert "already: in-sync." in add(volume, second).ok()
+        other = StillServed(volume="vol", action="given another mirror")
+        assert_error(add(volume, lab.home / "third"), other)
+        served.stop()
+    for mirror in (volume.mirror, held):
+        copy_of(volume, mirror).assert_equal_disks()
+        output = lab.home / f"{mirror.name}.output"
+        lab.lockstep("restore", mirror, output, "--key-file", lab.key).ok()
+        assert output.read_bytes() == volume.target.read_bytes()
 
 
 @needs_nbdkit

@@ -52,11 +52,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(tmp_path_factory.mktemp("made"))
 
 
-@pytest.fixture
-def lab(tmp_path: Path) -> ForkLab:
-    return ForkLab(tmp_path)
-
-
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.forks import ForkLab
 from tests.lab import MIB, Lab, Served, needs, opened, run, wait_until
 
 pytestmark = needs("nbdfuse", "fusermount3", "losetup", "mount", "mkfs.ext4", "e2fsck", "/dev/fuse", root=True)
@@ -87,11 +86,6 @@ def mounted(device: str, mount: Path) -> Iterator[Path]:
         yield mount
     finally:
         run("umount", str(mount))
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> ForkLab:
-    return ForkLab(tmp_path)
 
 
 def test_every_synced_file_is_there_seconds_after_the_target_was_destroyed(

@@ -6,7 +6,6 @@ Where a test must catch the server in the middle, the mirror is slow to read (nb
 import contextlib
 import os
 import random
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from lockstep.cli import mirroring, replacing
 from lockstep.errors import (
     FillingImpossible,
     LockstepError,
@@ -42,14 +40,7 @@ from tests.test_service_refusals import assert_error, everything_below
 SIZE_BYTES = 16 * MIB + 1536
 HEADER_BYTES = 16 * MIB
 KILLS = int(os.environ.get("REPLACE_KILLS", "3"))
-READY_IN_MEMORY = (mirroring, replacing)
 needs_nbdkit = needs("nbdkit", "nbdfuse", "fusermount3", "/dev/fuse", root=True)
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Lab:
-    """Commands are forks: there are many."""
-    return ForkLab(tmp_path)
 
 
 def noise(size_bytes: int = SIZE_BYTES) -> bytes:
@@ -237,57 +228,49 @@ def test_the_mirror_dies_meanwhile_and_comes_back(lab: Lab) -> None:
     """What is there goes on; what is missing is an error, for readers and writers, and nothing is made up."""
     content, new = noise(), lab.home / "new"
     target = lab.disk("target", SIZE_BYTES, content)
-    mirror, held, socket = (lab.home / name for name in ("mirror", "held", "socket"))
-    lab.disk("held", SIZE_BYTES + HEADER_BYTES)
-    options = ("-f", "-U", socket, "--filter=delay", "file", held, "delay-read=50ms")
-    disk = subprocess.Popen(["nbdkit", *options])
-    plug, volume = Plugged(mirror, socket), Volume(lab, "vol", target, mirror, None)
+    mirror, held = lab.home / "mirror", lab.disk("held", SIZE_BYTES + HEADER_BYTES)
+    plug = Plugged(mirror, held, "--filter=delay", "delay-read=50ms")
+    volume = Volume(lab, "vol", target, mirror, None)
     nbd = libnbd()
-    try:
-        wait_until(socket.exists, "nbdkit to listen")
-        with contextlib.ExitStack() as plugs:
-            plugs.enter_context(plug)
-            disks = ["--target", target, "--mirror", mirror, "--key-file", lab.key]
-            lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
-            with volume.served():
-                pass
-            target.unlink()
-            replaced(volume, new).ok()
-            volume = on(volume, new)
-            with volume.served() as served:
-                handle = connected(served)
-                handle.pwrite(b"first", 0)
-                plug.fuse.kill()
-                plug.fuse.wait()
-                last = SIZE_BYTES - 5
-                for _ in range(2):
-                    with pytest.raises(nbd.Error):
-                        handle.pwrite(b"never", last)
-                    with pytest.raises(nbd.Error):
-                        handle.pread(5, last)
-                handle.pwrite(b"alone", 0)
-                handle.flush()
-                assert handle.pread(5, 0) == b"alone"
-                restore = restoring(served)
-                assert restore is not None
-                assert "cannot be read" in restore["error"]
-                assert served.mirror_state() == "degraded"
-                served.kill()  # and the server as well: what was written to the new target alone must survive that
-                reason = f"it is away: There is no disk at {mirror}."
-                mirror.unlink()
-                missing_mirror = FillingImpossible(path=new, volume="vol", mirror=mirror, reason=reason)
-                assert_error(lab.lockstep("serve", "vol", "--key-file", lab.key), missing_mirror)
-            plugs.enter_context(plug)
-            with volume.served(in_sync=False) as served:
-                handle = connected(served)
-                assert handle.pread(5, 0) == b"alone"
-                assert handle.pread(5, last) == content[-5:]
-                handle.shutdown()
-                await_restored(served)
-                wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be in sync")
-    finally:
-        disk.terminate()
-        disk.wait()
+    with contextlib.ExitStack() as plugs:
+        plugs.enter_context(plug)
+        disks = ["--target", target, "--mirror", mirror, "--key-file", lab.key]
+        lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
+        with volume.served():
+            pass
+        target.unlink()
+        replaced(volume, new).ok()
+        volume = on(volume, new)
+        with volume.served() as served:
+            handle = connected(served)
+            handle.pwrite(b"first", 0)
+            plug.pull()
+            last = SIZE_BYTES - 5
+            for _ in range(2):
+                with pytest.raises(nbd.Error):
+                    handle.pwrite(b"never", last)
+                with pytest.raises(nbd.Error):
+                    handle.pread(5, last)
+            handle.pwrite(b"alone", 0)
+            handle.flush()
+            assert handle.pread(5, 0) == b"alone"
+            restore = restoring(served)
+            assert restore is not None
+            assert "cannot be read" in restore["error"]
+            assert served.mirror_state() == "degraded"
+            served.kill()  # and the server as well: what was written to the new target alone must survive that
+            reason = f"it is away: There is no disk at {mirror}."
+            mirror.unlink()
+            missing_mirror = FillingImpossible(path=new, volume="vol", mirror=mirror, reason=reason)
+            assert_error(lab.lockstep("serve", "vol", "--key-file", lab.key), missing_mirror)
+        plugs.enter_context(plug)
+        with volume.served(in_sync=False) as served:
+            handle = connected(served)
+            assert handle.pread(5, 0) == b"alone"
+            assert handle.pread(5, last) == content[-5:]
+            handle.shutdown()
+            await_restored(served)
+            wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be in sync")
     assert new.read_bytes() == b"alone" + content[5:]
     Volume(lab, "vol", new, held, None).assert_equal_disks()
 

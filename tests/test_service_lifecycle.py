@@ -33,7 +33,6 @@ from lockstep.errors import (
     VolumeUnknown,
 )
 from lockstep.service.control_client import ANSWER_TIMEOUT_S, ask_status
-from tests.forks import ForkLab
 from tests.lab import MIB, Lab, Result, Served, Volume, loop_devices, run, wait_until
 from tests.test_service_refusals import assert_error, everything_below, mounted
 
@@ -47,11 +46,6 @@ needs_attach = pytest.mark.skipif(
 
 SLOT_BYTES = 64 << 10
 LENGTHS = (4096, 3, 65536, 513)
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Lab:
-    return ForkLab(tmp_path)
 
 
 # --- a client of a few lines ------------------------------------------------------------------------------

@@ -19,9 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from alembic import command, config, script
 
-from lockstep.cli import restoring, serving, status, volumes
 from lockstep.errors import (
     AddressInvalid,
     AddressUnusable,
@@ -58,8 +56,6 @@ from tests.forks import ForkLab
 from tests.lab import MIB, PASSPHRASE, Lab, Result, Volume, run, wait_until
 
 SIZE_BYTES = 4 * MIB
-# The program imports them when they are needed; alembic, when a registry is made; the last one, to read an argument.
-READY_IN_MEMORY = (*(restoring, serving, status, volumes, command, config, script),)
 MISSING = "No such file or directory"
 
 needs_devices = pytest.mark.skipif(
