@@ -68,7 +68,8 @@ def draw(results: Results, shown: Callable[[str, float], str]) -> str:
 def _bars(results: Results, row: str, shown: Callable[[str, float], str]) -> Iterator[Bar]:
     figure = results.headline(row)
     found = {peer: spread for peer in results.peers if (spread := results.of(peer, row, figure))}
-    unit = found[REFERENCE].median if REFERENCE in found else min(spread.median for spread in found.values())
+    least = min((spread.median for spread in found.values() if spread.median), default=1.0)
+    unit = found[REFERENCE].median if REFERENCE in found else least
     for peer, spread in found.items():
         share = results.of(peer, row, "share")  # it has a reference of its own
         multiples = share or Spread(*(value / unit for value in spread))

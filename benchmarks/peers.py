@@ -72,13 +72,14 @@ class Peer(ABC):
 
 
 class Lockstep(Peer):
-    """The product, with a mirror whose encryption sector is given."""
+    """The product, with a mirror whose encryption sector is given; `direct` is with direct I/O."""
 
     programs: ClassVar[Mapping[str, str]] = {"cryptsetup": "cryptsetup-bin"}
 
-    def __init__(self, home: Path, size_bytes: int, sector_bytes: int) -> None:
-        super().__init__(f"lockstep-{sector_bytes}", home, size_bytes)
+    def __init__(self, home: Path, size_bytes: int, sector_bytes: int, *, direct: bool = False) -> None:
+        super().__init__(f"{'direct' if direct else 'lockstep'}-{sector_bytes}", home, size_bytes)
         self.sector_bytes = sector_bytes
+        self.options = ["--direct"] if direct else []
         self.state = State(str(home / "state"))
 
     def start(self) -> None:
@@ -100,9 +101,9 @@ class Lockstep(Peer):
 
     def serve(self) -> None:
         """Serve it, and wait until clients may connect."""
-        socket = ["--socket", str(self.home / "socket")]
+        options = ["--key-file", str(self.key_file), "--socket", str(self.home / "socket"), *self.options]
         self.server = Server(
-            self._command("serve", self.name, "--key-file", str(self.key_file), *socket),
+            self._command("serve", self.name, *options),
             self.home / f"{self.name}.log",
         )
         self.uri = self.server.await_ready(self._ready_uri)
@@ -176,13 +177,14 @@ class Qemu(Peer):
     """qemu-storage-daemon: a raw target mirrored to LUKS1, each write acknowledged when both have it.
 
     The export comes before the job: the job puts its filter between the target and the users it finds there, and a
-    user that comes later writes past the filter.
+    user that comes later writes past the filter. `direct` is with direct I/O.
     """
 
     programs: ClassVar[Mapping[str, str]] = {"qemu-storage-daemon": "qemu-system-common", "qemu-img": "qemu-utils"}
 
-    def __init__(self, home: Path, size_bytes: int) -> None:
-        super().__init__("qemu", home, size_bytes)
+    def __init__(self, home: Path, size_bytes: int, *, direct: bool = False) -> None:
+        super().__init__("qemu-direct" if direct else "qemu", home, size_bytes)
+        self.cache = ",cache.direct=on,aio=native" if direct else ""
         self.secret = f"secret,id=key,file={self.key_file}"
 
     def start(self) -> None:
@@ -193,9 +195,9 @@ class Qemu(Peer):
         options = {
             "--object": [self.secret],
             "--blockdev": [
-                f"file,node-name=target-file,filename={self.target}",
+                f"file,node-name=target-file,filename={self.target}{self.cache}",
                 "raw,node-name=target,file=target-file",
-                f"file,node-name=mirror-file,filename={self.mirror}",
+                f"file,node-name=mirror-file,filename={self.mirror}{self.cache}",
                 "raw,node-name=mirror-raw,file=mirror-file",
                 "luks,node-name=mirror,file=mirror-raw,key-secret=key",
             ],

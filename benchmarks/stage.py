@@ -122,10 +122,12 @@ def _peers(kinds: Sequence[str], sectors: Sequence[int], size_bytes: int, scratc
     for kind in kinds:
         if kind == "lockstep":
             peers += [Lockstep(scratch / f"lockstep-{size}", size_bytes, size) for size in sectors]
+        elif kind == "direct":
+            peers.append(Lockstep(scratch / kind, size_bytes, sectors[0], direct=True))
         elif kind == "nbdkit":
             peers.append(Nbdkit(scratch / kind, size_bytes))
         else:
-            peers.append(Qemu(scratch / kind, size_bytes))
+            peers.append(Qemu(scratch / kind, size_bytes, direct=kind == "qemu-direct"))
     return peers
 
 

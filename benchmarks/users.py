@@ -1,4 +1,4 @@
-"""What real programs get: a database on an attached volume, qemu-img, and disks whose caches are cold.
+"""What real programs get: a database on an attached volume, qemu-img, cold disks, and disks past the page cache.
 
 All of it on a real file system. The database compares an attached Lockstep with nbdkit without a mirror, attached in
 the same way, by the same code.
@@ -19,7 +19,7 @@ from benchmarks.peers import Peer
 from benchmarks.processes import BenchmarkError, run, wait_for
 from benchmarks.results import Cell, Results
 from benchmarks.stage import file_system, in_turn, note, peers_up, prove, real_directory, say, settle
-from benchmarks.workloads import COLD_LOADS, PGBENCH
+from benchmarks.workloads import COLD_LOADS, DIRECT_LOADS, PGBENCH
 from lockstep.service import attach as attaching
 
 ACCOUNT = "postgres"
@@ -42,7 +42,13 @@ def user_programs() -> dict[str, str]:
         raise BenchmarkError("a file system is mounted for this: it needs root")
     if _postgres_programs() is None:
         raise BenchmarkError("not installed: initdb (Debian package postgresql)")
-    return {"qemu-img": "qemu-utils", "nbdfuse": "libnbd-bin", "mkfs.ext4": "e2fsprogs", "runuser": "util-linux"}
+    return {
+        "fincore": "util-linux-extra",
+        "qemu-img": "qemu-utils",
+        "nbdfuse": "libnbd-bin",
+        "mkfs.ext4": "e2fsprogs",
+        "runuser": "util-linux",
+    }
 
 
 def measure_users(results: Results, options: argparse.Namespace) -> None:
@@ -52,6 +58,8 @@ def measure_users(results: Results, options: argparse.Namespace) -> None:
     options.size = max(options.size, DISK_BYTES_LEAST)
     _measure_database(results, options, directory)
     _measure_disks(results, options, directory)
+    if "lockstep" in options.kinds:
+        _measure_direct(results, options, directory)
 
 
 # --- pgbench ---
@@ -181,6 +189,29 @@ def _qemu_img(peer: Peer, words: list[str], block_bytes: int) -> float:
     if not found:
         raise BenchmarkError(f"qemu-img bench on {peer.name} said no time: {said}")
     return count / float(found[1])
+
+
+def _measure_direct(results: Results, options: argparse.Namespace, directory: Path) -> None:
+    """Each load through the page cache and past it, and what of the two disks is in it afterwards."""
+    kinds = ["lockstep", "direct", *(["qemu-direct"] if "qemu" in options.kinds else [])]
+    with peers_up(options, directory, kinds) as peers:
+        for number in range(options.rounds):
+            for index, load in enumerate(DIRECT_LOADS):
+                for peer in in_turn(peers, number + index):
+                    settle(peers)
+                    _forget(peers)
+                    note(results, *measure(peer, number, options.timing, load, row=f"disk, {load.name}"))
+                    cached = {"bytes": float(_cached_bytes(peer))}
+                    note(results, Cell(f"page cache after {load.name}", peer.name, number, "bytes", cached))
+            for peer in peers:
+                peer.await_in_sync()
+        prove(results, peers, directory)
+
+
+def _cached_bytes(peer: Peer) -> int:
+    """How much of a peer's two disks is in the page cache."""
+    files = [str(disk) for disk in (peer.target, peer.mirror)]
+    return sum(map(int, run(["fincore", "--bytes", "--noheadings", "--output=RES", *files]).split()))
 
 
 def _forget(peers: Sequence[Peer]) -> None:

@@ -90,6 +90,9 @@ REACHES = (
 # --- real users (`--users`), on a real file system ---
 
 PGBENCH = "pgbench"
+
+# Through the page cache and past it (`serve --direct`).
+DIRECT_LOADS = (*WORKLOADS[1:2], *WORKLOADS[3:4], *DISK_WORKLOADS)
 USER_REACHES = (Reach("nbdkit", PGBENCH, 0.9, figure="tps"),)
 
 # Each cold, alone and beside the other: does one delay the other?

@@ -120,6 +120,7 @@ def test_runs_are_written_alike(extents: list[tuple[int, int]], sector: int, sho
     for write_run, xts in (
         (runs._write_run, FallbackXts(KEY, sector)),
         (native_runs.write_run, native_xts.Xts(KEY, sector)),
+        (native_runs.submit_run, native_xts.Xts(KEY, sector)),
     ):
         with tempfile.TemporaryFile(dir="/dev/shm") as plain, tempfile.TemporaryFile(dir="/dev/shm") as cipher:
             flags = 1 << 30 if short else 0  # which no kernel knows: every write fails
@@ -127,7 +128,7 @@ def test_runs_are_written_alike(extents: list[tuple[int, int]], sector: int, sho
             done = write_run(plain.fileno(), flags, data, as_run(extents), len(extents))
             encrypted = encrypt(cipher.fileno(), 512, 7, data, as_run(whole), len(whole), flags)
             results.append((done, encrypted, plain.read(), cipher.read()))
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]
     assert results[0][:2] == ((0, 0) if short else (len(extents), len(extents)))
 
 
@@ -166,6 +167,7 @@ def test_a_count_beyond_the_run_is_refused() -> None:
     calls: tuple[Callable[[], Any], ...] = (
         lambda: native_runs.aligned(run, 2, 0),
         lambda: native_runs.write_run(1, 0, b"", run, 2),
+        lambda: native_runs.submit_run(1, 0, b"", run, 2),
         lambda: native_frames.pack_replies(run, 2),
         lambda: native_xts.Xts(KEY, 512).encrypt_run(1, 0, 0, b"", run, 2, 0),
     )

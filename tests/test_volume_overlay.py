@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.luks import CIPHER, Segment
 from lockstep.disk.encrypted import EncryptedDisk
-from lockstep.disk.plain import write_all
+from lockstep.disk.transfer import write_all
 from lockstep.errors import DiskFailed, DiskLocked, NotADisk, OverlayDamaged, OverlayOfAnother, OverlayUnfit
 from lockstep.volume import overlay as module
 from lockstep.volume.overlay import Base, Overlay, OverlayFile, cluster_bytes, read_any

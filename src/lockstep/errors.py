@@ -514,6 +514,14 @@ class DiskReadOnly(DiskError):
     next_step = "Make the device (`blockdev --setrw`) or file system (`mount -o remount,rw`) writable, then retry."
 
 
+class DirectImpossible(DiskError):
+    """The disk cannot be used without the page cache."""
+
+    happened = "{path} cannot be used with direct I/O: {reason}."
+    cause = "With --direct, disks must take whole blocks past the page cache; some file systems and sizes do not."
+    next_step = "Serve the volume without --direct, or move it to a block device. Nothing was changed."
+
+
 class DiskBusy(DiskError):
     """The kernel does not give the block device to a second owner."""
 

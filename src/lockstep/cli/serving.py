@@ -51,6 +51,12 @@ def serve(
     mlock: Annotated[
         bool, typer.Option("--mlock", help="Keep the server in memory: for a device that this machine itself mounts.")
     ] = False,
+    direct: Annotated[
+        bool,
+        typer.Option(
+            "--direct", help="Leave the page cache out: for block devices whose users have a cache themselves."
+        ),
+    ] = False,
     state_dir: StateDir = None,
 ) -> None:
     """Serve a volume over NBD, in the foreground, until SIGTERM or Ctrl-C."""
@@ -64,7 +70,7 @@ def serve(
         group_id(socket_group) if socket_group else None,
     )
     unlock = unlock_from(key_file, credential, token_only=token_only, what=f"the mirror of {name}")
-    options = Options(mirror_patience_s=mirror_timeout, lock_memory=mlock)
+    options = Options(mirror_patience_s=mirror_timeout, lock_memory=mlock, direct=direct)
     serve_volume(state, name, unlock, listen, _announce, options)
 
 

@@ -6,7 +6,7 @@ The GIL is given up round the system calls of a whole run, once: a disk may take
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint64_t
-from libc.string cimport memcmp
+from libc.string cimport memcmp, memset
 
 from lockstep.run cimport Write
 
@@ -17,6 +17,38 @@ cdef extern from "sys/uio.h" nogil:
         size_t iov_len
     ssize_t pwritev2(int fd, const iovec *parts, int count, int64_t offset, int flags)
     ssize_t preadv2(int fd, const iovec *parts, int count, int64_t offset, int flags)
+
+
+cdef extern from "linux/aio_abi.h" nogil:
+    ctypedef unsigned long aio_context_t
+    enum:
+        IOCB_CMD_PWRITEV
+    struct iocb:
+        uint64_t aio_data, aio_buf, aio_nbytes
+        int64_t aio_offset
+        int aio_lio_opcode, aio_fildes, aio_rw_flags
+    struct io_event:
+        uint64_t data
+        int64_t res
+
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <linux/aio_abi.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    /* The C library has no names for these. */
+    #define io_setup(depth, context) syscall(SYS_io_setup, depth, context)
+    #define io_destroy(context) syscall(SYS_io_destroy, context)
+    #define io_submit(context, count, requests) syscall(SYS_io_submit, context, count, requests)
+    #define io_getevents(context, least, most, events) syscall(SYS_io_getevents, context, least, most, events, NULL)
+    """
+    long io_setup(unsigned int depth, aio_context_t *context) nogil
+    long io_destroy(aio_context_t context) nogil
+    long io_submit(aio_context_t context, long count, iocb **requests) nogil
+    long io_getevents(aio_context_t context, long least, long most, io_event *events) nogil
 
 
 cdef Py_ssize_t _checked(Py_buffer *run, Py_ssize_t count) except -1:
@@ -106,6 +138,94 @@ def write_run(int fd, int flags, data, run, Py_ssize_t count):
     PyObject_GetBuffer(data, &source, PyBUF_SIMPLE)
     try:
         return _carry(<Call> pwritev2, fd, flags, &source, run, count)
+    finally:
+        PyBuffer_Release(&source)
+
+
+cdef enum:
+    DEPTH = 64  # requests under way together
+    IDLE_MAX = 32
+
+# Contexts that nobody uses: to make or destroy one takes milliseconds. They are the process's, not its child's.
+cdef aio_context_t _idle[IDLE_MAX]
+cdef int _idle_count = 0
+
+
+cdef int _submit(aio_context_t context, int fd, int flags, char *data, Write *write, int count) noexcept nogil:
+    """Have up to DEPTH writes under way together, and wait for all of them; how many, from the front, were whole."""
+    cdef iocb requests[DEPTH]
+    cdef iocb *each[DEPTH]
+    cdef iovec parts[DEPTH]
+    cdef io_event events[DEPTH]
+    cdef bint whole[DEPTH]
+    cdef long number, begun = 0, ended = 0
+    cdef int at
+    memset(requests, 0, sizeof(requests))
+    memset(whole, 0, sizeof(whole))
+    for at in range(count):
+        parts[at].iov_base, parts[at].iov_len = data + write[at].position, write[at].length
+        requests[at].aio_data = at
+        requests[at].aio_lio_opcode = IOCB_CMD_PWRITEV
+        requests[at].aio_fildes = fd
+        requests[at].aio_buf = <uint64_t> &parts[at]
+        requests[at].aio_nbytes = 1
+        requests[at].aio_offset = write[at].offset
+        requests[at].aio_rw_flags = flags
+        each[at] = &requests[at]
+    while begun < count:
+        number = io_submit(context, count - begun, each + begun)
+        if number <= 0:
+            break
+        begun += number
+    while ended < begun:  # however it goes: the memory is the disk's until then
+        number = io_getevents(context, 1, begun - ended, events)
+        for at in range(number):
+            whole[events[at].data] = events[at].res == <int64_t> write[events[at].data].length
+        if number > 0:
+            ended += number
+    at = 0
+    while at < begun and whole[at]:
+        at += 1
+    return at
+
+
+def submit_run(int fd, int flags, data, run, Py_ssize_t count):
+    """See `runs.py`."""
+    global _idle_count
+    cdef Py_buffer source, writes
+    cdef aio_context_t context = 0
+    cdef Py_ssize_t at = 0, taken, part
+    cdef Write *write
+    PyObject_GetBuffer(data, &source, PyBUF_SIMPLE)
+    try:
+        PyObject_GetBuffer(run, &writes, PyBUF_SIMPLE)
+        try:
+            count = _checked(&writes, count)
+            write = <Write *> writes.buf
+            for at in range(count):
+                if write[at].position + write[at].length > <uint64_t> source.len:
+                    raise ValueError("the data lies outside of the buffer")
+            if _idle_count:
+                _idle_count -= 1
+                context = _idle[_idle_count]
+            elif io_setup(DEPTH, &context):
+                return 0
+            at = 0
+            with nogil:
+                while at < count:
+                    part = min(DEPTH, count - at)
+                    taken = _submit(context, fd, flags, <char *> source.buf, write + at, part)
+                    at += taken
+                    if taken < part:
+                        break
+            if _idle_count < IDLE_MAX:
+                _idle[_idle_count] = context
+                _idle_count += 1
+            else:
+                io_destroy(context)
+            return at
+        finally:
+            PyBuffer_Release(&writes)
     finally:
         PyBuffer_Release(&source)
 

@@ -14,8 +14,9 @@ from typing import Final
 
 from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.luks import Segment
-from lockstep.disk.plain import Promptness, cached_read_flag, read_all
+from lockstep.disk.direct import DirectFile, Fill
 from lockstep.disk.runs import WORDS
+from lockstep.disk.transfer import Promptness, cached_read_flag, read_all
 
 # One piece is encrypted and written while it is still in the processor's cache.
 PIECE_BYTES: Final = 256 << 10
@@ -32,8 +33,10 @@ class EncryptedDisk:
         self._fd = fd
         self._data_offset = segment.offset_bytes
         self._first_iv = segment.iv_offset
+        self._direct = DirectFile.of(fd)
         self._promptness = Promptness(fd)
         self._stopped = False
+        self._encrypt_into = cipher.encrypt_into
         self._encrypt_to = cipher.encrypt_to
         self._encrypt_run = cipher.encrypt_run
         self._decrypt_into = cipher.decrypt_into
@@ -63,27 +66,43 @@ class EncryptedDisk:
     def write_all(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> None:
         """Encrypt and write a run of whole sectors."""
         done = 0
-        if count > 1 and not durable:
-            done = self._encrypt_run(self._fd, self._data_offset, self._first_iv, data, run, count, 0)
+        if self._direct is None:
+            if count > 1 and not durable:
+                done = self._encrypt_run(self._fd, self._data_offset, self._first_iv, data, run, count, 0)
+        elif not self._stopped:
+            fill, base = self._encrypt_from(data), self._data_offset
+            done = self._direct.write_run(run, count, fill, base=base, durable=durable)
         for at in range(done, count):  # where that ended, the write itself tells why
             offset, length, position = run[WORDS * at : WORDS * at + 3]
             self.write(offset, data[position : position + length], durable)
 
     def write(self, offset: int, data: memoryview, durable: bool = False) -> None:
         """Encrypt `data` and write the ciphertext at `offset`."""
-        flags = os.RWF_DSYNC if durable else 0
         while data:
             if self._stopped:
                 raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
-            at, iv, piece = self._data_offset + offset, self._first_iv + (offset >> 9), data[:PIECE_BYTES]
-            if self._promptness.unknown:
-                self._promptness.learn(lambda prompt: self._encrypt_to(self._fd, at, iv, piece, prompt))  # noqa: B023
-            written = self._encrypt_to(self._fd, at, iv, piece, flags)
+            written = self._write_piece(offset, data[:PIECE_BYTES], durable)
             # After a short write (a full disk, or a signal) the next one says which.
             written -= written % self.sector_bytes
             if not written:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             offset, data = offset + written, data[written:]
+
+    def _write_piece(self, offset: int, piece: memoryview, durable: bool) -> int:
+        """Encrypt a piece and write it; return how much of it, which without direct I/O may be less than all."""
+        at, iv = self._data_offset + offset, self._first_iv + (offset >> 9)
+        if self._direct is not None:
+            self._direct.write_filled(at, len(piece), lambda into: self._encrypt_into(iv, piece, into), durable=durable)
+            return len(piece)
+        if self._promptness.unknown:
+            self._promptness.learn(lambda prompt: self._encrypt_to(self._fd, at, iv, piece, prompt))
+        return self._encrypt_to(self._fd, at, iv, piece, os.RWF_DSYNC if durable else 0)
+
+    def _encrypt_from(self, data: memoryview) -> Fill:
+        def fill(offset: int, position: int, into: memoryview) -> None:
+            self._encrypt_into(self._first_iv + (offset >> 9), data[position : position + len(into)], into)
+
+        return fill
 
     def zero(self, offset: int, length: int) -> None:
         """Write the ciphertext of zeroes: a hole would decrypt to noise."""
@@ -92,7 +111,10 @@ class EncryptedDisk:
 
     def read(self, offset: int, into: memoryview) -> None:
         """Read and decrypt, filling `into`."""
-        read_all(self._fd, into, self._data_offset + offset)
+        if self._direct is None:
+            read_all(self._fd, into, self._data_offset + offset)
+        else:
+            self._direct.read(self._data_offset + offset, into)
         self._decrypt_into(self._first_iv + (offset >> 9), into, into)
 
     def read_medium(self, offset: int, into: memoryview) -> None:

@@ -10,7 +10,7 @@ from typing import Final
 
 from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.reencryption import CHECKSUM, Unfinished, Zone
-from lockstep.disk.plain import read_all
+from lockstep.disk.transfer import read_all
 
 _HASH_BYTES: Final = 32
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from lockstep.crypto import luks, reencryption
 from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.unlock import Unlock
+from lockstep.disk.direct import require_direct
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.half_rekeyed import HalfRekeyedDisk
 from lockstep.disk.lock import lock_exclusive, lock_shared
@@ -108,17 +109,21 @@ def open_mirror(
     size_bytes: int,
     *,
     writable: bool,
+    direct: bool = False,
     with_key: Callable[[bytearray], None] | None = None,
 ) -> EncryptedDisk:
     """Unlock the mirror of a target of `size_bytes`, whose `header` was read before, and lock it against others.
 
-    `with_key` is shown the volume key, which is wiped afterwards.
-    Raises MirrorTruncated, DiskBusy, DiskLocked, DiskChanged, and what reading the volume key can raise.
+    `direct` leaves the page cache out; `with_key` is shown the volume key, which is wiped afterwards. Raises
+    MirrorTruncated, DiskBusy, DiskLocked, DiskChanged, DirectImpossible, and what reading the volume key can raise.
     """
     disk, data_bytes = _large_enough(path, header.segment, size_bytes)
     _refuse_busy(disk)
-    fd = open_disk(disk, writable=writable)
+    fd = open_disk(disk, writable=writable, direct=direct)
     try:
+        if direct:
+            segment = header.segment
+            require_direct(fd, path, sector=segment.sector_bytes, beginning=segment.offset_bytes)
         (lock_exclusive if writable else lock_shared)(fd, disk)
         _refuse_changed(path, header_path, header)
         key = unlock.volume_key(header_path or path)

@@ -1,20 +1,21 @@
-"""A disk as it is: a file or a block device, read and written at byte offsets through the page cache.
+"""A disk as it is: a file or a block device, read and written at byte offsets through the page cache or past it.
 
 Every method may be called from any thread. Failures are OSErrors. Nothing is durable before `flush`, or
 before a write with `durable` returns.
 """
 
-import contextlib
 import ctypes
 import errno
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final, Self
 
+from lockstep.disk.direct import DirectFile, copy_from, require_direct
 from lockstep.disk.lock import lock_exclusive
 from lockstep.disk.probe import Disk, open_disk
 from lockstep.disk.runs import WORDS, read_run, write_run
+from lockstep.disk.transfer import Promptness, cached_read_flag, read_all, write_all
 
 _FALLOC_FL_KEEP_SIZE: Final = 0x01  # linux/falloc.h
 _FALLOC_FL_PUNCH_HOLE: Final = 0x02
@@ -23,52 +24,6 @@ _FALLOC_FL_ZERO_RANGE: Final = 0x10
 _libc = ctypes.CDLL(None, use_errno=True)
 _ZEROES: Final = bytes(1 << 20)
 _UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY})
-
-
-def write_all(fd: int, data: memoryview | bytes | bytearray, offset: int, *, durable: bool = False) -> None:
-    """Write all of `data` at `offset` (bytes), or raise the OSError that stopped it."""
-    written = os.pwritev(fd, (data,), offset, os.RWF_DSYNC) if durable else os.pwrite(fd, data, offset)
-    if written == len(data):
-        return
-    rest = memoryview(data)[written:]
-    while rest:
-        # A short write is a full disk or a signal; the next one says which.
-        written = os.pwritev(fd, (rest,), offset + len(data) - len(rest), os.RWF_DSYNC if durable else 0)
-        if not written:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        rest = rest[written:]
-
-
-def read_all(fd: int, into: memoryview, offset: int) -> None:
-    """Fill `into` from `offset` (bytes); past the end of the disk there are zeroes."""
-    while into:
-        count = os.preadv(fd, (into,), offset)
-        if not count:
-            into[:] = bytes(len(into))
-            return
-        into, offset = into[count:], offset + count
-
-
-class Promptness:
-    """Whether a file takes small writes without ever making the writer wait, and how to ask for that.
-
-    `flags` are what pwritev2(2) then needs: none where the file system is memory; RWF_NOWAIT where it keeps its word,
-    and fails with EAGAIN instead of waiting. None means that writes may block: ext4, FUSE, older kernels.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self.flags: int | None = 0 if _in_memory(os.readlink(f"/proc/self/fd/{fd}")) else None
-        self.unknown = self.flags is None
-
-    def learn(self, write: Callable[[int], int]) -> None:
-        """Find out by a write that is about to happen anyway: `write` is given the flags to try."""
-        self.unknown = False
-        try:
-            write(os.RWF_NOWAIT)
-        except OSError as error:
-            if error.errno != errno.EAGAIN:
-                return
-        self.flags = os.RWF_NOWAIT
 
 
 class PlainDisk:
@@ -80,19 +35,30 @@ class PlainDisk:
         self.size_bytes = disk.size_bytes if size_bytes is None else size_bytes
         self._used_bytes = size_bytes  # what lies behind them is another's, and reads as zeroes
         self._fd = fd
+        self._direct = DirectFile.of(fd)
         self._nowait = cached_read_flag(fd)
         self._promptness = Promptness(fd)
 
     @classmethod
-    def claim(cls, disk: Disk, size_bytes: int | None = None) -> Self:
-        """Open `disk` for writing, for this process alone. Raises DiskLocked and what `open_disk` does."""
-        fd = open_disk(disk, writable=True)
+    def claim(cls, disk: Disk, size_bytes: int | None = None, *, direct: bool = False) -> Self:
+        """Open `disk` for writing, for this process alone; `direct` leaves the page cache out.
+
+        Raises DiskLocked, DirectImpossible and what `open_disk` does.
+        """
+        fd = open_disk(disk, writable=True, direct=direct)
         try:
+            if direct:
+                require_direct(fd, disk.path, size=disk.size_bytes)
             lock_exclusive(fd, disk)
             return cls(disk, fd, size_bytes)
         except BaseException:
             os.close(fd)
             raise
+
+    @property
+    def block_bytes(self) -> int:
+        """What writes have to themselves, though they be smaller: more than a byte only with direct I/O."""
+        return 1 if self._direct is None else self._direct.block_bytes
 
     def close(self) -> None:
         """Close the descriptor, which also gives up its locks."""
@@ -104,7 +70,10 @@ class PlainDisk:
             within = max(0, self._used_bytes - offset)
             into[within:] = bytes(len(into) - within)
             into = into[:within]
-        read_all(self._fd, into, offset)
+        if self._direct is None:
+            read_all(self._fd, into, offset)
+        else:
+            self._direct.read(offset, into)
 
     def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
         """Read a run without waiting for the medium; return how many of its reads, from the front."""
@@ -112,6 +81,9 @@ class PlainDisk:
 
     def write(self, offset: int, data: memoryview | bytes, *, durable: bool = False) -> None:
         """Write all of `data` at `offset`."""
+        if self._direct is not None:
+            self._direct.write(offset, data, durable=durable)
+            return
         if self._promptness.unknown:
             self._promptness.learn(lambda flags: os.pwritev(self._fd, (data,), offset, flags))
         if durable or os.pwrite(self._fd, data, offset) != len(data):
@@ -131,7 +103,9 @@ class PlainDisk:
     def write_all(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> None:
         """Write a run."""
         done = 0
-        if count > 1 and not durable:
+        if self._direct is not None:
+            done = self._direct.write_run(run, count, copy_from(data), durable=durable)
+        elif count > 1 and not durable:
             done = write_run(self._fd, 0, data, run, count)
         for at in range(done, count):  # where that ended, the write itself tells why
             offset, length, position = run[WORDS * at : WORDS * at + 3]
@@ -151,7 +125,7 @@ class PlainDisk:
                 raise
             for position in range(offset, offset + length, len(_ZEROES)):
                 piece = min(len(_ZEROES), offset + length - position)
-                write_all(self._fd, memoryview(_ZEROES)[:piece], position)
+                self.write(position, memoryview(_ZEROES)[:piece])
 
     def flush(self) -> None:
         """Make every completed write durable."""
@@ -168,7 +142,7 @@ class PlainDisk:
 
     def prefetch(self, offset: int, length: int) -> None:
         """Start reading the range into the page cache."""
-        if length:  # 0 would mean up to the end
+        if length and self._direct is None:  # 0 would mean up to the end
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def written_ns(self) -> int:
@@ -200,34 +174,8 @@ class PlainDisk:
             raise
 
 
-def cached_read_flag(fd: int) -> int | None:
-    """Return the flag that makes a read of `fd` give up rather than wait; None when there is no way to know."""
-    try:
-        os.preadv(fd, (bytearray(1),), 0, os.RWF_NOWAIT)
-    except BlockingIOError:
-        pass
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            return None
-        return 0 if _in_memory(os.readlink(f"/proc/self/fd/{fd}")) else None
-    return os.RWF_NOWAIT
-
-
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2), of which the os module has only the POSIX part."""
     if _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-
-
-def _in_memory(path: str) -> bool:
-    """Whether the file lies on a file system that is memory, where a read never waits."""
-    best, kind = "", ""
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as rows:
-        for row in rows:
-            fields, _, rest = row.partition(" - ")
-            point = fields.split()[4].encode().decode("unicode_escape")
-            inside = path == point or path.startswith(point.rstrip("/") + "/")
-            if inside and len(point) >= len(best):
-                best, kind = point, rest.split()[0]
-    return kind in ("tmpfs", "ramfs")

@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lockstep.errors import (
+    DirectImpossible,
     DiskBusy,
     DiskChanged,
     DiskError,
@@ -102,14 +103,14 @@ def inspect(path: str) -> Disk:
         os.close(fd)
 
 
-def open_disk(disk: Disk, *, writable: bool) -> int:
+def open_disk(disk: Disk, *, writable: bool, direct: bool = False) -> int:
     """Open the disk that was inspected, close-on-exec; the caller closes it.
 
     A block device opened for writing is claimed (O_EXCL): the kernel refuses one that is mounted, held, or
-    claimed by somebody else, and then refuses them until it is closed. Raises DiskBusy, DiskReadOnly,
-    DiskForbidden, DiskMissing, DiskChanged or DiskUnreadable.
+    claimed by somebody else, and then refuses them until it is closed. `direct` is for direct I/O (O_DIRECT). Raises
+    DiskBusy, DiskReadOnly, DiskForbidden, DiskMissing, DiskChanged, DiskUnreadable or DirectImpossible.
     """
-    flags = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
+    flags = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY) | (os.O_DIRECT if direct else 0)
     if writable and disk.is_block:
         flags |= os.O_EXCL
         if _sysfs_text(disk.device, "ro") == "1":  # some kernels open it all the same, and fail the first write
@@ -119,6 +120,8 @@ def open_disk(disk: Disk, *, writable: bool) -> int:
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise DiskBusy(path=disk.path, users=_sentence(users_of(disk))) from error
+        if direct and error.errno == errno.EINVAL:
+            raise DirectImpossible(path=disk.path, reason="its file system has no direct I/O") from error
         raise _catalogued(disk.path, error, "writing" if writable else "reading") from error
     if _identity(os.fstat(fd)) != _node(disk):
         os.close(fd)

@@ -56,6 +56,14 @@ def _write_run(fd: int, flags: int, data: "Buffer", run: "array[int]", count: in
     return count
 
 
+def _submit_run(fd: int, flags: int, data: "Buffer", run: "array[int]", count: int, /) -> int:
+    """Like `_write_run`, with all writes under way together if the kernel can: for direct I/O, where each waits.
+
+    No two of them may overlap. This one does it one after the other.
+    """
+    return _write_run(fd, flags, data, run, count)
+
+
 def _read_run(fd: int, flags: int, into: bytearray, run: "array[int]", count: int, /) -> int:
     """How many reads, from the front, the file `fd` gave whole; `flags` are those of preadv2(2)."""
     view = memoryview(into)
@@ -80,11 +88,13 @@ except ImportError:
     aligned = _aligned
     covered = _covered
     write_run = _write_run
+    submit_run = _submit_run
     read_run = _read_run
     same = _same
 else:
     aligned = _native.aligned
     covered = _native.covered
     write_run = _native.write_run
+    submit_run = _native.submit_run
     read_run = _native.read_run
     same = _native.same

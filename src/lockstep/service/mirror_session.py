@@ -80,6 +80,8 @@ class MirrorSession:
         unlock: Unlock,
         workers: Workers,
         patience_s: float,
+        *,
+        direct: bool = False,
     ) -> None:
         """Open the mirror, unless it is away; nothing is changed yet.
 
@@ -90,6 +92,7 @@ class MirrorSession:
         self._target = target
         self._unlock = unlock
         self._patience_s = patience_s
+        self._direct = direct
         self._header_path = header_path(mirror)
         self._state = state
         self._in_worker = workers.run
@@ -350,7 +353,8 @@ class MirrorSession:
                 raise MirrorBorrowed(path=mirror.path)
             header = luks.read_header(self._header_path)
             _require_token(self._volume, mirror, header)
-            return header, open_mirror(mirror.path, mirror.header_path, header, self._unlock, size_bytes, writable=True)
+            where = (mirror.path, mirror.header_path, header)
+            return header, open_mirror(*where, self._unlock, size_bytes, writable=True, direct=self._direct)
 
     def _new_workers(self) -> Workers:
         return Workers("lockstep-mirror", MIRROR_THREADS, self._patience_s)

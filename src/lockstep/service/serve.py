@@ -75,6 +75,7 @@ class Options:
 
     mirror_patience_s: float = PATIENCE_S  # how long a mirror may take to answer before it is dropped
     lock_memory: bool = False  # for a volume that lies below this machine's own page cache
+    direct: bool = False  # leave the page cache out
 
 
 def serve(
@@ -107,7 +108,9 @@ def serve(
         workers = Workers("lockstep-worker", WORKERS)
         stack.callback(workers.close)
         session = stack.enter_context(
-            open_volume(state, volume, unlock, gate, workers, patience_s=options.mirror_patience_s)
+            open_volume(
+                state, volume, unlock, gate, workers, patience_s=options.mirror_patience_s, direct=options.direct
+            )
         )
         uvloop.run(_serve(state, registry, session, gate, listen, on_ready))
 

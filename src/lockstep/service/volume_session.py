@@ -64,7 +64,7 @@ class VolumeSession:
         self.mirrors = mirrors
         self.workers = workers
         links = tuple(session.link for session in mirrors)
-        sector_bytes = max((link.sector_bytes for link in links), default=1)
+        sector_bytes = max((target.block_bytes, *(link.sector_bytes for link in links)))
         self.writes = WritePath(target, links, gate, sector_bytes, workers)
         self.reads = ReadPath(self.writes, workers)
         self.resyncs = tuple(
@@ -153,20 +153,21 @@ def open_volume(
     workers: Workers,
     *,
     patience_s: float = PATIENCE_S,
+    direct: bool = False,
 ) -> Iterator[VolumeSession]:
     """Open a volume whose lock the caller holds; nothing has changed before `claim`.
 
-    `unlock` is asked if there is a mirror; a mirror that does not answer for `patience_s` is dropped. Raises what
-    opening the target or a mirror does.
+    `unlock` is asked if there is a mirror; a mirror that does not answer for `patience_s` is dropped; `direct` leaves
+    the page cache out for all disks. Raises what opening the target or a mirror does.
     """
     with contextlib.ExitStack() as stack:
-        target = _open_target(state, record)
+        target = _open_target(state, record, direct=direct)
         stack.callback(target.close)
         mirrors = []
         if record.mirrors:
             unlock.prepare()
         for mirror in record.mirrors:
-            session = MirrorSession(state, record, mirror, target, unlock, workers, patience_s)
+            session = MirrorSession(state, record, mirror, target, unlock, workers, patience_s, direct=direct)
             stack.callback(session.close)
             mirrors.append(session)
         volume = VolumeSession(state, record, target, tuple(mirrors), gate, workers)
@@ -181,7 +182,7 @@ def pair_of(record: VolumeRecord) -> Pair:
     return Pair(record.id, record.filled_from, record.size_bytes)
 
 
-def _open_target(state: State, record: VolumeRecord) -> PlainDisk:
+def _open_target(state: State, record: VolumeRecord, *, direct: bool) -> PlainDisk:
     try:
         disk = inspect(record.target_path)
     except DiskMissing as error:
@@ -196,10 +197,10 @@ def _open_target(state: State, record: VolumeRecord) -> PlainDisk:
     if users:
         raise DiskBusy(path=disk.path, users=" and ".join(users))
     if record.filled_from is None:
-        return PlainDisk.claim(disk, record.size_bytes)
+        return PlainDisk.claim(disk, record.size_bytes, direct=direct)
     lacks = missing.load(state.missing(record.id), pair_of(record))
     if lacks is None:
         raise TargetUnprepared(path=disk.path, volume=record.name)
-    target = NewTarget.claim(disk, record.size_bytes)
+    target = NewTarget.claim(disk, record.size_bytes, direct=direct)
     target.missing = lacks
     return target

@@ -44,8 +44,8 @@ from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.luks import CIPHER, Segment, wipe
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.lock import lock_exclusive
-from lockstep.disk.plain import read_all, write_all
 from lockstep.disk.probe import inspect, open_disk
+from lockstep.disk.transfer import read_all, write_all
 from lockstep.errors import DiskFailed, OverlayDamaged, OverlayOfAnother, OverlayUnfit
 from lockstep.volume.pages import BODY_BYTES, CRC, PAGE_BYTES, intact, sealed, sync_directory
 

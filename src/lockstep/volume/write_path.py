@@ -25,8 +25,8 @@ Rules:
 4. A region is marked in the intent bitmap, durably, before either disk is written there; a held one in the record of
    what is held. So a write is carried out at once only inside the hot set, where the marks are already; and
    marks are cleared by `tidy` alone.
-5. Nothing that may block is done on the loop: a write at once needs disks that are prompt (lockstep/disk/plain.py), all
-   others are written by threads, the target and each mirror by their own and at the same time.
+5. Nothing that may block is done on the loop: a write at once needs disks that are prompt (lockstep/disk/transfer.py),
+   all others are written by threads, the target and each mirror by their own and at the same time.
 6. A hole on the target is zeroes on a clean mirror, so clearing what is a hole already costs the mirror nothing.
 7. FLUSH covers what was answered before it began, on the target and on every followed mirror.
 """

@@ -1,0 +1,94 @@
+"""Moving all of a piece of data to or from a descriptor, and whether that can be made to wait.
+
+Failures are OSErrors.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Callable
+
+
+def write_all(fd: int, data: memoryview | bytes | bytearray, offset: int, *, durable: bool = False) -> None:
+    """Write all of `data` at `offset` (bytes), or raise the OSError that stopped it."""
+    written = os.pwritev(fd, (data,), offset, os.RWF_DSYNC) if durable else os.pwrite(fd, data, offset)
+    if written == len(data):
+        return
+    rest = memoryview(data)[written:]
+    while rest:
+        # A short write is a full disk or a signal; the next one says which.
+        written = os.pwritev(fd, (rest,), offset + len(data) - len(rest), os.RWF_DSYNC if durable else 0)
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rest = rest[written:]
+
+
+def read_all(fd: int, into: memoryview, offset: int) -> None:
+    """Fill `into` from `offset` (bytes); past the end of the disk there are zeroes."""
+    while into:
+        count = os.preadv(fd, (into,), offset)
+        if not count:
+            into[:] = bytes(len(into))
+            return
+        into, offset = into[count:], offset + count
+
+
+class Promptness:
+    """Whether a file takes small writes without ever making the writer wait, and how to ask for that.
+
+    `flags` are what pwritev2(2) then needs: none where the file system is memory; RWF_NOWAIT where it keeps its word,
+    and fails with EAGAIN instead of waiting. None means that writes may block: ext4, FUSE, older kernels, and direct
+    I/O anywhere.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.flags = _flag_in_memory(fd)
+        self.unknown = self.flags is None and not is_direct(fd)
+
+    def learn(self, write: Callable[[int], int]) -> None:
+        """Find out by a write that is about to happen anyway: `write` is given the flags to try."""
+        self.unknown = False
+        try:
+            write(os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                return
+        self.flags = os.RWF_NOWAIT
+
+
+def cached_read_flag(fd: int) -> int | None:
+    """Return the flag that makes a read of `fd` give up rather than wait; None when there is no way to know."""
+    if is_direct(fd):
+        return None
+    try:
+        os.preadv(fd, (bytearray(1),), 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            return None
+        return _flag_in_memory(fd)
+    return os.RWF_NOWAIT
+
+
+def is_direct(fd: int) -> bool:
+    """Whether the descriptor was opened for direct I/O."""
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+def _flag_in_memory(fd: int) -> int | None:
+    return 0 if not is_direct(fd) and _in_memory(os.readlink(f"/proc/self/fd/{fd}")) else None
+
+
+def _in_memory(path: str) -> bool:
+    """Whether the file lies on a file system that is memory, where a read never waits."""
+    best, kind = "", ""
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as rows:
+        for row in rows:
+            fields, _, rest = row.partition(" - ")
+            point = fields.split()[4].encode().decode("unicode_escape")
+            inside = path == point or path.startswith(point.rstrip("/") + "/")
+            if inside and len(point) >= len(best):
+                best, kind = point, rest.split()[0]
+    return kind in ("tmpfs", "ramfs")
