@@ -6,12 +6,16 @@ begun is begun any more. What hangs goes on hanging, in its thread, until the di
 when the set is at rest is it certain that it does nothing more to the disk.
 
 The threads are daemons: a process ends though one of them hangs. concurrent.futures would wait for them.
+
+Each has a queue of its own, and the loop's thread says who does what: the one that came to rest last, whose memory is
+still in the processor's cache. With one queue for all, every call wakes a second thread, in vain.
 """
 
 import asyncio
 import errno
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
@@ -21,6 +25,8 @@ Result = TypeVar("Result")
 _CHECKS: Final = 10  # in one patience: it is exceeded by a tenth at most
 
 Work = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...]]
+Desk = SimpleQueue[Work | None]
+"""Where one thread takes what it is to do; None is the end of it."""
 
 
 class Workers:
@@ -29,15 +35,16 @@ class Workers:
     def __init__(self, name: str, count: int, patience_s: float | None = None) -> None:
         """Without `patience_s`, who waits may wait for ever."""
         self.patience_s = patience_s
-        self._queue: SimpleQueue[Work | None] = SimpleQueue()
-        self._count = count
+        self._idle: list[Desk] = [SimpleQueue() for _ in range(count)]
+        self._waiting: deque[Work] = deque()  # for a thread
         self._loop: asyncio.AbstractEventLoop
         self._under_way: dict[asyncio.Future[Any], float] = {}  # since when, in s of the monotonic clock; in order
         self._begun = 0  # calls that no thread has ended, also those that nobody waits for any more
         self._given_up = False
         self._timer: asyncio.TimerHandle | None = None
-        for number in range(count):
-            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True).start()
+        self._closed = False
+        for number, desk in enumerate(self._idle):
+            threading.Thread(target=self._work, args=(desk,), name=f"{name}-{number}", daemon=True).start()
 
     def begin(self, work: Callable[..., Result], *args: Any) -> "asyncio.Future[Result]":
         """Have a thread do it. The future gets what it returns or raises, or TimeoutError when patience is over."""
@@ -51,7 +58,10 @@ class Workers:
             self._under_way[future] = time.monotonic()
             if self._timer is None:
                 self._timer = self._loop.call_later(self.patience_s / _CHECKS, self._check)
-        self._queue.put((future, work, args))
+        if self._idle:
+            self._idle.pop().put((future, work, args))
+        else:
+            self._waiting.append((future, work, args))
         return future
 
     async def run(self, work: Callable[..., Result], *args: Any) -> Result:
@@ -70,16 +80,18 @@ class Workers:
             if not future.done():
                 future.set_exception(self._silence())
         self._under_way.clear()
+        self._begun -= len(self._waiting)
+        self._waiting.clear()
         self.close()
 
     def close(self) -> None:
-        """Have the threads end after what they were asked."""
+        """Have the threads end after what they were asked; nothing may be asked afterwards."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        for _ in range(self._count):
-            self._queue.put(None)
-        self._count = 0
+        self._closed = True
+        while self._idle:
+            self._idle.pop().put(None)
 
     def _silence(self) -> TimeoutError:
         return TimeoutError(errno.ETIMEDOUT, f"it did not answer for {self.patience_s:g} s")
@@ -96,7 +108,13 @@ class Workers:
         else:
             self._timer = self._loop.call_later(self.patience_s / _CHECKS, self._check)
 
-    def _settle(self, future: "asyncio.Future[Any]", result: Any, failure: BaseException | None) -> None:
+    def _settle(self, desk: Desk, future: "asyncio.Future[Any]", result: Any, failure: BaseException | None) -> None:
+        if self._waiting:
+            desk.put(self._waiting.popleft())
+        elif self._closed:
+            desk.put(None)
+        else:
+            self._idle.append(desk)
         self._begun -= 1
         self._under_way.pop(future, None)
         if future.done():  # nobody waits for it any more
@@ -106,9 +124,9 @@ class Workers:
         else:
             future.set_exception(failure)
 
-    def _work(self) -> None:
+    def _work(self, desk: Desk) -> None:
         """What each thread does."""
-        while (asked := self._queue.get()) is not None:
+        while (asked := desk.get()) is not None:
             future, work, args = asked
             result: Any = None
             failure: BaseException | None = None
@@ -120,7 +138,7 @@ class Workers:
                 except BaseException as error:  # noqa: BLE001 (it is for who waits)
                     failure = error
             try:
-                self._loop.call_soon_threadsafe(self._settle, future, result, failure)
+                self._loop.call_soon_threadsafe(self._settle, desk, future, result, failure)
             except RuntimeError:  # the loop is closed: the process is about to end
                 return
             del asked, future, work, args, result, failure
