@@ -136,9 +136,11 @@ class MemoryExport:
         self._take(data, run, done)
         return done
 
-    async def read(self, offset: int, into: memoryview) -> None:
-        await self._work(offset, len(into))
-        into[:] = self.content[offset : offset + len(into)]
+    async def read(self, into: memoryview, run: "array[int]", count: int) -> None:
+        for at in range(0, 4 * count, 4):
+            offset, length, position = run[at : at + 3]
+            await self._work(offset, length)
+            into[position : position + length] = self.content[offset : offset + length]
 
     async def write(self, user: str, data: memoryview, run: "array[int]", count: int, *, durable: bool) -> None:
         await self._work(0, 0)

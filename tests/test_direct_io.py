@@ -91,14 +91,14 @@ def test_whatever_is_written_both_devices_are_equal(
 def test_writes_of_a_run_that_overlap_land_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that are under way together may land in any order: here it is the reverse one."""
 
-    def submit_run(fd: int, flags: int, data: memoryview, run: "array[int]", count: int) -> int:
+    def write_together(fd: int, flags: int, data: memoryview, run: "array[int]", count: int) -> int:
         for at in reversed(range(count)):
             offset, length, position = run[WORDS * at : WORDS * at + 3]
             os.pwritev(fd, [data[position : position + length]], offset, flags)
         together.append(count)
         return count
 
-    monkeypatch.setattr(direct, "submit_run", submit_run)
+    monkeypatch.setattr(direct, "write_together", write_together)
     chance, model, together = random.Random(), bytearray(64 << 10), list[int]()
     with tempfile.TemporaryFile() as file:
         file.write(model)

@@ -120,7 +120,7 @@ def test_runs_are_written_alike(extents: list[tuple[int, int]], sector: int, sho
     for write_run, xts in (
         (runs._write_run, FallbackXts(KEY, sector)),
         (native_runs.write_run, native_xts.Xts(KEY, sector)),
-        (native_runs.submit_run, native_xts.Xts(KEY, sector)),
+        (native_runs.write_together, native_xts.Xts(KEY, sector)),
     ):
         with tempfile.TemporaryFile(dir="/dev/shm") as plain, tempfile.TemporaryFile(dir="/dev/shm") as cipher:
             flags = 1 << 30 if short else 0  # which no kernel knows: every write fails
@@ -136,13 +136,20 @@ def test_runs_are_written_alike(extents: list[tuple[int, int]], sector: int, sho
 def test_runs_are_read_alike(extents: list[tuple[int, int]]) -> None:
     content = os.urandom(SIZE // 2)  # so some reads lie past its end
     results = []
-    for read_run in (runs._read_run, native_runs.read_run):
+    for read in (
+        lambda fd, *rest: runs._read_run(fd, 0, *rest),
+        lambda fd, *rest: native_runs.read_run(fd, 0, *rest),
+        runs._fetch_run,
+        native_runs.fetch_run,
+        runs._read_together,
+        native_runs.read_together,
+    ):
         with tempfile.TemporaryFile(dir="/dev/shm") as file:
             file.write(content)
             file.flush()
             into = bytearray(9100)
-            results.append((read_run(file.fileno(), 0, into, as_run(extents), len(extents)), into))
-    assert results[0][0] == results[1][0]
+            results.append((read(file.fileno(), into, as_run(extents), len(extents)), into))
+    assert {done for done, _ in results} == {results[0][0]}
     whole = [offset + length <= len(content) for offset, length in extents]
     assert results[0][0] == (whole.index(False) if False in whole else len(extents))
     if extents and False not in whole:
@@ -167,7 +174,9 @@ def test_a_count_beyond_the_run_is_refused() -> None:
     calls: tuple[Callable[[], Any], ...] = (
         lambda: native_runs.aligned(run, 2, 0),
         lambda: native_runs.write_run(1, 0, b"", run, 2),
-        lambda: native_runs.submit_run(1, 0, b"", run, 2),
+        lambda: native_runs.write_together(1, 0, b"", run, 2),
+        lambda: native_runs.read_together(1, bytearray(), run, 2),
+        lambda: native_runs.fetch_run(1, bytearray(), run, 2),
         lambda: native_frames.pack_replies(run, 2),
         lambda: native_xts.Xts(KEY, 512).encrypt_run(1, 0, 0, b"", run, 2, 0),
     )

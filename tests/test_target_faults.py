@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import MIB, Lab, Volume, needs, run, wait_until
+from tests.lab import MIB, Lab, Volume, libnbd, needs, run, wait_until
 
 pytestmark = needs("nbdkit", "nbdfuse", "fusermount3", "/dev/fuse", "qemu-io", root=True)
 
@@ -92,6 +92,32 @@ def test_without_an_equal_mirror_the_client_gets_the_error(lab: Lab, volume: Vol
         with target.failing(target.reads):
             said = run("qemu-io", "-f", "raw", "-c", "read 0 4k", served.uri, check=False)
             assert "Input/output error" in said
+
+
+def test_of_reads_that_come_together_each_gets_an_answer_of_its_own(lab: Lab, volume: Volume, target: Faulty) -> None:
+    expected, nbd = target.image.read_bytes(), libnbd()
+    with volume.served():
+        pass
+    lab.lockstep("revoke", "vol", "root").ok()
+    with volume.served(in_sync=False) as served:
+        run("qemu-io", "-f", "raw", "-c", "write -P 1 2M 64k", served.uri)  # not given to the mirror
+        handle = nbd.NBD()
+        handle.connect_uri(served.uri)
+        with target.failing(target.reads):
+            reads = []
+            for at in range(MIB, 3 * MIB, MIB // 16):
+                buffer = nbd.Buffer(4096)
+                reads.append((at, buffer, handle.aio_pread(buffer, at)))
+            while handle.aio_in_flight():
+                handle.poll(-1)
+            for at, buffer, cookie in reads:
+                if at == 2 * MIB:
+                    with pytest.raises(nbd.Error, match="Input/output error"):
+                        handle.aio_command_completed(cookie)
+                else:
+                    assert handle.aio_command_completed(cookie)
+                    assert buffer.to_bytearray() == expected[at : at + 4096]
+        handle.shutdown()
 
 
 def test_a_write_that_the_target_fails_is_an_error_and_leaves_its_region_different(

@@ -19,9 +19,15 @@ cdef extern from "sys/uio.h" nogil:
     ssize_t preadv2(int fd, const iovec *parts, int count, int64_t offset, int flags)
 
 
+cdef extern from "fcntl.h" nogil:
+    int POSIX_FADV_WILLNEED
+    int posix_fadvise(int fd, int64_t offset, int64_t length, int advice)
+
+
 cdef extern from "linux/aio_abi.h" nogil:
     ctypedef unsigned long aio_context_t
     enum:
+        IOCB_CMD_PREADV
         IOCB_CMD_PWRITEV
     struct iocb:
         uint64_t aio_data, aio_buf, aio_nbytes
@@ -151,8 +157,10 @@ cdef aio_context_t _idle[IDLE_MAX]
 cdef int _idle_count = 0
 
 
-cdef int _submit(aio_context_t context, int fd, int flags, char *data, Write *write, int count) noexcept nogil:
-    """Have up to DEPTH writes under way together, and wait for all of them; how many, from the front, were whole."""
+cdef int _submit(
+    aio_context_t context, int opcode, int fd, int flags, char *data, Write *request, int count
+) noexcept nogil:
+    """Have up to DEPTH requests under way together, and wait for all; how many, from the front, were whole."""
     cdef iocb requests[DEPTH]
     cdef iocb *each[DEPTH]
     cdef iovec parts[DEPTH]
@@ -163,13 +171,13 @@ cdef int _submit(aio_context_t context, int fd, int flags, char *data, Write *wr
     memset(requests, 0, sizeof(requests))
     memset(whole, 0, sizeof(whole))
     for at in range(count):
-        parts[at].iov_base, parts[at].iov_len = data + write[at].position, write[at].length
+        parts[at].iov_base, parts[at].iov_len = data + request[at].position, request[at].length
         requests[at].aio_data = at
-        requests[at].aio_lio_opcode = IOCB_CMD_PWRITEV
+        requests[at].aio_lio_opcode = opcode
         requests[at].aio_fildes = fd
         requests[at].aio_buf = <uint64_t> &parts[at]
         requests[at].aio_nbytes = 1
-        requests[at].aio_offset = write[at].offset
+        requests[at].aio_offset = request[at].offset
         requests[at].aio_rw_flags = flags
         each[at] = &requests[at]
     while begun < count:
@@ -180,7 +188,7 @@ cdef int _submit(aio_context_t context, int fd, int flags, char *data, Write *wr
     while ended < begun:  # however it goes: the memory is the disk's until then
         number = io_getevents(context, 1, begun - ended, events)
         for at in range(number):
-            whole[events[at].data] = events[at].res == <int64_t> write[events[at].data].length
+            whole[events[at].data] = events[at].res == <int64_t> request[events[at].data].length
         if number > 0:
             ended += number
     at = 0
@@ -189,45 +197,60 @@ cdef int _submit(aio_context_t context, int fd, int flags, char *data, Write *wr
     return at
 
 
-def submit_run(int fd, int flags, data, run, Py_ssize_t count):
-    """See `runs.py`."""
+cdef Py_ssize_t _together(int opcode, int fd, int flags, Py_buffer *data, run, Py_ssize_t count) except -1:
     global _idle_count
-    cdef Py_buffer source, writes
+    cdef Py_buffer requests
     cdef aio_context_t context = 0
     cdef Py_ssize_t at = 0, taken, part
-    cdef Write *write
+    cdef Write *request
+    PyObject_GetBuffer(run, &requests, PyBUF_SIMPLE)
+    try:
+        count = _checked(&requests, count)
+        request = <Write *> requests.buf
+        for at in range(count):
+            if request[at].position + request[at].length > <uint64_t> data.len:
+                raise ValueError("the data lies outside of the buffer")
+        if _idle_count:
+            _idle_count -= 1
+            context = _idle[_idle_count]
+        elif io_setup(DEPTH, &context):
+            return 0
+        at = 0
+        with nogil:
+            while at < count:
+                part = min(DEPTH, count - at)
+                taken = _submit(context, opcode, fd, flags, <char *> data.buf, request + at, part)
+                at += taken
+                if taken < part:
+                    break
+        if _idle_count < IDLE_MAX:
+            _idle[_idle_count] = context
+            _idle_count += 1
+        else:
+            io_destroy(context)
+        return at
+    finally:
+        PyBuffer_Release(&requests)
+
+
+def write_together(int fd, int flags, data, run, Py_ssize_t count):
+    """See `runs.py`."""
+    cdef Py_buffer source
     PyObject_GetBuffer(data, &source, PyBUF_SIMPLE)
     try:
-        PyObject_GetBuffer(run, &writes, PyBUF_SIMPLE)
-        try:
-            count = _checked(&writes, count)
-            write = <Write *> writes.buf
-            for at in range(count):
-                if write[at].position + write[at].length > <uint64_t> source.len:
-                    raise ValueError("the data lies outside of the buffer")
-            if _idle_count:
-                _idle_count -= 1
-                context = _idle[_idle_count]
-            elif io_setup(DEPTH, &context):
-                return 0
-            at = 0
-            with nogil:
-                while at < count:
-                    part = min(DEPTH, count - at)
-                    taken = _submit(context, fd, flags, <char *> source.buf, write + at, part)
-                    at += taken
-                    if taken < part:
-                        break
-            if _idle_count < IDLE_MAX:
-                _idle[_idle_count] = context
-                _idle_count += 1
-            else:
-                io_destroy(context)
-            return at
-        finally:
-            PyBuffer_Release(&writes)
+        return _together(IOCB_CMD_PWRITEV, fd, flags, &source, run, count)
     finally:
         PyBuffer_Release(&source)
+
+
+def read_together(int fd, into, run, Py_ssize_t count):
+    """See `runs.py`."""
+    cdef Py_buffer target
+    PyObject_GetBuffer(into, &target, PyBUF_WRITABLE)
+    try:
+        return _together(IOCB_CMD_PREADV, fd, 0, &target, run, count)
+    finally:
+        PyBuffer_Release(&target)
 
 
 def read_run(int fd, int flags, into, run, Py_ssize_t count):
@@ -238,6 +261,22 @@ def read_run(int fd, int flags, into, run, Py_ssize_t count):
         return _carry(<Call> preadv2, fd, flags, &target, run, count)
     finally:
         PyBuffer_Release(&target)
+
+
+def fetch_run(int fd, into, run, Py_ssize_t count):
+    """See `runs.py`."""
+    cdef Py_buffer requests
+    cdef Write *request
+    PyObject_GetBuffer(run, &requests, PyBUF_SIMPLE)
+    try:
+        count = _checked(&requests, count)
+        request = <Write *> requests.buf
+        with nogil:
+            for at in range(count):
+                posix_fadvise(fd, request[at].offset, request[at].length, POSIX_FADV_WILLNEED)
+    finally:
+        PyBuffer_Release(&requests)
+    return read_run(fd, 0, into, run, count)
 
 
 def same(one, other):

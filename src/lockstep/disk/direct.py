@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final, Self
 
 from lockstep.buffers import page_aligned
-from lockstep.disk.runs import WORDS, submit_run
+from lockstep.disk.runs import WORDS, read_together, write_together
 from lockstep.disk.transfer import is_direct, read_all, write_all
 from lockstep.errors import DirectImpossible
 
@@ -81,6 +81,24 @@ class DirectFile:
             into[:length] = whole[lead : lead + length]
             offset, into = offset + length, into[length:]
 
+    def read_run(self, into: memoryview, run: "array[int]", count: int) -> int:
+        """Read a run, as much of it together as fits; return how many of its reads, from the front.
+
+        It ends before one that is no whole blocks, or too long, or that the disk did not give whole.
+        """
+        scratch, done, used, together = self._scratch, 0, 0, array("Q")
+        for at in range(count):
+            offset, length = run[WORDS * at : WORDS * at + 2]
+            if (offset | length) % self.block_bytes or used + length > SCRATCH_BYTES:
+                break
+            together.extend((offset, length, used, 0))
+            used += length
+        done = read_together(self._fd, scratch, together, len(together) // WORDS)
+        for at in range(done):
+            (length, position), start = run[WORDS * at + 1 : WORDS * at + 3], together[WORDS * at + 2]
+            into[position : position + length] = scratch[start : start + length]
+        return done
+
     def write(self, offset: int, data: memoryview | bytes, *, durable: bool = False) -> None:
         """Write all of `data`, together with what surrounds it in its first and in its last block."""
         data, block = memoryview(data), self.block_bytes
@@ -121,7 +139,7 @@ class DirectFile:
             number = len(together) // WORDS
             if not number:
                 break
-            taken = submit_run(self._fd, flags, self._scratch, together, number)
+            taken = write_together(self._fd, flags, self._scratch, together, number)
             done += taken
             if taken < number:
                 break

@@ -14,7 +14,7 @@ from typing import Final, Self
 from lockstep.disk.direct import DirectFile, copy_from, require_direct
 from lockstep.disk.lock import lock_exclusive
 from lockstep.disk.probe import Disk, open_disk
-from lockstep.disk.runs import WORDS, read_run, write_run
+from lockstep.disk.runs import WORDS, fetch_run, read_run, write_run
 from lockstep.disk.transfer import Promptness, cached_read_flag, read_all, write_all
 
 _FALLOC_FL_KEEP_SIZE: Final = 0x01  # linux/falloc.h
@@ -78,6 +78,16 @@ class PlainDisk:
     def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
         """Read a run without waiting for the medium; return how many of its reads, from the front."""
         return 0 if self._nowait is None else read_run(self._fd, self._nowait, into, run, count)
+
+    def read_all(self, into: memoryview, run: "array[int]", count: int) -> None:
+        """Read a run, from the medium if need be: all of it at the same time."""
+        if self._direct is None:
+            done = fetch_run(self._fd, into, run, count)
+        else:
+            done = self._direct.read_run(into, run, count)
+        for at in range(done, count):  # where that ended, the read itself tells why
+            offset, length, position = run[WORDS * at : WORDS * at + 3]
+            self.read(offset, into[position : position + length])
 
     def write(self, offset: int, data: memoryview | bytes, *, durable: bool = False) -> None:
         """Write all of `data` at `offset`."""

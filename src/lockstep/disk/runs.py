@@ -56,7 +56,7 @@ def _write_run(fd: int, flags: int, data: "Buffer", run: "array[int]", count: in
     return count
 
 
-def _submit_run(fd: int, flags: int, data: "Buffer", run: "array[int]", count: int, /) -> int:
+def _write_together(fd: int, flags: int, data: "Buffer", run: "array[int]", count: int, /) -> int:
     """Like `_write_run`, with all writes under way together if the kernel can: for direct I/O, where each waits.
 
     No two of them may overlap. This one does it one after the other.
@@ -64,7 +64,12 @@ def _submit_run(fd: int, flags: int, data: "Buffer", run: "array[int]", count: i
     return _write_run(fd, flags, data, run, count)
 
 
-def _read_run(fd: int, flags: int, into: bytearray, run: "array[int]", count: int, /) -> int:
+def _read_together(fd: int, into: "Buffer", run: "array[int]", count: int, /) -> int:
+    """Like `_read_run`, with all reads under way together if the kernel can: for direct I/O."""
+    return _read_run(fd, 0, into, run, count)
+
+
+def _read_run(fd: int, flags: int, into: "Buffer", run: "array[int]", count: int, /) -> int:
     """How many reads, from the front, the file `fd` gave whole; `flags` are those of preadv2(2)."""
     view = memoryview(into)
     for at in range(count):
@@ -75,6 +80,13 @@ def _read_run(fd: int, flags: int, into: bytearray, run: "array[int]", count: in
         except OSError:
             return at
     return count
+
+
+def _fetch_run(fd: int, into: "Buffer", run: "array[int]", count: int, /) -> int:
+    """Like `_read_run`, from the medium: all of it is asked for before the first is waited for."""
+    for at in range(count):
+        os.posix_fadvise(fd, run[WORDS * at], run[WORDS * at + 1], os.POSIX_FADV_WILLNEED)
+    return _read_run(fd, 0, into, run, count)
 
 
 def _same(one: "Buffer", other: "Buffer", /) -> bool:
@@ -88,13 +100,17 @@ except ImportError:
     aligned = _aligned
     covered = _covered
     write_run = _write_run
-    submit_run = _submit_run
+    write_together = _write_together
+    read_together = _read_together
     read_run = _read_run
+    fetch_run = _fetch_run
     same = _same
 else:
     aligned = _native.aligned
     covered = _native.covered
     write_run = _native.write_run
-    submit_run = _native.submit_run
+    write_together = _native.write_together
+    read_together = _native.read_together
     read_run = _native.read_run
+    fetch_run = _native.fetch_run
     same = _native.same

@@ -91,8 +91,8 @@ class Export(Protocol):
     def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
         """Carry out as many writes of a run (frames.py) as can be at once; return how many, from the front."""
 
-    async def read(self, offset: int, into: memoryview) -> None:
-        """Fill `into`."""
+    async def read(self, into: memoryview, run: "array[int]", count: int) -> None:
+        """Carry out the first `count` reads of a run."""
 
     async def write(self, user: str, data: memoryview, run: "array[int]", count: int, *, durable: bool) -> None:
         """Carry out the first `count` writes of a run; `durable` is FUA."""
@@ -379,9 +379,9 @@ class Connection(Securable):
         return True
 
     def _serve_reads(self) -> bool:
-        """Serve those reads at the front that can be carried out at once; False when there is none."""
+        """Serve the run of plain reads at the front; False when there is none, or it must wait."""
         run, structured = self._run, self._agreement.structured
-        header_bytes = (wire.OFFSET_DATA if structured else wire.SIMPLE_REPLY).size
+        header_bytes = self._header_bytes
         enough, size_bytes = REPLY_BATCH_BYTES - self._batch_bytes, self._export.info.size_bytes
         where = self._buffer, self._start, self._end
         count = find_reads(*where, enough, INLINE_READ_BYTES, size_bytes, header_bytes, run)
@@ -389,13 +389,31 @@ class Connection(Securable):
             return False
         replies = bytearray(end_of(run, count))
         done = self._export.read_run(replies, run, count)
-        if not done:
+        if done:
+            del replies[end_of(run, done) :]
+            pack_data_headers(replies, run, done, structured)
+            self._reply(replies)
+            self._start += done * wire.REQUEST_BYTES
+            self._batch_bytes += len(replies)
+        if done == count:
+            return True
+        rest = rest_of(run, done, count)
+        rebase(rest, count - done, header_bytes - rest[2])
+        return self._begin_reads(rest, count - done) or done > 0
+
+    @property
+    def _header_bytes(self) -> int:
+        """What precedes the data of a read."""
+        return (wire.OFFSET_DATA if self._agreement.structured else wire.SIMPLE_REPLY).size
+
+    def _begin_reads(self, run: "array[int]", count: int) -> bool:
+        """Have a run of reads that may block carried out; False when there is no memory for it now."""
+        block = self._take_block(end_of(run, count))
+        if block is None:
             return False
-        del replies[end_of(run, done) :]
-        pack_data_headers(replies, run, done, structured)
-        self._reply(replies)
-        self._start += done * wire.REQUEST_BYTES
-        self._batch_bytes += len(replies)
+        self._start += count * wire.REQUEST_BYTES
+        self._pending += count
+        self._server.spawn(self._read_run(run, count, block))
         return True
 
     def _serve_next(self) -> bool:
@@ -570,15 +588,53 @@ class Connection(Securable):
             return wire_error(failure.errno)
         return 0
 
+    async def _read_run(self, run: "array[int]", count: int, block: memoryview) -> None:
+        """Carry out a run; if that fails, its reads one by one, so that each gets the answer that is its own."""
+        try:
+            await self._export.read(block, run, count)
+        except OSError as failure:
+            for at in range(count):
+                await self._read_alone(rest_of(run, at, at + 1), block, failure if count == 1 else None)
+            self._give_block(block)
+        except Exception:
+            log.exception("a run of reads failed in a way that Lockstep did not expect")
+            for at in range(count):
+                self._refuse(wire.CMD_READ, cookie_of(run, at), wire.EIO)
+            self._give_block(block)
+        else:
+            pack_data_headers(block, run, count, self._agreement.structured)
+            self._send_block(block, end_of(run, count))
+        finally:
+            self._pending -= count
+            self._advance()
+
+    async def _read_alone(self, run: "array[int]", block: memoryview, failure: OSError | None) -> None:
+        """Answer one read of a run that failed: with that failure, or else with what comes of another attempt."""
+        _offset, length, position = run[:3]
+        try:
+            if failure is not None:
+                raise failure
+            await self._export.read(block, run, 1)
+        except OSError as error:
+            self._refuse(wire.CMD_READ, cookie_of(run, 0), wire_error(error.errno))
+        else:
+            reply = bytearray(block[: position + length])
+            pack_data_headers(reply, run, 1, self._agreement.structured)
+            self._reply(reply[position - self._header_bytes :])
+
     async def _read(self, cookie: int, offset: int, block: memoryview, length: int) -> None:
         data = block[:length]
         try:
-            await self._export.read(offset, data)
+            await self._export.read(data, run_of(offset, length), 1)
         except BaseException:
             self._give_block(block)
             raise
         self._reply(data_header(cookie, offset, length, structured=self._agreement.structured))
-        self._send_replies(data)
+        self._send_block(block, length)
+
+    def _send_block(self, block: memoryview, length: int) -> None:
+        """Send what has been gathered, and so much of a block, which is handed back when the socket has taken it."""
+        self._send_replies(block[:length])
         if self._writable or self._lost:
             self._give_block(block)
         else:

@@ -114,7 +114,7 @@ def _find_reads(
     return found
 
 
-def _pack_data_headers(replies: bytearray, run: "array[int]", count: int, structured: bool, /) -> None:
+def _pack_data_headers(replies: bytearray | memoryview, run: "array[int]", count: int, structured: bool, /) -> None:
     """Put the header before the data of each of the first `count` reads, all of which succeeded."""
     for at in range(count):
         offset, length, position, cookie = run[WORDS * at : WORDS * (at + 1)]

@@ -185,8 +185,12 @@ class OpenedExport:
         """Nothing is written on the loop: it may have to fill up a cluster from the mirror."""
         return 0
 
-    async def read(self, offset: int, into: memoryview) -> None:
-        """Fill `into`."""
+    async def read(self, into: memoryview, run: "array[int]", count: int) -> None:
+        """Carry out a run, each read by itself."""
+        reads = (run[at : at + 3] for at in range(0, WORDS * count, WORDS))  # offset, length, position
+        await asyncio.gather(*(self._read(offset, into[at : at + length]) for offset, length, at in reads))
+
+    async def _read(self, offset: int, into: memoryview) -> None:
         if self._overlay is None:
             await self._in_worker(read_any, self._disk, offset, into)
             return

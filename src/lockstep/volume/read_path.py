@@ -1,10 +1,12 @@
 """Reads come from the target; where it cannot be read, from a mirror that is equal there (promise P6)."""
 
+import contextlib
 import logging
 import time
 from array import array
 from typing import Final
 
+from lockstep.disk.runs import WORDS
 from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
 
@@ -30,9 +32,21 @@ class ReadPath:
         self._updates.requests += count
         return self._target.read_run(into, run, count)
 
-    async def read(self, offset: int, into: memoryview) -> None:
-        """Fill `into` from the target, or from a mirror that is equal there. Raises OSError when there is neither."""
-        self._updates.requests += 1
+    async def read(self, into: memoryview, run: "array[int]", count: int) -> None:
+        """Carry out a run, from the target, or from a mirror that is equal there.
+
+        Raises OSError when there is neither, for any of its reads.
+        """
+        self._updates.requests += count
+        if count > 1 and self._updates.filling is None:
+            with contextlib.suppress(OSError):
+                await self._in_worker(self._target.read_all, into, run, count)
+                return
+        for at in range(count):
+            offset, length, position = run[WORDS * at : WORDS * at + 3]
+            await self._read(offset, into[position : position + length])
+
+    async def _read(self, offset: int, into: memoryview) -> None:
         try:
             if self._updates.filling is not None:
                 await self._updates.filling.fetch(offset, len(into))
