@@ -16,7 +16,7 @@ from lockstep.disk import direct
 from lockstep.disk.direct import DirectFile, copy_from
 from lockstep.disk.runs import WORDS
 from lockstep.errors import DirectImpossible
-from tests.lab import MIB, PATIENCE_S, Clients, Lab, Served, Storage, Volume, needs, run
+from tests.lab import MIB, Clients, Lab, Served, Storage, Volume, needs, run, wait_until
 from tests.test_service_refusals import assert_error, everything_below
 
 SIZE_BYTES = 8 * MIB
@@ -177,9 +177,7 @@ def test_a_full_mirror_is_dropped_and_a_restart_copies_what_it_missed(lab: Lab, 
                 while file.write(bytes(MIB)):
                     pass
             run("qemu-io", "-f", "raw", "-c", f"write -P 3 0 {size_bytes}", "-c", "flush", served.uri)
-            deadline_s = time.monotonic() + PATIENCE_S
-            while served.mirror_state() not in ("degraded", "in-sync"):
-                assert time.monotonic() < deadline_s
+            wait_until(lambda: served.mirror_state() in ("degraded", "in-sync"), "the mirror to be full or in sync")
         filler.unlink()
         with volume.served("--direct"):
             pass

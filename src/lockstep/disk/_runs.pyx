@@ -40,7 +40,6 @@ cdef extern from "linux/aio_abi.h" nogil:
 
 cdef extern from *:
     """
-    #include <errno.h>
     #include <linux/aio_abi.h>
     #include <sys/syscall.h>
     #include <unistd.h>
@@ -112,8 +111,13 @@ def covered(run, Py_ssize_t count, bytearray marks, bytearray touched, int regio
 ctypedef ssize_t (*Call)(int, const iovec *, int, int64_t, int) noexcept nogil
 
 
-cdef Py_ssize_t _carry(Call call, int fd, int flags, Py_buffer *data, run, Py_ssize_t count) except -1:
-    """Have `call` move each part of the data; how many it moved whole, from the front."""
+cdef Py_ssize_t _carry(
+    Call call, int fd, int flags, Py_buffer *data, run, Py_ssize_t count, bint ask_first=False
+) except -1:
+    """Have `call` move each part of the data; how many it moved whole, from the front.
+
+    With `ask_first`, the medium is asked for all of it before.
+    """
     cdef Py_buffer requests
     cdef Py_ssize_t at = 0
     cdef ssize_t moved
@@ -124,6 +128,10 @@ cdef Py_ssize_t _carry(Call call, int fd, int flags, Py_buffer *data, run, Py_ss
         count = _checked(&requests, count)
         request = <Write *> requests.buf
         with nogil:
+            if ask_first:
+                for at in range(count):
+                    posix_fadvise(fd, request[at].offset, request[at].length, POSIX_FADV_WILLNEED)
+                at = 0
             while at < count:
                 if request[at].position + request[at].length > <uint64_t> data.len:
                     break
@@ -265,18 +273,12 @@ def read_run(int fd, int flags, into, run, Py_ssize_t count):
 
 def fetch_run(int fd, into, run, Py_ssize_t count):
     """See `runs.py`."""
-    cdef Py_buffer requests
-    cdef Write *request
-    PyObject_GetBuffer(run, &requests, PyBUF_SIMPLE)
+    cdef Py_buffer target
+    PyObject_GetBuffer(into, &target, PyBUF_WRITABLE)
     try:
-        count = _checked(&requests, count)
-        request = <Write *> requests.buf
-        with nogil:
-            for at in range(count):
-                posix_fadvise(fd, request[at].offset, request[at].length, POSIX_FADV_WILLNEED)
+        return _carry(<Call> preadv2, fd, 0, &target, run, count, ask_first=True)
     finally:
-        PyBuffer_Release(&requests)
-    return read_run(fd, 0, into, run, count)
+        PyBuffer_Release(&target)
 
 
 def same(one, other):

@@ -86,7 +86,7 @@ class DirectFile:
 
         It ends before one that is no whole blocks, or too long, or that the disk did not give whole.
         """
-        scratch, done, used, together = self._scratch, 0, 0, array("Q")
+        scratch, used, together = self._scratch, 0, array("Q")
         for at in range(count):
             offset, length = run[WORDS * at : WORDS * at + 2]
             if (offset | length) % self.block_bytes or used + length > SCRATCH_BYTES:
