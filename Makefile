@@ -92,7 +92,7 @@ clean:
 $(VENV)/bin/python: | $(VENV)/build-packages
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard src/lockstep/*/*.pyx src/lockstep/*.pxd) | $(VENV)/bin/python
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard src/lockstep/*.pyx src/lockstep/*/*.pyx src/lockstep/*.pxd) | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

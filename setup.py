@@ -6,7 +6,12 @@ package and serves writes one by one, more slowly; `lockstep --version` says wha
 
 from setuptools import Extension, setup
 
-NATIVE = {"lockstep.crypto._xts": ["crypto"], "lockstep.disk._runs": [], "lockstep.nbd._frames": []}
+NATIVE = {
+    "lockstep._work": [],
+    "lockstep.crypto._xts": ["crypto"],
+    "lockstep.disk._runs": [],
+    "lockstep.nbd._frames": [],
+}
 
 setup(
     ext_modules=[

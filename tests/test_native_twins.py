@@ -1,5 +1,6 @@
 """The native inner loops do what their Python twins do: same counts, same replies, same bytes on the disk."""
 
+import errno
 import os
 import tempfile
 from array import array
@@ -139,8 +140,6 @@ def test_runs_are_read_alike(extents: list[tuple[int, int]]) -> None:
     for read in (
         lambda fd, *rest: runs._read_run(fd, 0, *rest),
         lambda fd, *rest: native_runs.read_run(fd, 0, *rest),
-        runs._fetch_run,
-        native_runs.fetch_run,
         runs._read_together,
         native_runs.read_together,
     ):
@@ -155,6 +154,39 @@ def test_runs_are_read_alike(extents: list[tuple[int, int]]) -> None:
     if extents and False not in whole:
         offset, length = extents[-1]
         assert results[1][1][len(extents) - 1 :][:length] == content[offset : offset + length]
+
+
+@given(extents=EXTENTS, sector=st.sampled_from([512, 4096]), kept=st.integers(0, SIZE), refused=st.booleans())
+def test_jobs_are_carried_out_alike(extents: list[tuple[int, int]], sector: int, kept: int, refused: bool) -> None:
+    data, flags = os.urandom(9100), 1 << 30 if refused else 0
+    whole = [(offset // sector * sector, max(1, length // sector) * sector) for offset, length in extents]
+    results: list[list[Any]] = []
+    for write_job, fetch_job, xts in (
+        (runs._write_job, runs._fetch_job, FallbackXts(KEY, sector)),
+        (native_runs.write_job, native_runs.fetch_job, native_xts.Xts(KEY, sector)),
+    ):
+        with tempfile.TemporaryFile(dir="/dev/shm") as plain, tempfile.TemporaryFile(dir="/dev/shm") as cipher:
+            left: list[int] = []
+            into = bytearray(9100)
+            said = [
+                outcome(write_job(plain.fileno(), flags, data, as_run(extents), len(extents), left.append)),
+                outcome(xts.encrypt_job(cipher.fileno(), 512, 7, data, as_run(whole), len(whole), flags, left.append)),
+            ]
+            plain.truncate(kept)  # so some reads lie past the end
+            said.append(outcome(fetch_job(plain.fileno(), into, as_run(extents), len(extents), left.append)))
+            results.append([said, left, plain.read(), cipher.read(), into])
+    assert results[0] == results[1]
+    if refused and extents:
+        assert results[0][0][:2] == [errno.EOPNOTSUPP] * 2
+
+
+def outcome(job: Callable[[], None]) -> int:
+    """Carry out a job, and return its error, or 0."""
+    try:
+        job()
+    except OSError as failure:
+        return failure.errno or -1
+    return 0
 
 
 @given(one=st.binary(max_size=40), other=st.binary(max_size=40))
@@ -176,7 +208,8 @@ def test_a_count_beyond_the_run_is_refused() -> None:
         lambda: native_runs.write_run(1, 0, b"", run, 2),
         lambda: native_runs.write_together(1, 0, b"", run, 2),
         lambda: native_runs.read_together(1, bytearray(), run, 2),
-        lambda: native_runs.fetch_run(1, bytearray(), run, 2),
+        lambda: native_runs.write_job(1, 0, b"", run, 2, None),
+        lambda: native_runs.fetch_job(1, bytearray(), run, 2, None),
         lambda: native_frames.pack_replies(run, 2),
         lambda: native_xts.Xts(KEY, 512).encrypt_run(1, 0, 0, b"", run, 2, 0),
     )

@@ -52,7 +52,10 @@ class Disk:
         self.write_all(data, run, count)
         return count
 
-    def write_all(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> None:
+    def write_job(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> Callable[[], None]:
+        return lambda: self.write_all(data, run, count)
+
+    def write_all(self, data: memoryview, run: "array[int]", count: int) -> None:
         for at in range(count):
             offset, length, position = run[4 * at : 4 * at + 3]
             self.content[offset : offset + length] = data[position : position + length]

@@ -1,7 +1,10 @@
 from array import array
+from collections.abc import Callable
 from typing import final
 
 from typing_extensions import Buffer
+
+from lockstep._work import Job
 
 @final
 class Xts:
@@ -39,6 +42,25 @@ class Xts:
         Offsets count from `data_offset` in the file, and from position `first_iv`. Returns how many, from the front,
         were written whole; a write that fails ends it. ValueError, and nothing is written, for writes that are no
         whole sectors or lie outside of `data`.
+        """
+
+    def encrypt_job(
+        self,
+        fd: int,
+        data_offset: int,
+        first_iv: int,
+        data: Buffer,
+        run: array[int],
+        count: int,
+        flags: int,
+        rest: Callable[[int], None],
+        /,
+    ) -> Job:
+        """Return `encrypt_run` as a job (lockstep/work.py): a thread that carries it out does not need the interpreter.
+
+        A write that fails fails the job, with its OSError. One that is cut short, or not begun as the queue gave up, is
+        left to `rest`, which is given how many were written whole. `data` and `run` are not to be changed meanwhile.
+        Errors as for `encrypt_run`, at once.
         """
 
     def decrypt_into(self, first_iv: int, src: Buffer, dst: Buffer, /) -> None:

@@ -30,13 +30,16 @@ Speed, for 4 KiB as 8 sectors of 512 bytes
     12 % with 512-byte sectors and lost 40 % with 4096: not worth a block mode of our own.
 """
 
+from cython cimport no_gc_clear
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_SetFromErrno
 from cpython.number cimport PyNumber_Index
+from libc.errno cimport EINTR, errno
 from libc.stdint cimport UINT64_MAX, int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memmove
+from libc.string cimport memmove, strerror
 
+from lockstep._work cimport Job
 from lockstep.run cimport Write
 
 
@@ -71,12 +74,13 @@ cdef extern from "openssl/evp.h" nogil:
 
 cdef enum:
     UNIT_BYTES = 512  # what plain64 counts in
-    IDLE_MAX = 8  # contexts kept per direction: as many threads as ever encrypt one disk at once
+    IDLE_MAX = 16  # contexts kept per direction: as many as there are jobs for one disk, as a rule
     # Shorter runs keep the GIL. Whoever gives it up while another thread runs Python code waits the switch
     # interval (5 ms) to get it back: measured at 32 KiB, 0.01 instead of 1.4 GB/s. What it buys is a second
     # processor (two threads: 5.0 instead of 3.1 GB/s), which counts for the large requests that are
     # encrypted in worker threads, and not for the small ones that the event loop encrypts itself.
     GIL_RELEASE_BYTES = 131072
+    PIECE_BYTES = 262144  # what is encrypted before it is written
     DECRYPT = 0  # these two are libcrypto's values, and our indices
     ENCRYPT = 1
 
@@ -273,57 +277,118 @@ cdef class Xts:
 
     def encrypt_run(self, int fd, int64_t data_offset, uint64_t first_iv, data, run, Py_ssize_t count, int flags):
         """Encrypt and write the writes of a run, each. See the stub file for units and errors."""
-        cdef Py_buffer source, writes
-        cdef Py_ssize_t at = 0
-        cdef size_t longest = 0
-        cdef EVP_CIPHER_CTX *context
-        cdef unsigned char *encrypted = NULL
-        cdef Write *write
-        cdef iovec part
-        cdef ssize_t written
-        cdef int done = 1
-        PyObject_GetBuffer(data, &source, PyBUF_SIMPLE)
-        try:
-            PyObject_GetBuffer(run, &writes, PyBUF_SIMPLE)
-            try:
-                if count < 0 or <size_t> count * sizeof(Write) > <size_t> writes.len:
-                    raise ValueError("the run is shorter than that")
-                write = <Write *> writes.buf
-                for i in range(count):
-                    if (write[i].length | write[i].offset) % self._sector_bytes:
-                        raise ValueError("the length must be a multiple of the sector size")
-                    if write[i].position + write[i].length > <uint64_t> source.len:
-                        raise ValueError("the data lies outside of the buffer")
-                    longest = max(longest, write[i].length)
-                encrypted = <unsigned char *> malloc(longest + 1)
-                if encrypted == NULL:
-                    raise MemoryError
-                context = self._borrow(ENCRYPT)
-                with nogil:
-                    part.iov_base = encrypted
-                    while at < count:
-                        done = _crypt_sectors(
-                            context, first_iv + write[at].offset // UNIT_BYTES, self._sector_bytes,
-                            <unsigned char *> source.buf + write[at].position, encrypted,
-                            write[at].length // self._sector_bytes)
-                        if not done:
-                            break
-                        part.iov_len = write[at].length
-                        written = pwritev2(fd, &part, 1, data_offset + <int64_t> write[at].offset, flags)
-                        if written < 0 or <uint64_t> written != write[at].length:
-                            break
-                        at += 1
-                if not done:
-                    EVP_CIPHER_CTX_free(context)
-                    raise _openssl_error("XTS failed")
-                self._give_back(ENCRYPT, context)
-                return at
-            finally:
-                free(encrypted)
-                PyBuffer_Release(&writes)
-        finally:
-            PyBuffer_Release(&source)
+        cdef Encryption job = Encryption(self, fd, data_offset, first_iv, data, run, count, flags, None)
+        cdef int never = 0
+        with nogil:
+            job.perform(&never)
+        return job.written()
+
+    def encrypt_job(
+        self, int fd, int64_t data_offset, uint64_t first_iv, data, run, Py_ssize_t count, int flags, rest
+    ):
+        """Return `encrypt_run` as a job for a thread. See the stub file."""
+        return Encryption(self, fd, data_offset, first_iv, data, run, count, flags, rest)
 
     def decrypt_into(self, first_iv, src, dst):
         """Decrypt the sectors in `src` into `dst`. See the stub file for units and errors."""
         self._with_buffers(DECRYPT, first_iv, src, dst)
+
+
+@no_gc_clear  # it would forget whose the buffers are
+cdef class Encryption(Job):
+    """A run of writes to be encrypted and written; see `Xts.encrypt_job`."""
+
+    cdef Xts _xts
+    cdef EVP_CIPHER_CTX *_context
+    cdef Py_buffer _source
+    cdef Py_buffer _writes
+    cdef Py_ssize_t _count
+    cdef Py_ssize_t _longest
+    cdef Py_ssize_t _done
+    cdef bint _failed  # by libcrypto
+    cdef int _error  # of the last write
+    cdef int _fd
+    cdef int _flags
+    cdef int64_t _data_offset
+    cdef uint64_t _first_iv
+    cdef object _rest
+
+    def __cinit__(self, Xts xts, int fd, int64_t data_offset, uint64_t first_iv, data, run, Py_ssize_t count, int flags,
+                  rest):
+        cdef Write *write
+        cdef Py_ssize_t at
+        self._xts, self._rest = xts, rest
+        self._fd, self._flags, self._data_offset, self._first_iv = fd, flags, data_offset, first_iv
+        PyObject_GetBuffer(data, &self._source, PyBUF_SIMPLE)
+        PyObject_GetBuffer(run, &self._writes, PyBUF_SIMPLE)
+        if count < 0 or <size_t> count * sizeof(Write) > <size_t> self._writes.len:
+            raise ValueError("the run is shorter than that")
+        self._count = count
+        write = <Write *> self._writes.buf
+        for at in range(count):
+            if (write[at].length | write[at].offset) % xts._sector_bytes:
+                raise ValueError("the length must be a multiple of the sector size")
+            if write[at].position + write[at].length > <uint64_t> self._source.len:
+                raise ValueError("the data lies outside of the buffer")
+            self._longest = max(self._longest, <Py_ssize_t> write[at].length)
+        self._context = xts._borrow(ENCRYPT)
+
+    def __dealloc__(self):
+        self.release()
+
+    cdef int release(self) except -1:
+        cdef EVP_CIPHER_CTX *context = self._context
+        self._context = NULL
+        if context != NULL and self._failed:
+            EVP_CIPHER_CTX_free(context)
+        elif context != NULL:
+            self._xts._give_back(ENCRYPT, context)
+        PyBuffer_Release(&self._source)
+        PyBuffer_Release(&self._writes)
+        return 0
+
+    cdef bint perform(self, const int *given_up) noexcept nogil:
+        cdef Write *write = <Write *> self._writes.buf
+        cdef unsigned char *encrypted = <unsigned char *> malloc(min(self._longest, <Py_ssize_t> PIECE_BYTES) + 1)
+        if encrypted != NULL:
+            while self._done < self._count and self._write(&write[self._done], encrypted, given_up):
+                self._done += 1
+            free(encrypted)
+        return self._done == self._count
+
+    cdef bint _write(self, Write *write, unsigned char *encrypted, const int *given_up) noexcept nogil:
+        """Encrypt and write one, a piece at a time, each while it is in the processor's cache."""
+        cdef uint64_t at = 0, offset
+        cdef iovec part
+        cdef ssize_t written
+        part.iov_base = encrypted
+        while at < write.length:
+            offset = write.offset + at
+            part.iov_len = min(write.length - at, <uint64_t> PIECE_BYTES)
+            if given_up[0]:
+                return False
+            if not _crypt_sectors(
+                self._context, self._first_iv + offset // UNIT_BYTES, self._xts._sector_bytes,
+                <unsigned char *> self._source.buf + write.position + at, encrypted,
+                <Py_ssize_t> part.iov_len // self._xts._sector_bytes
+            ):
+                self._failed = True
+                return False
+            written = pwritev2(self._fd, &part, 1, self._data_offset + <int64_t> offset, self._flags)
+            if written < 0 and errno != EINTR:
+                self._error = errno
+            if written != <ssize_t> part.iov_len:
+                return False
+            at += part.iov_len
+        return True
+
+    cdef Py_ssize_t written(self) except -1:
+        if self._failed:
+            raise _openssl_error("XTS failed")
+        return self._done
+
+    cdef object finish(self):
+        self.written()
+        if self._error:
+            raise OSError(self._error, strerror(self._error).decode())
+        return self._rest(self._done)

@@ -76,6 +76,31 @@ class FallbackXts:
                 return at
         return count
 
+    def encrypt_job(
+        self,
+        fd: int,
+        data_offset: int,
+        first_iv: int,
+        data: Buffer,
+        run: array[int],
+        count: int,
+        flags: int,
+        rest: Callable[[int], None],
+        /,
+    ) -> Callable[[], None]:
+        """Return what a thread does to encrypt and write a run."""
+        view = _readable(data)
+
+        def job() -> None:
+            for at in range(count):
+                offset, length, position = run[4 * at : 4 * at + 3]
+                source = view[position : position + length]
+                if self.encrypt_to(fd, data_offset + offset, first_iv + offset // 512, source, flags) != length:
+                    rest(at)
+                    return
+
+        return job
+
     def decrypt_into(self, first_iv: int, src: Buffer, dst: Buffer, /) -> None:
         """Decrypt the sectors in `src` into `dst`."""
         self._crypt(first_iv, src, dst, encrypt=False)
@@ -128,11 +153,12 @@ class XtsCipher:
     It is read here only: the caller may wipe it afterwards. For its methods see `_xts.pyi`.
     """
 
-    __slots__ = ("decrypt_into", "encrypt_into", "encrypt_run", "encrypt_to", "sector_bytes")
+    __slots__ = ("decrypt_into", "encrypt_into", "encrypt_job", "encrypt_run", "encrypt_to", "sector_bytes")
 
     encrypt_into: Callable[[int, Buffer, Buffer], None]
     encrypt_to: Callable[[int, int, int, Buffer, int], int]
     encrypt_run: Callable[[int, int, int, Buffer, array[int], int, int], int]
+    encrypt_job: Callable[[int, int, int, Buffer, array[int], int, int, Callable[[int], None]], Callable[[], None]]
     decrypt_into: Callable[[int, Buffer, Buffer], None]
     sector_bytes: int
 
@@ -142,6 +168,7 @@ class XtsCipher:
         self.encrypt_into = implementation.encrypt_into
         self.encrypt_to = implementation.encrypt_to
         self.encrypt_run = implementation.encrypt_run
+        self.encrypt_job = implementation.encrypt_job
         self.decrypt_into = implementation.decrypt_into
         self.sector_bytes = sector_bytes
 

@@ -4,10 +4,13 @@
 The GIL is given up round the system calls of a whole run, once: a disk may take its time. So it is round a comparison.
 """
 
+from cython cimport no_gc_clear
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint64_t
-from libc.string cimport memcmp, memset
+from libc.string cimport memcmp, memset, strerror
 
+from lockstep._work cimport Job
 from lockstep.run cimport Write
 
 
@@ -111,39 +114,102 @@ def covered(run, Py_ssize_t count, bytearray marks, bytearray touched, int regio
 ctypedef ssize_t (*Call)(int, const iovec *, int, int64_t, int) noexcept nogil
 
 
-cdef Py_ssize_t _carry(
-    Call call, int fd, int flags, Py_buffer *data, run, Py_ssize_t count, bint ask_first=False
-) except -1:
-    """Have `call` move each part of the data; how many it moved whole, from the front.
-
-    With `ask_first`, the medium is asked for all of it before.
-    """
-    cdef Py_buffer requests
+cdef Py_ssize_t _moved(
+    Call call, int fd, int flags, Py_buffer *data, Write *request, Py_ssize_t count, const int *given_up, int *error
+) noexcept nogil:
+    """Have `call` move each part of the data; how many it moved whole, from the front. `error` is why no more."""
     cdef Py_ssize_t at = 0
     cdef ssize_t moved
-    cdef Write *request
     cdef iovec part
+    while at < count and not given_up[0]:
+        if request[at].position + request[at].length > <uint64_t> data.len:
+            break
+        part.iov_base = <char *> data.buf + request[at].position
+        part.iov_len = request[at].length
+        moved = call(fd, &part, 1, request[at].offset, flags)
+        if moved < 0 and errno != EINTR:
+            error[0] = errno
+            break
+        if <uint64_t> moved != request[at].length:
+            break
+        at += 1
+    return at
+
+
+cdef Py_ssize_t _carry(Call call, int fd, int flags, Py_buffer *data, run, Py_ssize_t count) except -1:
+    cdef Py_buffer requests
+    cdef int never = 0, error
     PyObject_GetBuffer(run, &requests, PyBUF_SIMPLE)
     try:
         count = _checked(&requests, count)
-        request = <Write *> requests.buf
         with nogil:
-            if ask_first:
-                for at in range(count):
-                    posix_fadvise(fd, request[at].offset, request[at].length, POSIX_FADV_WILLNEED)
-                at = 0
-            while at < count:
-                if request[at].position + request[at].length > <uint64_t> data.len:
-                    break
-                part.iov_base = <char *> data.buf + request[at].position
-                part.iov_len = request[at].length
-                moved = call(fd, &part, 1, request[at].offset, flags)
-                if moved < 0 or <uint64_t> moved != request[at].length:
-                    break
-                at += 1
-        return at
+            return _moved(call, fd, flags, data, <Write *> requests.buf, count, &never, &error)
     finally:
         PyBuffer_Release(&requests)
+
+
+@no_gc_clear  # it would forget whose the buffers are
+cdef class Transfer(Job):
+    """A run that a thread is to write, or to fetch; see `write_job` and `fetch_job` in `runs.py`."""
+
+    cdef Call _call
+    cdef int _fd
+    cdef int _flags
+    cdef bint _writes
+    cdef Py_buffer _data
+    cdef Py_buffer _requests
+    cdef Py_ssize_t _count
+    cdef Py_ssize_t _done
+    cdef int _error
+    cdef object _rest
+
+    def __cinit__(self, bint writes, int fd, int flags, data, run, Py_ssize_t count, rest):
+        cdef Write *request
+        cdef Py_ssize_t at
+        self._call = <Call> pwritev2 if writes else <Call> preadv2
+        self._writes = writes
+        self._fd = fd
+        self._flags = flags
+        self._rest = rest
+        PyObject_GetBuffer(data, &self._data, PyBUF_SIMPLE if writes else PyBUF_WRITABLE)
+        PyObject_GetBuffer(run, &self._requests, PyBUF_SIMPLE)
+        self._count = _checked(&self._requests, count)
+        request = <Write *> self._requests.buf
+        for at in range(count):
+            if request[at].position + request[at].length > <uint64_t> self._data.len:
+                raise ValueError("the data lies outside of the buffer")
+
+    def __dealloc__(self):
+        self.release()
+
+    cdef int release(self) except -1:
+        PyBuffer_Release(&self._data)
+        PyBuffer_Release(&self._requests)
+        return 0
+
+    cdef bint perform(self, const int *given_up) noexcept nogil:
+        cdef Write *request = <Write *> self._requests.buf
+        cdef Py_ssize_t at
+        if self._count > 1 and not self._writes:  # the medium is asked for all of it before the first is waited for
+            for at in range(self._count):
+                posix_fadvise(self._fd, request[at].offset, request[at].length, POSIX_FADV_WILLNEED)
+        self._done = _moved(self._call, self._fd, self._flags, &self._data, request, self._count, given_up, &self._error)
+        return self._done == self._count
+
+    cdef object finish(self):
+        if self._error:
+            raise OSError(self._error, strerror(self._error).decode())
+        return self._rest(self._done)
+
+
+def write_job(int fd, int flags, data, run, Py_ssize_t count, rest):
+    """See `runs.py`."""
+    return Transfer(True, fd, flags, data, run, count, rest)
+
+
+def fetch_job(int fd, into, run, Py_ssize_t count, rest):
+    """See `runs.py`."""
+    return Transfer(False, fd, 0, into, run, count, rest)
 
 
 def write_run(int fd, int flags, data, run, Py_ssize_t count):
@@ -267,16 +333,6 @@ def read_run(int fd, int flags, into, run, Py_ssize_t count):
     PyObject_GetBuffer(into, &target, PyBUF_WRITABLE)
     try:
         return _carry(<Call> preadv2, fd, flags, &target, run, count)
-    finally:
-        PyBuffer_Release(&target)
-
-
-def fetch_run(int fd, into, run, Py_ssize_t count):
-    """See `runs.py`."""
-    cdef Py_buffer target
-    PyObject_GetBuffer(into, &target, PyBUF_WRITABLE)
-    try:
-        return _carry(<Call> preadv2, fd, 0, &target, run, count, ask_first=True)
     finally:
         PyBuffer_Release(&target)
 

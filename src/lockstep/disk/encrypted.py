@@ -10,6 +10,7 @@ import errno
 import functools
 import os
 from array import array
+from collections.abc import Callable
 from typing import Final
 
 from lockstep.crypto.cipher import XtsCipher
@@ -39,6 +40,7 @@ class EncryptedDisk:
         self._encrypt_into = cipher.encrypt_into
         self._encrypt_to = cipher.encrypt_to
         self._encrypt_run = cipher.encrypt_run
+        self._encrypt_job = cipher.encrypt_job
         self._decrypt_into = cipher.decrypt_into
 
     def close(self) -> None:
@@ -63,16 +65,27 @@ class EncryptedDisk:
         assert flags is not None
         return self._encrypt_run(self._fd, self._data_offset, self._first_iv, data, run, count, flags)
 
-    def write_all(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> None:
-        """Encrypt and write a run of whole sectors."""
+    def write_job(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> Callable[[], None]:
+        """Return what a thread does to encrypt and write a run of whole sectors."""
+        rest = functools.partial(self._write_each, data, run, count, durable)
+        if self._direct is not None:
+            return functools.partial(self._write_direct, data, run, count, durable)
+        if self._promptness.unknown:
+            return functools.partial(rest, 0)
+        flags = os.RWF_DSYNC if durable else 0
+        return self._encrypt_job(self._fd, self._data_offset, self._first_iv, data, run, count, flags, rest)
+
+    def _write_direct(self, data: memoryview, run: "array[int]", count: int, durable: bool) -> None:
+        assert self._direct is not None
         done = 0
-        if self._direct is None:
-            if count > 1 and not durable:
-                done = self._encrypt_run(self._fd, self._data_offset, self._first_iv, data, run, count, 0)
-        elif not self._stopped:
+        if not self._stopped:
             fill, base = self._encrypt_from(data), self._data_offset
             done = self._direct.write_run(run, count, fill, base=base, durable=durable)
-        for at in range(done, count):  # where that ended, the write itself tells why
+        self._write_each(data, run, count, durable, done)
+
+    def _write_each(self, data: memoryview, run: "array[int]", count: int, durable: bool, done: int) -> None:
+        """Write what is left of a run: where it ended, the write itself tells why."""
+        for at in range(done, count):
             offset, length, position = run[WORDS * at : WORDS * at + 3]
             self.write(offset, data[position : position + length], durable)
 

@@ -6,15 +6,16 @@ before a write with `durable` returns.
 
 import ctypes
 import errno
+import functools
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, Self
 
 from lockstep.disk.direct import DirectFile, copy_from, require_direct
 from lockstep.disk.lock import lock_exclusive
 from lockstep.disk.probe import Disk, open_disk
-from lockstep.disk.runs import WORDS, fetch_run, read_run, write_run
+from lockstep.disk.runs import WORDS, fetch_job, read_run, write_job, write_run
 from lockstep.disk.transfer import Promptness, cached_read_flag, read_all, write_all
 
 _FALLOC_FL_KEEP_SIZE: Final = 0x01  # linux/falloc.h
@@ -79,13 +80,19 @@ class PlainDisk:
         """Read a run without waiting for the medium; return how many of its reads, from the front."""
         return 0 if self._nowait is None else read_run(self._fd, self._nowait, into, run, count)
 
-    def read_all(self, into: memoryview, run: "array[int]", count: int) -> None:
-        """Read a run, from the medium if need be: all of it at the same time."""
-        if self._direct is None:
-            done = fetch_run(self._fd, into, run, count)
-        else:
-            done = self._direct.read_run(into, run, count)
-        for at in range(done, count):  # where that ended, the read itself tells why
+    def read_job(self, into: memoryview, run: "array[int]", count: int) -> Callable[[], None]:
+        """Return what a thread does to read a run, from the medium if need be: all of it at the same time."""
+        if self._direct is not None:
+            return functools.partial(self._read_direct, into, run, count)
+        return fetch_job(self._fd, into, run, count, functools.partial(self._read_each, into, run, count))
+
+    def _read_direct(self, into: memoryview, run: "array[int]", count: int) -> None:
+        assert self._direct is not None
+        self._read_each(into, run, count, self._direct.read_run(into, run, count))
+
+    def _read_each(self, into: memoryview, run: "array[int]", count: int, done: int) -> None:
+        """Read what is left of a run: where it ended, the read itself tells why."""
+        for at in range(done, count):
             offset, length, position = run[WORDS * at : WORDS * at + 3]
             self.read(offset, into[position : position + length])
 
@@ -110,14 +117,23 @@ class PlainDisk:
         assert flags is not None
         return write_run(self._fd, flags, data, run, count)
 
-    def write_all(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> None:
-        """Write a run."""
-        done = 0
+    def write_job(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> Callable[[], None]:
+        """Return what a thread does to write a run."""
+        rest = functools.partial(self._write_each, data, run, count, durable)
         if self._direct is not None:
-            done = self._direct.write_run(run, count, copy_from(data), durable=durable)
-        elif count > 1 and not durable:
-            done = write_run(self._fd, 0, data, run, count)
-        for at in range(done, count):  # where that ended, the write itself tells why
+            return functools.partial(self._write_direct, data, run, count, durable)
+        if self._promptness.unknown:
+            return functools.partial(rest, 0)
+        return write_job(self._fd, os.RWF_DSYNC if durable else 0, data, run, count, rest)
+
+    def _write_direct(self, data: memoryview, run: "array[int]", count: int, durable: bool) -> None:
+        assert self._direct is not None
+        done = self._direct.write_run(run, count, copy_from(data), durable=durable)
+        self._write_each(data, run, count, durable, done)
+
+    def _write_each(self, data: memoryview, run: "array[int]", count: int, durable: bool, done: int) -> None:
+        """Write what is left of a run: where it ended, the write itself tells why."""
+        for at in range(done, count):
             offset, length, position = run[WORDS * at : WORDS * at + 3]
             self.write(offset, data[position : position + length], durable=durable)
 

@@ -9,6 +9,7 @@ These are the inner loops, in Python; `_runs.pyx` has the same natively and is u
 
 import os
 from array import array
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -82,11 +83,46 @@ def _read_run(fd: int, flags: int, into: "Buffer", run: "array[int]", count: int
     return count
 
 
-def _fetch_run(fd: int, into: "Buffer", run: "array[int]", count: int, /) -> int:
-    """Like `_read_run`, from the medium: all of it is asked for before the first is waited for."""
+def _write_job(
+    fd: int, flags: int, data: "Buffer", run: "array[int]", count: int, rest: Callable[[int], None], /
+) -> Callable[[], None]:
+    """Return what a thread does to write a run (lockstep/work.py). A write that fails fails it, with its OSError.
+
+    One that is cut short, or not begun since the queue gave up, is left to `rest`, which is given how many were written
+    whole. Neither the data nor the run may be changed meanwhile.
+    """
+    view = memoryview(data)
+    return lambda: _moved(os.pwritev, fd, flags, view, run, count, rest)
+
+
+def _fetch_job(
+    fd: int, into: "Buffer", run: "array[int]", count: int, rest: Callable[[int], None], /
+) -> Callable[[], None]:
+    """Like `_write_job`, to read: the medium is asked for all of it before the first is waited for."""
+    view = memoryview(into)
+
+    def job() -> None:
+        for at in range(count):
+            os.posix_fadvise(fd, run[WORDS * at], run[WORDS * at + 1], os.POSIX_FADV_WILLNEED)
+        _moved(os.preadv, fd, 0, view, run, count, rest)
+
+    return job
+
+
+def _moved(
+    call: Callable[..., int],
+    fd: int,
+    flags: int,
+    view: memoryview,
+    run: "array[int]",
+    count: int,
+    rest: Callable[[int], None],
+) -> None:
     for at in range(count):
-        os.posix_fadvise(fd, run[WORDS * at], run[WORDS * at + 1], os.POSIX_FADV_WILLNEED)
-    return _read_run(fd, 0, into, run, count)
+        offset, length, position = run[WORDS * at : WORDS * at + 3]
+        if call(fd, (view[position : position + length],), offset, flags) != length:
+            rest(at)
+            return
 
 
 def _same(one: "Buffer", other: "Buffer", /) -> bool:
@@ -103,7 +139,8 @@ except ImportError:
     write_together = _write_together
     read_together = _read_together
     read_run = _read_run
-    fetch_run = _fetch_run
+    write_job = _write_job
+    fetch_job = _fetch_job
     same = _same
 else:
     aligned = _native.aligned
@@ -112,5 +149,6 @@ else:
     write_together = _native.write_together
     read_together = _native.read_together
     read_run = _native.read_run
-    fetch_run = _native.fetch_run
+    write_job = _native.write_job
+    fetch_job = _native.fetch_job
     same = _native.same

@@ -244,7 +244,7 @@ class MirrorLink:
         """Begin to carry a run of whole sectors to the mirror; `settle` takes what is returned."""
         if self.error is not None or self._workers is None or self._disk is None:
             return None
-        return self._workers.begin(self._disk.write_all, data, run, count, durable)
+        return self._workers.begin(self._disk.write_job(data, run, count, durable))
 
     async def settle(self, begun: "asyncio.Future[None] | None", run: "array[int]", count: int) -> None:
         """Wait for an update; a failure drops the mirror and is not the writer's."""

@@ -6,7 +6,7 @@ import time
 from array import array
 from typing import Final
 
-from lockstep.disk.runs import WORDS
+from lockstep.disk.runs import WORDS, run_of
 from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
 
@@ -40,7 +40,7 @@ class ReadPath:
         self._updates.requests += count
         if count > 1 and self._updates.filling is None:
             with contextlib.suppress(OSError):
-                await self._in_worker(self._target.read_all, into, run, count)
+                await self._in_worker(self._target.read_job(into, run, count))
                 return
         for at in range(count):
             offset, length, position = run[WORDS * at : WORDS * at + 3]
@@ -50,7 +50,7 @@ class ReadPath:
         try:
             if self._updates.filling is not None:
                 await self._updates.filling.fetch(offset, len(into))
-            await self._in_worker(self._target.read, offset, into)
+            await self._in_worker(self._target.read_job(into, run_of(offset, len(into)), 1))
         except OSError as failure:
             rescued = await self._read_mirror(offset, into)
             self._report(offset, len(into), failure, rescued)

@@ -6,27 +6,20 @@ begun is begun any more. What hangs goes on hanging, in its thread, until the di
 when the set is at rest is it certain that it does nothing more to the disk.
 
 The threads are daemons: a process ends though one of them hangs. concurrent.futures would wait for them.
-
-Each has a queue of its own, and the loop's thread says who does what: the one that came to rest last, whose memory is
-still in the processor's cache. With one queue for all, every call wakes a second thread, in vain.
 """
 
 import asyncio
 import errno
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
 from typing import Any, Final, TypeVar
+
+from lockstep.work import Call, Job, Queue
 
 Result = TypeVar("Result")
 
 _CHECKS: Final = 10  # in one patience: it is exceeded by a tenth at most
-
-Work = tuple["asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...]]
-Desk = SimpleQueue[Work | None]
-"""Where one thread takes what it is to do; None is the end of it."""
 
 
 class Workers:
@@ -35,33 +28,36 @@ class Workers:
     def __init__(self, name: str, count: int, patience_s: float | None = None) -> None:
         """Without `patience_s`, who waits may wait for ever."""
         self.patience_s = patience_s
-        self._idle: list[Desk] = [SimpleQueue() for _ in range(count)]
-        self._waiting: deque[Work] = deque()  # for a thread
-        self._loop: asyncio.AbstractEventLoop
+        self._queue = Queue()
+        self._loop: asyncio.AbstractEventLoop | None = None  # that listens to the queue
         self._under_way: dict[asyncio.Future[Any], float] = {}  # since when, in s of the monotonic clock; in order
-        self._begun = 0  # calls that no thread has ended, also those that nobody waits for any more
-        self._given_up = False
+        self._begun = 0  # jobs that no thread has ended, also those that nobody waits for any more
+        self._given_up = self._closed = False
         self._timer: asyncio.TimerHandle | None = None
-        self._closed = False
-        for number, desk in enumerate(self._idle):
-            threading.Thread(target=self._work, args=(desk,), name=f"{name}-{number}", daemon=True).start()
+        for number in range(count):
+            threading.Thread(target=self._queue.serve, name=f"{name}-{number}", daemon=True).start()
 
     def begin(self, work: Callable[..., Result], *args: Any) -> "asyncio.Future[Result]":
-        """Have a thread do it. The future gets what it returns or raises, or TimeoutError when patience is over."""
-        self._loop = asyncio.get_running_loop()
-        future: asyncio.Future[Result] = self._loop.create_future()
+        """Have a thread do it, natively if it is such a job.
+
+        The future gets what it returns or raises, or TimeoutError when patience is over.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
         if self._given_up:
             future.set_exception(self._silence())
             return future
+        if self._loop is not loop:
+            self._loop = loop
+            loop.add_reader(self._queue.fd, self._collect)
         self._begun += 1
         if self.patience_s is not None:
             self._under_way[future] = time.monotonic()
             if self._timer is None:
-                self._timer = self._loop.call_later(self.patience_s / _CHECKS, self._check)
-        if self._idle:
-            self._idle.pop().put((future, work, args))
-        else:
-            self._waiting.append((future, work, args))
+                self._timer = loop.call_later(self.patience_s / _CHECKS, self._check)
+        job = work if isinstance(work, Job) else Call(work, *args)
+        job.future = future
+        self._queue.put(job)
         return future
 
     async def run(self, work: Callable[..., Result], *args: Any) -> Result:
@@ -80,8 +76,7 @@ class Workers:
             if not future.done():
                 future.set_exception(self._silence())
         self._under_way.clear()
-        self._begun -= len(self._waiting)
-        self._waiting.clear()
+        self._begun -= self._queue.give_up()
         self.close()
 
     def close(self) -> None:
@@ -90,8 +85,15 @@ class Workers:
             self._timer.cancel()
             self._timer = None
         self._closed = True
-        while self._idle:
-            self._idle.pop().put(None)
+        self._queue.close()
+        self._forget_if_over()
+
+    def _forget_if_over(self) -> None:
+        """Listen to the queue no longer when it will say nothing more."""
+        if self._closed and not self._begun and self._loop is not None:
+            if not self._loop.is_closed():
+                self._loop.remove_reader(self._queue.fd)
+            self._loop = None
 
     def _silence(self) -> TimeoutError:
         return TimeoutError(errno.ETIMEDOUT, f"it did not answer for {self.patience_s:g} s")
@@ -99,6 +101,7 @@ class Workers:
     def _check(self) -> None:
         """Look at the one who waits longest."""
         assert self.patience_s is not None
+        assert self._loop is not None
         self._timer = None
         oldest_s = next(iter(self._under_way.values()), None)
         if oldest_s is None:
@@ -108,37 +111,15 @@ class Workers:
         else:
             self._timer = self._loop.call_later(self.patience_s / _CHECKS, self._check)
 
-    def _settle(self, desk: Desk, future: "asyncio.Future[Any]", result: Any, failure: BaseException | None) -> None:
-        if self._waiting:
-            desk.put(self._waiting.popleft())
-        elif self._closed:
-            desk.put(None)
-        else:
-            self._idle.append(desk)
-        self._begun -= 1
-        self._under_way.pop(future, None)
-        if future.done():  # nobody waits for it any more
-            return
-        if failure is None:
-            future.set_result(result)
-        else:
-            future.set_exception(failure)
-
-    def _work(self, desk: Desk) -> None:
-        """What each thread does."""
-        while (asked := desk.get()) is not None:
-            future, work, args = asked
-            result: Any = None
-            failure: BaseException | None = None
-            if self._given_up:
-                failure = self._silence()
+    def _collect(self) -> None:
+        """Pass on what has ended."""
+        for future, value, failure in self._queue.done():
+            self._begun -= 1
+            self._under_way.pop(future, None)
+            if future.done():  # nobody waits for it any more
+                continue
+            if failure is None:
+                future.set_result(value)
             else:
-                try:
-                    result = work(*args)
-                except BaseException as error:  # noqa: BLE001 (it is for who waits)
-                    failure = error
-            try:
-                self._loop.call_soon_threadsafe(self._settle, desk, future, result, failure)
-            except RuntimeError:  # the loop is closed: the process is about to end
-                return
-            del asked, future, work, args, result, failure
+                future.set_exception(failure)
+        self._forget_if_over()

@@ -225,7 +225,7 @@ class WritePath:
                 whole = await self._whole_sectors(mirror, data, run)
             copies.append((mirror, mirror.begin_update(*whole, durable=durable), whole))  # 102/503, 103/504
         try:
-            await self._in_worker(self.target.write_all, data, run, count, durable)  # 103/505
+            await self._in_worker(self.target.write_job(data, run, count, durable))  # 103/505
         except OSError as failure:
             for at in range(count):
                 self._target_failed(failure, (run[WORDS * at], run[WORDS * at + 1]))

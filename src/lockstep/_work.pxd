@@ -1,0 +1,13 @@
+# A job for the threads of `work.py`.
+
+
+cdef class Job:
+    cdef public object future
+    cdef object value
+    cdef object failure
+    cdef void *_next  # in the queue
+
+    cdef bint perform(self, const int *given_up) noexcept nogil
+    cdef object finish(self)
+    cdef int release(self) except -1
+    cdef int end(self) noexcept
