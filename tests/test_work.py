@@ -155,7 +155,7 @@ def test_a_native_run_ends_between_two_writes_when_the_queue_gives_up(file: int)
     count, left = 20_000, list[int]()
     run = array("Q", (0, 1 << 20, 0, 0) * count)  # takes seconds
     crew.queue.put(as_job(native_runs.write_job(file, 0, bytes(1 << 20), run, count, left.append), "run"))
-    wait_until(lambda: os.fstat(file).st_size, "the run to begin")
+    wait_until(lambda: os.fstat(file).st_size > 0, "the run to begin")
     assert crew.queue.give_up() == 0
     crew.queue.close()
     assert crew.ended(1) == [("run", None, None)]

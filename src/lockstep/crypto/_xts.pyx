@@ -37,7 +37,7 @@ from cpython.number cimport PyNumber_Index
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport UINT64_MAX, int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memmove, strerror
+from libc.string cimport memmove, memset, strerror
 
 from lockstep._work cimport Job
 from lockstep.run cimport Write
@@ -124,6 +124,59 @@ cdef int _crypt_sectors(EVP_CIPHER_CTX *context, uint64_t position, int sector_b
         dst += sector_bytes
         count -= 1
     return 1
+
+
+cdef struct Run:
+    # Writes to be encrypted, and what became of them.
+    EVP_CIPHER_CTX *context
+    int sector_bytes
+    int fd
+    int flags
+    int64_t data_offset
+    uint64_t first_iv
+    Py_buffer source
+    Py_buffer writes
+    Py_ssize_t count
+    Py_ssize_t longest
+    Py_ssize_t done
+    bint failed  # by libcrypto
+    int error  # of the last write
+
+
+cdef void _write_run(Run *run, const int *given_up) noexcept nogil:
+    cdef Write *write = <Write *> run.writes.buf
+    cdef unsigned char *encrypted = <unsigned char *> malloc(min(run.longest, <Py_ssize_t> PIECE_BYTES) + 1)
+    if encrypted != NULL:
+        while run.done < run.count and _write_one(run, &write[run.done], encrypted, given_up):
+            run.done += 1
+        free(encrypted)
+
+
+cdef bint _write_one(Run *run, Write *write, unsigned char *encrypted, const int *given_up) noexcept nogil:
+    """Encrypt and write, a piece at a time, each while it is in the processor's cache; return whether that was all."""
+    cdef uint64_t at = 0, offset
+    cdef ssize_t written
+    cdef iovec part
+    part.iov_base = encrypted
+    while at < write.length:
+        offset = write.offset + at
+        part.iov_len = min(write.length - at, <uint64_t> PIECE_BYTES)
+        if given_up[0]:
+            return False
+        if not _crypt_sectors(
+            run.context, run.first_iv + offset // UNIT_BYTES, run.sector_bytes,
+            <unsigned char *> run.source.buf + write.position + at, encrypted,
+            <Py_ssize_t> part.iov_len // run.sector_bytes
+        ):
+            run.failed = True
+            return False
+        written = pwritev2(run.fd, &part, 1, run.data_offset + <int64_t> offset, run.flags)
+        if written < 0 and errno != EINTR:
+            run.error = errno
+        if written != <ssize_t> part.iov_len:
+            return False
+        at += part.iov_len
+    return True
 
 
 cdef class Xts:
@@ -275,13 +328,51 @@ cdef class Xts:
             free(target.buf)
             PyBuffer_Release(&source)
 
+    cdef int _begin(self, Run *run, data, writes) except -1:
+        """Check a run, and take what it needs until `_end`."""
+        cdef Write *write
+        cdef Py_ssize_t at
+        PyObject_GetBuffer(data, &run.source, PyBUF_SIMPLE)
+        PyObject_GetBuffer(writes, &run.writes, PyBUF_SIMPLE)
+        if run.count < 0 or <size_t> run.count * sizeof(Write) > <size_t> run.writes.len:
+            raise ValueError("the run is shorter than that")
+        write = <Write *> run.writes.buf
+        for at in range(run.count):
+            if (write[at].length | write[at].offset) % self._sector_bytes:
+                raise ValueError("the length must be a multiple of the sector size")
+            if write[at].position + write[at].length > <uint64_t> run.source.len:
+                raise ValueError("the data lies outside of the buffer")
+            run.longest = max(run.longest, <Py_ssize_t> write[at].length)
+        run.sector_bytes = self._sector_bytes
+        run.context = self._borrow(ENCRYPT)
+        return 0
+
+    cdef void _end(self, Run *run) noexcept:
+        cdef EVP_CIPHER_CTX *context = run.context
+        run.context = NULL
+        if context != NULL and run.failed:
+            EVP_CIPHER_CTX_free(context)
+        elif context != NULL:
+            self._give_back(ENCRYPT, context)
+        PyBuffer_Release(&run.source)
+        PyBuffer_Release(&run.writes)
+
     def encrypt_run(self, int fd, int64_t data_offset, uint64_t first_iv, data, run, Py_ssize_t count, int flags):
         """Encrypt and write the writes of a run, each. See the stub file for units and errors."""
-        cdef Encryption job = Encryption(self, fd, data_offset, first_iv, data, run, count, flags, None)
+        cdef Run writes
         cdef int never = 0
-        with nogil:
-            job.perform(&never)
-        return job.written()
+        memset(&writes, 0, sizeof(writes))
+        writes.fd, writes.flags, writes.count = fd, flags, count
+        writes.data_offset, writes.first_iv = data_offset, first_iv
+        try:
+            self._begin(&writes, data, run)
+            with nogil:
+                _write_run(&writes, &never)
+            if writes.failed:
+                raise _openssl_error("XTS failed")
+            return writes.done
+        finally:
+            self._end(&writes)
 
     def encrypt_job(
         self, int fd, int64_t data_offset, uint64_t first_iv, data, run, Py_ssize_t count, int flags, rest
@@ -299,96 +390,32 @@ cdef class Encryption(Job):
     """A run of writes to be encrypted and written; see `Xts.encrypt_job`."""
 
     cdef Xts _xts
-    cdef EVP_CIPHER_CTX *_context
-    cdef Py_buffer _source
-    cdef Py_buffer _writes
-    cdef Py_ssize_t _count
-    cdef Py_ssize_t _longest
-    cdef Py_ssize_t _done
-    cdef bint _failed  # by libcrypto
-    cdef int _error  # of the last write
-    cdef int _fd
-    cdef int _flags
-    cdef int64_t _data_offset
-    cdef uint64_t _first_iv
+    cdef Run _run
     cdef object _rest
 
-    def __cinit__(self, Xts xts, int fd, int64_t data_offset, uint64_t first_iv, data, run, Py_ssize_t count, int flags,
-                  rest):
-        cdef Write *write
-        cdef Py_ssize_t at
+    def __cinit__(
+        self, Xts xts, int fd, int64_t data_offset, uint64_t first_iv, data, run, Py_ssize_t count, int flags, rest
+    ):
         self._xts, self._rest = xts, rest
-        self._fd, self._flags, self._data_offset, self._first_iv = fd, flags, data_offset, first_iv
-        PyObject_GetBuffer(data, &self._source, PyBUF_SIMPLE)
-        PyObject_GetBuffer(run, &self._writes, PyBUF_SIMPLE)
-        if count < 0 or <size_t> count * sizeof(Write) > <size_t> self._writes.len:
-            raise ValueError("the run is shorter than that")
-        self._count = count
-        write = <Write *> self._writes.buf
-        for at in range(count):
-            if (write[at].length | write[at].offset) % xts._sector_bytes:
-                raise ValueError("the length must be a multiple of the sector size")
-            if write[at].position + write[at].length > <uint64_t> self._source.len:
-                raise ValueError("the data lies outside of the buffer")
-            self._longest = max(self._longest, <Py_ssize_t> write[at].length)
-        self._context = xts._borrow(ENCRYPT)
+        self._run.fd, self._run.flags, self._run.count = fd, flags, count
+        self._run.data_offset, self._run.first_iv = data_offset, first_iv
+        xts._begin(&self._run, data, run)
 
     def __dealloc__(self):
         self.release()
 
     cdef int release(self) except -1:
-        cdef EVP_CIPHER_CTX *context = self._context
-        self._context = NULL
-        if context != NULL and self._failed:
-            EVP_CIPHER_CTX_free(context)
-        elif context != NULL:
-            self._xts._give_back(ENCRYPT, context)
-        PyBuffer_Release(&self._source)
-        PyBuffer_Release(&self._writes)
+        if self._xts is not None:
+            self._xts._end(&self._run)
         return 0
 
     cdef bint perform(self, const int *given_up) noexcept nogil:
-        cdef Write *write = <Write *> self._writes.buf
-        cdef unsigned char *encrypted = <unsigned char *> malloc(min(self._longest, <Py_ssize_t> PIECE_BYTES) + 1)
-        if encrypted != NULL:
-            while self._done < self._count and self._write(&write[self._done], encrypted, given_up):
-                self._done += 1
-            free(encrypted)
-        return self._done == self._count
-
-    cdef bint _write(self, Write *write, unsigned char *encrypted, const int *given_up) noexcept nogil:
-        """Encrypt and write one, a piece at a time, each while it is in the processor's cache."""
-        cdef uint64_t at = 0, offset
-        cdef iovec part
-        cdef ssize_t written
-        part.iov_base = encrypted
-        while at < write.length:
-            offset = write.offset + at
-            part.iov_len = min(write.length - at, <uint64_t> PIECE_BYTES)
-            if given_up[0]:
-                return False
-            if not _crypt_sectors(
-                self._context, self._first_iv + offset // UNIT_BYTES, self._xts._sector_bytes,
-                <unsigned char *> self._source.buf + write.position + at, encrypted,
-                <Py_ssize_t> part.iov_len // self._xts._sector_bytes
-            ):
-                self._failed = True
-                return False
-            written = pwritev2(self._fd, &part, 1, self._data_offset + <int64_t> offset, self._flags)
-            if written < 0 and errno != EINTR:
-                self._error = errno
-            if written != <ssize_t> part.iov_len:
-                return False
-            at += part.iov_len
-        return True
-
-    cdef Py_ssize_t written(self) except -1:
-        if self._failed:
-            raise _openssl_error("XTS failed")
-        return self._done
+        _write_run(&self._run, given_up)
+        return self._run.done == self._run.count
 
     cdef object finish(self):
-        self.written()
-        if self._error:
-            raise OSError(self._error, strerror(self._error).decode())
-        return self._rest(self._done)
+        if self._run.failed:
+            raise _openssl_error("XTS failed")
+        if self._run.error:
+            raise OSError(self._run.error, strerror(self._run.error).decode())
+        return self._rest(self._run.done)
