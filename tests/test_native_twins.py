@@ -169,8 +169,10 @@ def test_jobs_are_carried_out_alike(extents: list[tuple[int, int]], sector: int,
             left: list[int] = []
             into = bytearray(9100)
             said = [
-                outcome(write_job(plain.fileno(), flags, data, as_run(extents), len(extents), left.append)),
-                outcome(xts.encrypt_job(cipher.fileno(), 512, 7, data, as_run(whole), len(whole), flags, left.append)),
+                outcome(write_job(plain.fileno(), flags, data, as_run(extents), len(extents), left.append, False)),
+                outcome(
+                    xts.encrypt_job(cipher.fileno(), 512, 7, data, as_run(whole), len(whole), flags, left.append, False)
+                ),
             ]
             plain.truncate(kept)  # so some reads lie past the end
             said.append(outcome(fetch_job(plain.fileno(), into, as_run(extents), len(extents), left.append)))
@@ -208,7 +210,7 @@ def test_a_count_beyond_the_run_is_refused() -> None:
         lambda: native_runs.write_run(1, 0, b"", run, 2),
         lambda: native_runs.write_together(1, 0, b"", run, 2),
         lambda: native_runs.read_together(1, bytearray(), run, 2),
-        lambda: native_runs.write_job(1, 0, b"", run, 2, None),
+        lambda: native_runs.write_job(1, 0, b"", run, 2, None, False),
         lambda: native_runs.fetch_job(1, bytearray(), run, 2, None),
         lambda: native_frames.pack_replies(run, 2),
         lambda: native_xts.Xts(KEY, 512).encrypt_run(1, 0, 0, b"", run, 2, 0),

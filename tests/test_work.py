@@ -133,8 +133,8 @@ def test_native_jobs_need_no_interpreter(file: int) -> None:
     interval_s = sys.getswitchinterval()
     sys.setswitchinterval(NEVER_S)
     try:
-        crew.queue.put(as_job(native_runs.write_job(file, 0, data, run, 2, None), "write"))
-        crew.queue.put(as_job(cipher.encrypt_job(mirror, 0, 0, data, run, 2, 0, None), "encrypt"))  # type: ignore[arg-type]
+        crew.queue.put(as_job(native_runs.write_job(file, 0, data, run, 2, None, False), "write"))
+        crew.queue.put(as_job(cipher.encrypt_job(mirror, 0, 0, data, run, 2, 0, None, False), "encrypt"))  # type: ignore[arg-type]
         ended = list[work.Ended]()
         until_s = time.monotonic() + PATIENCE_S
         while len(ended) < 2 and time.monotonic() < until_s:
@@ -154,7 +154,7 @@ def test_a_native_run_ends_between_two_writes_when_the_queue_gives_up(file: int)
     crew = Crew(native_work.Queue(), 1)
     count, left = 20_000, list[int]()
     run = array("Q", (0, 1 << 20, 0, 0) * count)  # takes seconds
-    crew.queue.put(as_job(native_runs.write_job(file, 0, bytes(1 << 20), run, count, left.append), "run"))
+    crew.queue.put(as_job(native_runs.write_job(file, 0, bytes(1 << 20), run, count, left.append, False), "run"))
     wait_until(lambda: os.fstat(file).st_size > 0, "the run to begin")
     assert crew.queue.give_up() == 0
     crew.queue.close()

@@ -1715,6 +1715,7 @@ struct __pyx_obj_8lockstep_5_work_Job {
   PyObject *future;
   PyObject *value;
   PyObject *failure;
+  int in_turn;
   void *_next;
 };
 
@@ -1733,7 +1734,7 @@ struct __pyx_obj_8lockstep_5_work_Call {
 };
 
 
-/* "lockstep/_work.pyx":111
+/* "lockstep/_work.pyx":128
  * 
  * 
  * cdef class Queue:             # <<<<<<<<<<<<<<
@@ -1747,6 +1748,9 @@ struct __pyx_obj_8lockstep_5_work_Queue {
   pthread_mutex_t _lock;
   void *_first;
   void *_last;
+  void *_first_in_turn;
+  void *_last_in_turn;
+  int _taking_turns;
   void *_done;
   void *_last_done;
   struct __pyx_t_8lockstep_5_work_Seat *_idle;
@@ -1787,7 +1791,7 @@ struct __pyx_vtabstruct_8lockstep_5_work_Call {
 static struct __pyx_vtabstruct_8lockstep_5_work_Call *__pyx_vtabptr_8lockstep_5_work_Call;
 
 
-/* "lockstep/_work.pyx":111
+/* "lockstep/_work.pyx":128
  * 
  * 
  * cdef class Queue:             # <<<<<<<<<<<<<<
@@ -1796,7 +1800,7 @@ static struct __pyx_vtabstruct_8lockstep_5_work_Call *__pyx_vtabptr_8lockstep_5_
 */
 
 struct __pyx_vtabstruct_8lockstep_5_work_Queue {
-  void *(*_next_for)(struct __pyx_obj_8lockstep_5_work_Queue *, struct __pyx_t_8lockstep_5_work_Seat *);
+  void *(*_next_for)(struct __pyx_obj_8lockstep_5_work_Queue *, struct __pyx_t_8lockstep_5_work_Seat *, int);
   void (*_carry_out)(struct __pyx_obj_8lockstep_5_work_Queue *, void *);
 };
 static struct __pyx_vtabstruct_8lockstep_5_work_Queue *__pyx_vtabptr_8lockstep_5_work_Queue;
@@ -2728,7 +2732,7 @@ static PyObject *__pyx_f_8lockstep_5_work_3Job_finish(CYTHON_UNUSED struct __pyx
 static int __pyx_f_8lockstep_5_work_3Job_release(CYTHON_UNUSED struct __pyx_obj_8lockstep_5_work_Job *__pyx_v_self); /* proto*/
 static int __pyx_f_8lockstep_5_work_3Job_end(struct __pyx_obj_8lockstep_5_work_Job *__pyx_v_self); /* proto*/
 static PyObject *__pyx_f_8lockstep_5_work_4Call_finish(struct __pyx_obj_8lockstep_5_work_Call *__pyx_v_self); /* proto*/
-static void *__pyx_f_8lockstep_5_work_5Queue__next_for(struct __pyx_obj_8lockstep_5_work_Queue *__pyx_v_self, struct __pyx_t_8lockstep_5_work_Seat *__pyx_v_seat); /* proto*/
+static void *__pyx_f_8lockstep_5_work_5Queue__next_for(struct __pyx_obj_8lockstep_5_work_Queue *__pyx_v_self, struct __pyx_t_8lockstep_5_work_Seat *__pyx_v_seat, int __pyx_v_had_turn); /* proto*/
 static void __pyx_f_8lockstep_5_work_5Queue__carry_out(struct __pyx_obj_8lockstep_5_work_Queue *__pyx_v_self, void *__pyx_v_job); /* proto*/
 
 /* Module declarations from "libc.string" */
@@ -2748,6 +2752,8 @@ static void __pyx_f_8lockstep_5_work_5Queue__carry_out(struct __pyx_obj_8lockste
 /* Module declarations from "libc.stdint" */
 
 /* Module declarations from "lockstep._work" */
+static void __pyx_f_8lockstep_5_work__append(void **, void **, void *); /*proto*/
+static void *__pyx_f_8lockstep_5_work__take(void **); /*proto*/
 static PyObject *__pyx_f_8lockstep_5_work__released(void *); /*proto*/
 /* #### Code section: typeinfo ### */
 /* #### Code section: before_global_var ### */
@@ -2861,7 +2867,7 @@ namespace {
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_pop;
     __Pyx_CachedCFunction __pyx_umethod_PyDict_Type_values;
     PyObject *__pyx_codeobj_tab[11];
-    PyObject *__pyx_string_tab[69];
+    PyObject *__pyx_string_tab[71];
 /* #### Code section: module_state_contents ### */
 /* CommonTypesMetaclass.module_state_decls */
 PyTypeObject *__pyx_CommonTypesMetaclassType;
@@ -2956,24 +2962,26 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_n_u_count __pyx_string_tab[48]
 #define __pyx_n_u_done __pyx_string_tab[49]
 #define __pyx_n_u_give_up __pyx_string_tab[50]
-#define __pyx_n_u_items __pyx_string_tab[51]
-#define __pyx_n_u_job __pyx_string_tab[52]
-#define __pyx_n_u_jobs __pyx_string_tab[53]
-#define __pyx_n_u_lockstep__work __pyx_string_tab[54]
-#define __pyx_n_u_pop __pyx_string_tab[55]
-#define __pyx_n_u_put __pyx_string_tab[56]
-#define __pyx_n_u_seat __pyx_string_tab[57]
-#define __pyx_n_u_self __pyx_string_tab[58]
-#define __pyx_n_u_serve __pyx_string_tab[59]
-#define __pyx_n_u_setdefault __pyx_string_tab[60]
-#define __pyx_n_u_values __pyx_string_tab[61]
-#define __pyx_n_u_work __pyx_string_tab[62]
-#define __pyx_kp_b_iso88591_Q __pyx_string_tab[63]
-#define __pyx_kp_b_iso88591_A_9A_1D_t1_5_1_Q_y_A_iy_4wiy_AQd __pyx_string_tab[64]
-#define __pyx_kp_b_iso88591_A_1D_M_d_D_AQd_s_9AQ __pyx_string_tab[65]
-#define __pyx_kp_b_iso88591_A_is_d_AQa_4s_Kq_1AT __pyx_string_tab[66]
+#define __pyx_n_u_had_turn __pyx_string_tab[51]
+#define __pyx_n_u_in_turn __pyx_string_tab[52]
+#define __pyx_n_u_items __pyx_string_tab[53]
+#define __pyx_n_u_job __pyx_string_tab[54]
+#define __pyx_n_u_jobs __pyx_string_tab[55]
+#define __pyx_n_u_lockstep__work __pyx_string_tab[56]
+#define __pyx_n_u_pop __pyx_string_tab[57]
+#define __pyx_n_u_put __pyx_string_tab[58]
+#define __pyx_n_u_seat __pyx_string_tab[59]
+#define __pyx_n_u_self __pyx_string_tab[60]
+#define __pyx_n_u_serve __pyx_string_tab[61]
+#define __pyx_n_u_setdefault __pyx_string_tab[62]
+#define __pyx_n_u_values __pyx_string_tab[63]
+#define __pyx_n_u_work __pyx_string_tab[64]
+#define __pyx_kp_b_iso88591_Q __pyx_string_tab[65]
+#define __pyx_kp_b_iso88591_A_1D_3it4q_1AT_4_y__Cs_4q_uCq_IT __pyx_string_tab[66]
 #define __pyx_kp_b_iso88591_A_AT_aq_1D_d_4xq_AQd_y __pyx_string_tab[67]
 #define __pyx_kp_b_iso88591_A_1D_Kq_d_4xq_AQd_e3a_D_q_AQd_1 __pyx_string_tab[68]
+#define __pyx_kp_b_iso88591_A_1D_M_d_D_t_A_AQd_s_9AWBc_1A __pyx_string_tab[69]
+#define __pyx_kp_b_iso88591_A_Q_is_d_AQfA_4s_F_a_Kq_1AT __pyx_string_tab[70]
 /* #### Code section: module_state_clear ### */
 #if CYTHON_USE_MODULE_STATE
 static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
@@ -2999,7 +3007,7 @@ static CYTHON_SMALL_CODE int __pyx_m_clear(PyObject *m) {
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_CLEAR(clear_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<11; ++i) { Py_CLEAR(clear_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<69; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<71; ++i) { Py_CLEAR(clear_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_clear_contents ### */
 /* CommonTypesMetaclass.module_state_clear */
 Py_CLEAR(clear_module_state->__pyx_CommonTypesMetaclassType);
@@ -3033,7 +3041,7 @@ static CYTHON_SMALL_CODE int __pyx_m_traverse(PyObject *m, visitproc visit, void
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_pop.method);
   Py_VISIT(traverse_module_state->__pyx_umethod_PyDict_Type_values.method);
   for (int i=0; i<11; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_codeobj_tab[i]); }
-  for (int i=0; i<69; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
+  for (int i=0; i<71; ++i) { __Pyx_VISIT_CONST(traverse_module_state->__pyx_string_tab[i]); }
 /* #### Code section: module_state_traverse_contents ### */
 /* CommonTypesMetaclass.module_state_traverse */
 Py_VISIT(traverse_module_state->__pyx_CommonTypesMetaclassType);
@@ -4253,6 +4261,172 @@ static PyObject *__pyx_pf_8lockstep_5_work_4Call_4__setstate_cython__(CYTHON_UNU
 /* "lockstep/_work.pyx":95
  * 
  * 
+ * cdef void _append(void **first, void **last, void *job) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     (<Job> job)._next = NULL
+ *     if first[0] == NULL:
+*/
+
+static void __pyx_f_8lockstep_5_work__append(void **__pyx_v_first, void **__pyx_v_last, void *__pyx_v_job) {
+  int __pyx_t_1;
+
+  /* "lockstep/_work.pyx":96
+ * 
+ * cdef void _append(void **first, void **last, void *job) noexcept nogil:
+ *     (<Job> job)._next = NULL             # <<<<<<<<<<<<<<
+ *     if first[0] == NULL:
+ *         first[0] = job
+*/
+  ((struct __pyx_obj_8lockstep_5_work_Job *)__pyx_v_job)->_next = NULL;
+
+  /* "lockstep/_work.pyx":97
+ * cdef void _append(void **first, void **last, void *job) noexcept nogil:
+ *     (<Job> job)._next = NULL
+ *     if first[0] == NULL:             # <<<<<<<<<<<<<<
+ *         first[0] = job
+ *     else:
+*/
+  __pyx_t_1 = ((__pyx_v_first[0]) == NULL);
+
+  if (__pyx_t_1) {
+
+
+    /* "lockstep/_work.pyx":98
+ *     (<Job> job)._next = NULL
+ *     if first[0] == NULL:
+ *         first[0] = job             # <<<<<<<<<<<<<<
+ *     else:
+ *         (<Job> last[0])._next = job
+*/
+    (__pyx_v_first[0]) = __pyx_v_job;
+
+    /* "lockstep/_work.pyx":97
+ * cdef void _append(void **first, void **last, void *job) noexcept nogil:
+ *     (<Job> job)._next = NULL
+ *     if first[0] == NULL:             # <<<<<<<<<<<<<<
+ *         first[0] = job
+ *     else:
+*/
+    goto __pyx_L3;
+  }
+
+  /* "lockstep/_work.pyx":100
+ *         first[0] = job
+ *     else:
+ *         (<Job> last[0])._next = job             # <<<<<<<<<<<<<<
+ *     last[0] = job
+ * 
+*/
+  /*else*/ {
+    ((struct __pyx_obj_8lockstep_5_work_Job *)(__pyx_v_last[0]))->_next = __pyx_v_job;
+  }
+  __pyx_L3:;
+
+  /* "lockstep/_work.pyx":101
+ *     else:
+ *         (<Job> last[0])._next = job
+ *     last[0] = job             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  (__pyx_v_last[0]) = __pyx_v_job;
+
+  /* "lockstep/_work.pyx":95
+ * 
+ * 
+ * cdef void _append(void **first, void **last, void *job) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     (<Job> job)._next = NULL
+ *     if first[0] == NULL:
+*/
+
+  /* function exit code */
+}
+
+/* "lockstep/_work.pyx":104
+ * 
+ * 
+ * cdef void *_take(void **first) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """The first of a chain; NULL if there is none."""
+ *     cdef void *job = first[0]
+*/
+
+static void *__pyx_f_8lockstep_5_work__take(void **__pyx_v_first) {
+  void *__pyx_v_job;
+  void *__pyx_r;
+  int __pyx_t_1;
+  void *__pyx_t_2;
+
+  /* "lockstep/_work.pyx":106
+ * cdef void *_take(void **first) noexcept nogil:
+ *     """The first of a chain; NULL if there is none."""
+ *     cdef void *job = first[0]             # <<<<<<<<<<<<<<
+ *     if job != NULL:
+ *         first[0] = (<Job> job)._next
+*/
+  __pyx_v_job = (__pyx_v_first[0]);
+
+  /* "lockstep/_work.pyx":107
+ *     """The first of a chain; NULL if there is none."""
+ *     cdef void *job = first[0]
+ *     if job != NULL:             # <<<<<<<<<<<<<<
+ *         first[0] = (<Job> job)._next
+ *     return job
+*/
+  __pyx_t_1 = (__pyx_v_job != NULL);
+
+  if (__pyx_t_1) {
+
+
+    /* "lockstep/_work.pyx":108
+ *     cdef void *job = first[0]
+ *     if job != NULL:
+ *         first[0] = (<Job> job)._next             # <<<<<<<<<<<<<<
+ *     return job
+ * 
+*/
+    __pyx_t_2 = ((struct __pyx_obj_8lockstep_5_work_Job *)__pyx_v_job)->_next;
+
+    (__pyx_v_first[0]) = __pyx_t_2;
+
+
+    /* "lockstep/_work.pyx":107
+ *     """The first of a chain; NULL if there is none."""
+ *     cdef void *job = first[0]
+ *     if job != NULL:             # <<<<<<<<<<<<<<
+ *         first[0] = (<Job> job)._next
+ *     return job
+*/
+  }
+
+  /* "lockstep/_work.pyx":109
+ *     if job != NULL:
+ *         first[0] = (<Job> job)._next
+ *     return job             # <<<<<<<<<<<<<<
+ * 
+ * 
+*/
+  {
+
+    __pyx_r = __pyx_v_job;
+  }
+  goto __pyx_L0;
+
+  /* "lockstep/_work.pyx":104
+ * 
+ * 
+ * cdef void *_take(void **first) noexcept nogil:             # <<<<<<<<<<<<<<
+ *     """The first of a chain; NULL if there is none."""
+ *     cdef void *job = first[0]
+*/
+
+  /* function exit code */
+  __pyx_L0:;
+
+  return __pyx_r;
+}
+
+/* "lockstep/_work.pyx":112
+ * 
+ * 
  * cdef list _released(void *job):             # <<<<<<<<<<<<<<
  *     """What became of each of a chain of jobs, which nothing here knows any more from then on."""
  *     cdef void *after
@@ -4275,19 +4449,19 @@ static PyObject *__pyx_f_8lockstep_5_work__released(void *__pyx_v_job) {
   __Pyx_RefNannySetupContext("_released", 0);
 
 
-  /* "lockstep/_work.pyx":99
+  /* "lockstep/_work.pyx":116
  *     cdef void *after
  *     cdef Job each
  *     ended = []             # <<<<<<<<<<<<<<
  *     while job != NULL:
  *         each = <Job> job
 */
-  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 99, __pyx_L1_error)
+  __pyx_t_1 = PyList_New(0); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 116, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_v_ended = ((PyObject*)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "lockstep/_work.pyx":100
+  /* "lockstep/_work.pyx":117
  *     cdef Job each
  *     ended = []
  *     while job != NULL:             # <<<<<<<<<<<<<<
@@ -4300,7 +4474,7 @@ static PyObject *__pyx_f_8lockstep_5_work__released(void *__pyx_v_job) {
 
     if (!__pyx_t_2) break;
 
-    /* "lockstep/_work.pyx":101
+    /* "lockstep/_work.pyx":118
  *     ended = []
  *     while job != NULL:
  *         each = <Job> job             # <<<<<<<<<<<<<<
@@ -4312,7 +4486,7 @@ static PyObject *__pyx_f_8lockstep_5_work__released(void *__pyx_v_job) {
     __Pyx_XDECREF_SET(__pyx_v_each, ((struct __pyx_obj_8lockstep_5_work_Job *)__pyx_t_1));
     __pyx_t_1 = 0;
 
-    /* "lockstep/_work.pyx":102
+    /* "lockstep/_work.pyx":119
  *     while job != NULL:
  *         each = <Job> job
  *         after = each._next             # <<<<<<<<<<<<<<
@@ -4323,29 +4497,29 @@ static PyObject *__pyx_f_8lockstep_5_work__released(void *__pyx_v_job) {
 
     __pyx_v_after = __pyx_t_3;
 
-    /* "lockstep/_work.pyx":103
+    /* "lockstep/_work.pyx":120
  *         each = <Job> job
  *         after = each._next
  *         ended.append((each.future, each.value, each.failure))             # <<<<<<<<<<<<<<
  *         each.future = each.value = each.failure = None  # a failure knows the frames that it passed, and these the job
  *         each.release()
 */
-    __pyx_t_1 = PyTuple_New(3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 103, __pyx_L1_error)
+    __pyx_t_1 = PyTuple_New(3); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 120, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_1);
     __Pyx_INCREF(__pyx_v_each->future);
     __Pyx_GIVEREF(__pyx_v_each->future);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_v_each->future) != (0)) __PYX_ERR(0, 103, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 0, __pyx_v_each->future) != (0)) __PYX_ERR(0, 120, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_each->value);
     __Pyx_GIVEREF(__pyx_v_each->value);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_v_each->value) != (0)) __PYX_ERR(0, 103, __pyx_L1_error);
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 1, __pyx_v_each->value) != (0)) __PYX_ERR(0, 120, __pyx_L1_error);
     __Pyx_INCREF(__pyx_v_each->failure);
     __Pyx_GIVEREF(__pyx_v_each->failure);
-    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_v_each->failure) != (0)) __PYX_ERR(0, 103, __pyx_L1_error);
-    __pyx_t_4 = __Pyx_PyList_Append(__pyx_v_ended, __pyx_t_1); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 103, __pyx_L1_error)
+    if (__Pyx_PyTuple_SET_ITEM(__pyx_t_1, 2, __pyx_v_each->failure) != (0)) __PYX_ERR(0, 120, __pyx_L1_error);
+    __pyx_t_4 = __Pyx_PyList_Append(__pyx_v_ended, __pyx_t_1); if (unlikely(__pyx_t_4 == ((int)-1))) __PYX_ERR(0, 120, __pyx_L1_error)
     __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
 
-    /* "lockstep/_work.pyx":104
+    /* "lockstep/_work.pyx":121
  *         after = each._next
  *         ended.append((each.future, each.value, each.failure))
  *         each.future = each.value = each.failure = None  # a failure knows the frames that it passed, and these the job             # <<<<<<<<<<<<<<
@@ -4365,17 +4539,17 @@ static PyObject *__pyx_f_8lockstep_5_work__released(void *__pyx_v_job) {
     __Pyx_GOTREF(__pyx_v_each->failure);
     __Pyx_DECREF_SET(__pyx_v_each->failure, Py_None);
 
-    /* "lockstep/_work.pyx":105
+    /* "lockstep/_work.pyx":122
  *         ended.append((each.future, each.value, each.failure))
  *         each.future = each.value = each.failure = None  # a failure knows the frames that it passed, and these the job
  *         each.release()             # <<<<<<<<<<<<<<
  *         Py_DECREF(each)
  *         job = after
 */
-    __pyx_t_5 = ((struct __pyx_vtabstruct_8lockstep_5_work_Job *)__pyx_v_each->__pyx_vtab)->release(__pyx_v_each); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 105, __pyx_L1_error)
+    __pyx_t_5 = ((struct __pyx_vtabstruct_8lockstep_5_work_Job *)__pyx_v_each->__pyx_vtab)->release(__pyx_v_each); if (unlikely(__pyx_t_5 == ((int)-1))) __PYX_ERR(0, 122, __pyx_L1_error)
 
 
-    /* "lockstep/_work.pyx":106
+    /* "lockstep/_work.pyx":123
  *         each.future = each.value = each.failure = None  # a failure knows the frames that it passed, and these the job
  *         each.release()
  *         Py_DECREF(each)             # <<<<<<<<<<<<<<
@@ -4384,7 +4558,7 @@ static PyObject *__pyx_f_8lockstep_5_work__released(void *__pyx_v_job) {
 */
     Py_DECREF(((PyObject *)__pyx_v_each));
 
-    /* "lockstep/_work.pyx":107
+    /* "lockstep/_work.pyx":124
  *         each.release()
  *         Py_DECREF(each)
  *         job = after             # <<<<<<<<<<<<<<
@@ -4394,7 +4568,7 @@ static PyObject *__pyx_f_8lockstep_5_work__released(void *__pyx_v_job) {
     __pyx_v_job = __pyx_v_after;
   }
 
-  /* "lockstep/_work.pyx":108
+  /* "lockstep/_work.pyx":125
  *         Py_DECREF(each)
  *         job = after
  *     return ended             # <<<<<<<<<<<<<<
@@ -4412,7 +4586,7 @@ static PyObject *__pyx_f_8lockstep_5_work__released(void *__pyx_v_job) {
   }
   goto __pyx_L0;
 
-  /* "lockstep/_work.pyx":95
+  /* "lockstep/_work.pyx":112
  * 
  * 
  * cdef list _released(void *job):             # <<<<<<<<<<<<<<
@@ -4435,7 +4609,7 @@ static PyObject *__pyx_f_8lockstep_5_work__released(void *__pyx_v_job) {
   return __pyx_r;
 }
 
-/* "lockstep/_work.pyx":124
+/* "lockstep/_work.pyx":144
  *     cdef int _closed
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -4496,7 +4670,7 @@ static int __pyx_pf_8lockstep_5_work_5Queue___cinit__(struct __pyx_obj_8lockstep
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__cinit__", 0);
 
-  /* "lockstep/_work.pyx":125
+  /* "lockstep/_work.pyx":145
  * 
  *     def __cinit__(self):
  *         pthread_mutex_init(&self._lock, NULL)             # <<<<<<<<<<<<<<
@@ -4505,7 +4679,7 @@ static int __pyx_pf_8lockstep_5_work_5Queue___cinit__(struct __pyx_obj_8lockstep
 */
   (void)(pthread_mutex_init((&__pyx_v_self->_lock), NULL));
 
-  /* "lockstep/_work.pyx":126
+  /* "lockstep/_work.pyx":146
  *     def __cinit__(self):
  *         pthread_mutex_init(&self._lock, NULL)
  *         self.fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)             # <<<<<<<<<<<<<<
@@ -4514,7 +4688,7 @@ static int __pyx_pf_8lockstep_5_work_5Queue___cinit__(struct __pyx_obj_8lockstep
 */
   __pyx_v_self->fd = eventfd(0, (EFD_NONBLOCK | EFD_CLOEXEC));
 
-  /* "lockstep/_work.pyx":127
+  /* "lockstep/_work.pyx":147
  *         pthread_mutex_init(&self._lock, NULL)
  *         self.fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -4526,7 +4700,7 @@ static int __pyx_pf_8lockstep_5_work_5Queue___cinit__(struct __pyx_obj_8lockstep
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "lockstep/_work.pyx":128
+    /* "lockstep/_work.pyx":148
  *         self.fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
  *         if self.fd < 0:
  *             raise OSError("the system gives no eventfd: too many files are open")             # <<<<<<<<<<<<<<
@@ -4539,14 +4713,14 @@ static int __pyx_pf_8lockstep_5_work_5Queue___cinit__(struct __pyx_obj_8lockstep
       PyObject *__pyx_callargs[2] = {__pyx_t_3, __pyx_mstate_global->__pyx_kp_u_the_system_gives_no_eventfd_too};
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)(((PyTypeObject*)PyExc_OSError)), __pyx_callargs+__pyx_t_4, (2-__pyx_t_4) | (__pyx_t_4*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 128, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 148, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 128, __pyx_L1_error)
+    __PYX_ERR(0, 148, __pyx_L1_error)
 
-    /* "lockstep/_work.pyx":127
+    /* "lockstep/_work.pyx":147
  *         pthread_mutex_init(&self._lock, NULL)
  *         self.fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
  *         if self.fd < 0:             # <<<<<<<<<<<<<<
@@ -4555,7 +4729,7 @@ static int __pyx_pf_8lockstep_5_work_5Queue___cinit__(struct __pyx_obj_8lockstep
 */
   }
 
-  /* "lockstep/_work.pyx":124
+  /* "lockstep/_work.pyx":144
  *     cdef int _closed
  * 
  *     def __cinit__(self):             # <<<<<<<<<<<<<<
@@ -4577,12 +4751,12 @@ static int __pyx_pf_8lockstep_5_work_5Queue___cinit__(struct __pyx_obj_8lockstep
   return __pyx_r;
 }
 
-/* "lockstep/_work.pyx":130
+/* "lockstep/_work.pyx":150
  *             raise OSError("the system gives no eventfd: too many files are open")
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
  *         _released(self._first)
- *         _released(self._done)
+ *         _released(self._first_in_turn)
 */
 
 /* Python wrapper */
@@ -4607,30 +4781,41 @@ static void __pyx_pf_8lockstep_5_work_5Queue_2__dealloc__(struct __pyx_obj_8lock
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__dealloc__", 0);
 
-  /* "lockstep/_work.pyx":131
+  /* "lockstep/_work.pyx":151
  * 
  *     def __dealloc__(self):
  *         _released(self._first)             # <<<<<<<<<<<<<<
+ *         _released(self._first_in_turn)
  *         _released(self._done)
- *         if self.fd >= 0:
 */
-  __pyx_t_1 = __pyx_f_8lockstep_5_work__released(__pyx_v_self->_first); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 131, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_8lockstep_5_work__released(__pyx_v_self->_first); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 151, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "lockstep/_work.pyx":132
+  /* "lockstep/_work.pyx":152
  *     def __dealloc__(self):
  *         _released(self._first)
+ *         _released(self._first_in_turn)             # <<<<<<<<<<<<<<
+ *         _released(self._done)
+ *         if self.fd >= 0:
+*/
+  __pyx_t_1 = __pyx_f_8lockstep_5_work__released(__pyx_v_self->_first_in_turn); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 152, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_1);
+  __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
+
+  /* "lockstep/_work.pyx":153
+ *         _released(self._first)
+ *         _released(self._first_in_turn)
  *         _released(self._done)             # <<<<<<<<<<<<<<
  *         if self.fd >= 0:
  *             close(self.fd)
 */
-  __pyx_t_1 = __pyx_f_8lockstep_5_work__released(__pyx_v_self->_done); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 132, __pyx_L1_error)
+  __pyx_t_1 = __pyx_f_8lockstep_5_work__released(__pyx_v_self->_done); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 153, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
-  /* "lockstep/_work.pyx":133
- *         _released(self._first)
+  /* "lockstep/_work.pyx":154
+ *         _released(self._first_in_turn)
  *         _released(self._done)
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
  *             close(self.fd)
@@ -4641,7 +4826,7 @@ static void __pyx_pf_8lockstep_5_work_5Queue_2__dealloc__(struct __pyx_obj_8lock
   if (__pyx_t_2) {
 
 
-    /* "lockstep/_work.pyx":134
+    /* "lockstep/_work.pyx":155
  *         _released(self._done)
  *         if self.fd >= 0:
  *             close(self.fd)             # <<<<<<<<<<<<<<
@@ -4650,8 +4835,8 @@ static void __pyx_pf_8lockstep_5_work_5Queue_2__dealloc__(struct __pyx_obj_8lock
 */
     (void)(close(__pyx_v_self->fd));
 
-    /* "lockstep/_work.pyx":133
- *         _released(self._first)
+    /* "lockstep/_work.pyx":154
+ *         _released(self._first_in_turn)
  *         _released(self._done)
  *         if self.fd >= 0:             # <<<<<<<<<<<<<<
  *             close(self.fd)
@@ -4659,7 +4844,7 @@ static void __pyx_pf_8lockstep_5_work_5Queue_2__dealloc__(struct __pyx_obj_8lock
 */
   }
 
-  /* "lockstep/_work.pyx":135
+  /* "lockstep/_work.pyx":156
  *         if self.fd >= 0:
  *             close(self.fd)
  *         pthread_mutex_destroy(&self._lock)             # <<<<<<<<<<<<<<
@@ -4668,12 +4853,12 @@ static void __pyx_pf_8lockstep_5_work_5Queue_2__dealloc__(struct __pyx_obj_8lock
 */
   (void)(pthread_mutex_destroy((&__pyx_v_self->_lock)));
 
-  /* "lockstep/_work.pyx":130
+  /* "lockstep/_work.pyx":150
  *             raise OSError("the system gives no eventfd: too many files are open")
  * 
  *     def __dealloc__(self):             # <<<<<<<<<<<<<<
  *         _released(self._first)
- *         _released(self._done)
+ *         _released(self._first_in_turn)
 */
 
   /* function exit code */
@@ -4686,12 +4871,12 @@ static void __pyx_pf_8lockstep_5_work_5Queue_2__dealloc__(struct __pyx_obj_8lock
   __Pyx_RefNannyFinishContext();
 }
 
-/* "lockstep/_work.pyx":137
+/* "lockstep/_work.pyx":158
  *         pthread_mutex_destroy(&self._lock)
  * 
  *     def put(self, Job job):             # <<<<<<<<<<<<<<
  *         """See `work.py`."""
- *         cdef Seat *seat
+ *         cdef Seat *seat = NULL
 */
 
 /* Python wrapper */
@@ -4734,32 +4919,32 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_job,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 137, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 158, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 137, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 158, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put", 0) < (0)) __PYX_ERR(0, 137, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "put", 0) < (0)) __PYX_ERR(0, 158, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 1; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put", 1, 1, 1, i); __PYX_ERR(0, 137, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("put", 1, 1, 1, i); __PYX_ERR(0, 158, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 1)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 137, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 158, __pyx_L3_error)
     }
     __pyx_v_job = ((struct __pyx_obj_8lockstep_5_work_Job *)values[0]);
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("put", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 137, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("put", 1, 1, 1, __pyx_nargs); __PYX_ERR(0, 158, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -4770,7 +4955,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   __Pyx_RefNannyFinishContext();
   return NULL;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_job), __pyx_mstate_global->__pyx_ptype_8lockstep_5_work_Job, 1, "job", 0))) __PYX_ERR(0, 137, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_job), __pyx_mstate_global->__pyx_ptype_8lockstep_5_work_Job, 1, "job", 0))) __PYX_ERR(0, 158, __pyx_L1_error)
   __pyx_r = __pyx_pf_8lockstep_5_work_5Queue_4put(((struct __pyx_obj_8lockstep_5_work_Queue *)__pyx_v_self), __pyx_v_job);
 
   /* function exit code */
@@ -4794,165 +4979,183 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_4put(struct __pyx_obj_8lockste
   struct __pyx_t_8lockstep_5_work_Seat *__pyx_v_seat;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
-  struct __pyx_t_8lockstep_5_work_Seat *__pyx_t_1;
-  int __pyx_t_2;
+  int __pyx_t_1;
+  struct __pyx_t_8lockstep_5_work_Seat *__pyx_t_2;
   __Pyx_RefNannySetupContext("put", 0);
 
-  /* "lockstep/_work.pyx":140
+  /* "lockstep/_work.pyx":160
+ *     def put(self, Job job):
  *         """See `work.py`."""
- *         cdef Seat *seat
- *         job._next = NULL             # <<<<<<<<<<<<<<
+ *         cdef Seat *seat = NULL             # <<<<<<<<<<<<<<
  *         Py_INCREF(job)  # while the queue and the threads know it only by its address
  *         pthread_mutex_lock(&self._lock)
 */
-  __pyx_v_job->_next = NULL;
+  __pyx_v_seat = NULL;
 
-  /* "lockstep/_work.pyx":141
- *         cdef Seat *seat
- *         job._next = NULL
+  /* "lockstep/_work.pyx":161
+ *         """See `work.py`."""
+ *         cdef Seat *seat = NULL
  *         Py_INCREF(job)  # while the queue and the threads know it only by its address             # <<<<<<<<<<<<<<
  *         pthread_mutex_lock(&self._lock)
- *         seat = self._idle
+ *         if job.in_turn and self._taking_turns:
 */
   Py_INCREF(((PyObject *)__pyx_v_job));
 
-  /* "lockstep/_work.pyx":142
- *         job._next = NULL
+  /* "lockstep/_work.pyx":162
+ *         cdef Seat *seat = NULL
  *         Py_INCREF(job)  # while the queue and the threads know it only by its address
  *         pthread_mutex_lock(&self._lock)             # <<<<<<<<<<<<<<
- *         seat = self._idle
- *         if seat != NULL:
+ *         if job.in_turn and self._taking_turns:
+ *             _append(&self._first_in_turn, &self._last_in_turn, <void *> job)
 */
   (void)(pthread_mutex_lock((&__pyx_v_self->_lock)));
 
-  /* "lockstep/_work.pyx":143
+  /* "lockstep/_work.pyx":163
  *         Py_INCREF(job)  # while the queue and the threads know it only by its address
  *         pthread_mutex_lock(&self._lock)
- *         seat = self._idle             # <<<<<<<<<<<<<<
- *         if seat != NULL:
- *             self._idle = seat.below
+ *         if job.in_turn and self._taking_turns:             # <<<<<<<<<<<<<<
+ *             _append(&self._first_in_turn, &self._last_in_turn, <void *> job)
+ *         else:
 */
-  __pyx_t_1 = __pyx_v_self->_idle;
+  if (__pyx_v_job->in_turn) {
+  } else {
 
-  __pyx_v_seat = __pyx_t_1;
-
-  /* "lockstep/_work.pyx":144
- *         pthread_mutex_lock(&self._lock)
- *         seat = self._idle
- *         if seat != NULL:             # <<<<<<<<<<<<<<
- *             self._idle = seat.below
- *             seat.job = <void *> job
-*/
-  __pyx_t_2 = (__pyx_v_seat != NULL);
-
-  if (__pyx_t_2) {
-
-
-    /* "lockstep/_work.pyx":145
- *         seat = self._idle
- *         if seat != NULL:
- *             self._idle = seat.below             # <<<<<<<<<<<<<<
- *             seat.job = <void *> job
- *         elif self._first == NULL:
-*/
-    __pyx_t_1 = __pyx_v_seat->below;
-
-    __pyx_v_self->_idle = __pyx_t_1;
-
-    /* "lockstep/_work.pyx":146
- *         if seat != NULL:
- *             self._idle = seat.below
- *             seat.job = <void *> job             # <<<<<<<<<<<<<<
- *         elif self._first == NULL:
- *             self._first = self._last = <void *> job
-*/
-    __pyx_v_seat->job = ((void *)__pyx_v_job);
-
-    /* "lockstep/_work.pyx":144
- *         pthread_mutex_lock(&self._lock)
- *         seat = self._idle
- *         if seat != NULL:             # <<<<<<<<<<<<<<
- *             self._idle = seat.below
- *             seat.job = <void *> job
-*/
-    goto __pyx_L3;
+    __pyx_t_1 = __pyx_v_job->in_turn;
+    goto __pyx_L4_bool_binop_done;
   }
 
-  /* "lockstep/_work.pyx":147
- *             self._idle = seat.below
- *             seat.job = <void *> job
- *         elif self._first == NULL:             # <<<<<<<<<<<<<<
- *             self._first = self._last = <void *> job
+  __pyx_t_1 = __pyx_v_self->_taking_turns;
+  __pyx_L4_bool_binop_done:;
+  if (__pyx_t_1) {
+
+
+    /* "lockstep/_work.pyx":164
+ *         pthread_mutex_lock(&self._lock)
+ *         if job.in_turn and self._taking_turns:
+ *             _append(&self._first_in_turn, &self._last_in_turn, <void *> job)             # <<<<<<<<<<<<<<
  *         else:
+ *             self._taking_turns = self._taking_turns or job.in_turn
 */
-  __pyx_t_2 = (__pyx_v_self->_first == NULL);
+    __pyx_f_8lockstep_5_work__append((&__pyx_v_self->_first_in_turn), (&__pyx_v_self->_last_in_turn), ((void *)__pyx_v_job));
 
-  if (__pyx_t_2) {
-
-
-    /* "lockstep/_work.pyx":148
- *             seat.job = <void *> job
- *         elif self._first == NULL:
- *             self._first = self._last = <void *> job             # <<<<<<<<<<<<<<
- *         else:
- *             (<Job> self._last)._next = <void *> job
-*/
-    __pyx_v_self->_first = ((void *)__pyx_v_job);
-    __pyx_v_self->_last = ((void *)__pyx_v_job);
-
-    /* "lockstep/_work.pyx":147
- *             self._idle = seat.below
- *             seat.job = <void *> job
- *         elif self._first == NULL:             # <<<<<<<<<<<<<<
- *             self._first = self._last = <void *> job
+    /* "lockstep/_work.pyx":163
+ *         Py_INCREF(job)  # while the queue and the threads know it only by its address
+ *         pthread_mutex_lock(&self._lock)
+ *         if job.in_turn and self._taking_turns:             # <<<<<<<<<<<<<<
+ *             _append(&self._first_in_turn, &self._last_in_turn, <void *> job)
  *         else:
 */
     goto __pyx_L3;
   }
 
-  /* "lockstep/_work.pyx":150
- *             self._first = self._last = <void *> job
+  /* "lockstep/_work.pyx":166
+ *             _append(&self._first_in_turn, &self._last_in_turn, <void *> job)
  *         else:
- *             (<Job> self._last)._next = <void *> job             # <<<<<<<<<<<<<<
- *             self._last = <void *> job
- *         pthread_mutex_unlock(&self._lock)
+ *             self._taking_turns = self._taking_turns or job.in_turn             # <<<<<<<<<<<<<<
+ *             seat = self._idle
+ *             if seat != NULL:
 */
   /*else*/ {
-    ((struct __pyx_obj_8lockstep_5_work_Job *)__pyx_v_self->_last)->_next = ((void *)__pyx_v_job);
+    if (!__pyx_v_self->_taking_turns) {
+    } else {
 
-    /* "lockstep/_work.pyx":151
+      __pyx_t_1 = __pyx_v_self->_taking_turns;
+      goto __pyx_L6_bool_binop_done;
+    }
+
+    __pyx_t_1 = __pyx_v_job->in_turn;
+    __pyx_L6_bool_binop_done:;
+    __pyx_v_self->_taking_turns = __pyx_t_1;
+
+    /* "lockstep/_work.pyx":167
  *         else:
- *             (<Job> self._last)._next = <void *> job
- *             self._last = <void *> job             # <<<<<<<<<<<<<<
+ *             self._taking_turns = self._taking_turns or job.in_turn
+ *             seat = self._idle             # <<<<<<<<<<<<<<
+ *             if seat != NULL:
+ *                 self._idle = seat.below
+*/
+    __pyx_t_2 = __pyx_v_self->_idle;
+
+    __pyx_v_seat = __pyx_t_2;
+
+    /* "lockstep/_work.pyx":168
+ *             self._taking_turns = self._taking_turns or job.in_turn
+ *             seat = self._idle
+ *             if seat != NULL:             # <<<<<<<<<<<<<<
+ *                 self._idle = seat.below
+ *                 seat.job = <void *> job
+*/
+    __pyx_t_1 = (__pyx_v_seat != NULL);
+
+    if (__pyx_t_1) {
+
+
+      /* "lockstep/_work.pyx":169
+ *             seat = self._idle
+ *             if seat != NULL:
+ *                 self._idle = seat.below             # <<<<<<<<<<<<<<
+ *                 seat.job = <void *> job
+ *             else:
+*/
+      __pyx_t_2 = __pyx_v_seat->below;
+
+      __pyx_v_self->_idle = __pyx_t_2;
+
+      /* "lockstep/_work.pyx":170
+ *             if seat != NULL:
+ *                 self._idle = seat.below
+ *                 seat.job = <void *> job             # <<<<<<<<<<<<<<
+ *             else:
+ *                 _append(&self._first, &self._last, <void *> job)
+*/
+      __pyx_v_seat->job = ((void *)__pyx_v_job);
+
+      /* "lockstep/_work.pyx":168
+ *             self._taking_turns = self._taking_turns or job.in_turn
+ *             seat = self._idle
+ *             if seat != NULL:             # <<<<<<<<<<<<<<
+ *                 self._idle = seat.below
+ *                 seat.job = <void *> job
+*/
+      goto __pyx_L8;
+    }
+
+    /* "lockstep/_work.pyx":172
+ *                 seat.job = <void *> job
+ *             else:
+ *                 _append(&self._first, &self._last, <void *> job)             # <<<<<<<<<<<<<<
  *         pthread_mutex_unlock(&self._lock)
  *         if seat != NULL:
 */
-    __pyx_v_self->_last = ((void *)__pyx_v_job);
+    /*else*/ {
+      __pyx_f_8lockstep_5_work__append((&__pyx_v_self->_first), (&__pyx_v_self->_last), ((void *)__pyx_v_job));
+    }
+    __pyx_L8:;
   }
   __pyx_L3:;
 
-  /* "lockstep/_work.pyx":152
- *             (<Job> self._last)._next = <void *> job
- *             self._last = <void *> job
+  /* "lockstep/_work.pyx":173
+ *             else:
+ *                 _append(&self._first, &self._last, <void *> job)
  *         pthread_mutex_unlock(&self._lock)             # <<<<<<<<<<<<<<
  *         if seat != NULL:
  *             sem_post(&seat.called)
 */
   (void)(pthread_mutex_unlock((&__pyx_v_self->_lock)));
 
-  /* "lockstep/_work.pyx":153
- *             self._last = <void *> job
+  /* "lockstep/_work.pyx":174
+ *                 _append(&self._first, &self._last, <void *> job)
  *         pthread_mutex_unlock(&self._lock)
  *         if seat != NULL:             # <<<<<<<<<<<<<<
  *             sem_post(&seat.called)
  * 
 */
-  __pyx_t_2 = (__pyx_v_seat != NULL);
+  __pyx_t_1 = (__pyx_v_seat != NULL);
 
-  if (__pyx_t_2) {
+  if (__pyx_t_1) {
 
 
-    /* "lockstep/_work.pyx":154
+    /* "lockstep/_work.pyx":175
  *         pthread_mutex_unlock(&self._lock)
  *         if seat != NULL:
  *             sem_post(&seat.called)             # <<<<<<<<<<<<<<
@@ -4961,8 +5164,8 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_4put(struct __pyx_obj_8lockste
 */
     (void)(sem_post((&__pyx_v_seat->called)));
 
-    /* "lockstep/_work.pyx":153
- *             self._last = <void *> job
+    /* "lockstep/_work.pyx":174
+ *                 _append(&self._first, &self._last, <void *> job)
  *         pthread_mutex_unlock(&self._lock)
  *         if seat != NULL:             # <<<<<<<<<<<<<<
  *             sem_post(&seat.called)
@@ -4970,12 +5173,12 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_4put(struct __pyx_obj_8lockste
 */
   }
 
-  /* "lockstep/_work.pyx":137
+  /* "lockstep/_work.pyx":158
  *         pthread_mutex_destroy(&self._lock)
  * 
  *     def put(self, Job job):             # <<<<<<<<<<<<<<
  *         """See `work.py`."""
- *         cdef Seat *seat
+ *         cdef Seat *seat = NULL
 */
 
   /* function exit code */
@@ -4986,7 +5189,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_4put(struct __pyx_obj_8lockste
   return __pyx_r;
 }
 
-/* "lockstep/_work.pyx":156
+/* "lockstep/_work.pyx":177
  *             sem_post(&seat.called)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -5050,7 +5253,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_6done(struct __pyx_obj_8lockst
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("done", 0);
 
-  /* "lockstep/_work.pyx":160
+  /* "lockstep/_work.pyx":181
  *         cdef uint64_t count
  *         cdef void *jobs
  *         eventfd_read(self.fd, &count)             # <<<<<<<<<<<<<<
@@ -5059,7 +5262,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_6done(struct __pyx_obj_8lockst
 */
   (void)(eventfd_read(__pyx_v_self->fd, (&__pyx_v_count)));
 
-  /* "lockstep/_work.pyx":161
+  /* "lockstep/_work.pyx":182
  *         cdef void *jobs
  *         eventfd_read(self.fd, &count)
  *         pthread_mutex_lock(&self._lock)             # <<<<<<<<<<<<<<
@@ -5068,7 +5271,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_6done(struct __pyx_obj_8lockst
 */
   (void)(pthread_mutex_lock((&__pyx_v_self->_lock)));
 
-  /* "lockstep/_work.pyx":162
+  /* "lockstep/_work.pyx":183
  *         eventfd_read(self.fd, &count)
  *         pthread_mutex_lock(&self._lock)
  *         jobs, self._done = self._done, NULL             # <<<<<<<<<<<<<<
@@ -5082,7 +5285,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_6done(struct __pyx_obj_8lockst
   __pyx_v_jobs = __pyx_t_1;
   __pyx_v_self->_done = __pyx_t_2;
 
-  /* "lockstep/_work.pyx":163
+  /* "lockstep/_work.pyx":184
  *         pthread_mutex_lock(&self._lock)
  *         jobs, self._done = self._done, NULL
  *         pthread_mutex_unlock(&self._lock)             # <<<<<<<<<<<<<<
@@ -5091,14 +5294,14 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_6done(struct __pyx_obj_8lockst
 */
   (void)(pthread_mutex_unlock((&__pyx_v_self->_lock)));
 
-  /* "lockstep/_work.pyx":164
+  /* "lockstep/_work.pyx":185
  *         jobs, self._done = self._done, NULL
  *         pthread_mutex_unlock(&self._lock)
  *         return _released(jobs)             # <<<<<<<<<<<<<<
  * 
  *     def give_up(self):
 */
-  __pyx_t_3 = __pyx_f_8lockstep_5_work__released(__pyx_v_jobs); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 164, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_8lockstep_5_work__released(__pyx_v_jobs); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 185, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   {
     PyObject *__pyx_temp;
@@ -5111,7 +5314,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_6done(struct __pyx_obj_8lockst
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "lockstep/_work.pyx":156
+  /* "lockstep/_work.pyx":177
  *             sem_post(&seat.called)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
@@ -5132,7 +5335,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_6done(struct __pyx_obj_8lockst
   return __pyx_r;
 }
 
-/* "lockstep/_work.pyx":166
+/* "lockstep/_work.pyx":187
  *         return _released(jobs)
  * 
  *     def give_up(self):             # <<<<<<<<<<<<<<
@@ -5185,41 +5388,43 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 
 static PyObject *__pyx_pf_8lockstep_5_work_5Queue_8give_up(struct __pyx_obj_8lockstep_5_work_Queue *__pyx_v_self) {
   void *__pyx_v_jobs;
+  void *__pyx_v_in_turn;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   void *__pyx_t_1;
   void *__pyx_t_2;
   PyObject *__pyx_t_3 = NULL;
   Py_ssize_t __pyx_t_4;
+  Py_ssize_t __pyx_t_5;
   int __pyx_lineno = 0;
   const char *__pyx_filename = NULL;
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("give_up", 0);
 
-  /* "lockstep/_work.pyx":169
- *         """See `work.py`."""
+  /* "lockstep/_work.pyx":191
  *         cdef void *jobs
+ *         cdef void *in_turn
  *         pthread_mutex_lock(&self._lock)             # <<<<<<<<<<<<<<
  *         self._given_up = 1
  *         jobs, self._first = self._first, NULL
 */
   (void)(pthread_mutex_lock((&__pyx_v_self->_lock)));
 
-  /* "lockstep/_work.pyx":170
- *         cdef void *jobs
+  /* "lockstep/_work.pyx":192
+ *         cdef void *in_turn
  *         pthread_mutex_lock(&self._lock)
  *         self._given_up = 1             # <<<<<<<<<<<<<<
  *         jobs, self._first = self._first, NULL
- *         pthread_mutex_unlock(&self._lock)
+ *         in_turn, self._first_in_turn = self._first_in_turn, NULL
 */
   __pyx_v_self->_given_up = 1;
 
-  /* "lockstep/_work.pyx":171
+  /* "lockstep/_work.pyx":193
  *         pthread_mutex_lock(&self._lock)
  *         self._given_up = 1
  *         jobs, self._first = self._first, NULL             # <<<<<<<<<<<<<<
+ *         in_turn, self._first_in_turn = self._first_in_turn, NULL
  *         pthread_mutex_unlock(&self._lock)
- *         return len(_released(jobs))
 */
   __pyx_t_1 = __pyx_v_self->_first;
 
@@ -5228,32 +5433,55 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_8give_up(struct __pyx_obj_8loc
   __pyx_v_jobs = __pyx_t_1;
   __pyx_v_self->_first = __pyx_t_2;
 
-  /* "lockstep/_work.pyx":172
+  /* "lockstep/_work.pyx":194
  *         self._given_up = 1
  *         jobs, self._first = self._first, NULL
+ *         in_turn, self._first_in_turn = self._first_in_turn, NULL             # <<<<<<<<<<<<<<
+ *         pthread_mutex_unlock(&self._lock)
+ *         return len(_released(jobs)) + len(_released(in_turn))
+*/
+  __pyx_t_2 = __pyx_v_self->_first_in_turn;
+
+  __pyx_t_1 = NULL;
+
+  __pyx_v_in_turn = __pyx_t_2;
+  __pyx_v_self->_first_in_turn = __pyx_t_1;
+
+  /* "lockstep/_work.pyx":195
+ *         jobs, self._first = self._first, NULL
+ *         in_turn, self._first_in_turn = self._first_in_turn, NULL
  *         pthread_mutex_unlock(&self._lock)             # <<<<<<<<<<<<<<
- *         return len(_released(jobs))
+ *         return len(_released(jobs)) + len(_released(in_turn))
  * 
 */
   (void)(pthread_mutex_unlock((&__pyx_v_self->_lock)));
 
-  /* "lockstep/_work.pyx":173
- *         jobs, self._first = self._first, NULL
+  /* "lockstep/_work.pyx":196
+ *         in_turn, self._first_in_turn = self._first_in_turn, NULL
  *         pthread_mutex_unlock(&self._lock)
- *         return len(_released(jobs))             # <<<<<<<<<<<<<<
+ *         return len(_released(jobs)) + len(_released(in_turn))             # <<<<<<<<<<<<<<
  * 
  *     def close(self):
 */
-  __pyx_t_3 = __pyx_f_8lockstep_5_work__released(__pyx_v_jobs); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 173, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_8lockstep_5_work__released(__pyx_v_jobs); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 196, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   if (unlikely(__pyx_t_3 == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
-    __PYX_ERR(0, 173, __pyx_L1_error)
+    __PYX_ERR(0, 196, __pyx_L1_error)
   }
-  __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 173, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_4 == ((Py_ssize_t)-1))) __PYX_ERR(0, 196, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-  __pyx_t_3 = PyLong_FromSsize_t(__pyx_t_4); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 173, __pyx_L1_error)
+  __pyx_t_3 = __pyx_f_8lockstep_5_work__released(__pyx_v_in_turn); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 196, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
+  if (unlikely(__pyx_t_3 == Py_None)) {
+    PyErr_SetString(PyExc_TypeError, "object of type \047NoneType\047 has no len()");
+    __PYX_ERR(0, 196, __pyx_L1_error)
+  }
+  __pyx_t_5 = __Pyx_PyList_GET_SIZE(__pyx_t_3); if (unlikely(__pyx_t_5 == ((Py_ssize_t)-1))) __PYX_ERR(0, 196, __pyx_L1_error)
+  __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
+  __pyx_t_3 = PyLong_FromSsize_t((__pyx_t_4 + __pyx_t_5)); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 196, __pyx_L1_error)
+  __Pyx_GOTREF(__pyx_t_3);
+
 
   {
     PyObject *__pyx_temp;
@@ -5266,7 +5494,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_8give_up(struct __pyx_obj_8loc
   __pyx_t_3 = 0;
   goto __pyx_L0;
 
-  /* "lockstep/_work.pyx":166
+  /* "lockstep/_work.pyx":187
  *         return _released(jobs)
  * 
  *     def give_up(self):             # <<<<<<<<<<<<<<
@@ -5281,13 +5509,14 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_8give_up(struct __pyx_obj_8loc
   __pyx_r = NULL;
   __pyx_L0:;
 
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "lockstep/_work.pyx":175
- *         return len(_released(jobs))
+/* "lockstep/_work.pyx":198
+ *         return len(_released(jobs)) + len(_released(in_turn))
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """See `work.py`."""
@@ -5347,7 +5576,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_10close(struct __pyx_obj_8lock
   int __pyx_t_3;
   __Pyx_RefNannySetupContext("close", 0);
 
-  /* "lockstep/_work.pyx":179
+  /* "lockstep/_work.pyx":202
  *         cdef Seat *seat
  *         cdef Seat *below
  *         pthread_mutex_lock(&self._lock)             # <<<<<<<<<<<<<<
@@ -5356,7 +5585,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_10close(struct __pyx_obj_8lock
 */
   (void)(pthread_mutex_lock((&__pyx_v_self->_lock)));
 
-  /* "lockstep/_work.pyx":180
+  /* "lockstep/_work.pyx":203
  *         cdef Seat *below
  *         pthread_mutex_lock(&self._lock)
  *         self._closed = 1             # <<<<<<<<<<<<<<
@@ -5365,7 +5594,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_10close(struct __pyx_obj_8lock
 */
   __pyx_v_self->_closed = 1;
 
-  /* "lockstep/_work.pyx":181
+  /* "lockstep/_work.pyx":204
  *         pthread_mutex_lock(&self._lock)
  *         self._closed = 1
  *         seat, self._idle = self._idle, NULL             # <<<<<<<<<<<<<<
@@ -5379,7 +5608,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_10close(struct __pyx_obj_8lock
   __pyx_v_seat = __pyx_t_1;
   __pyx_v_self->_idle = __pyx_t_2;
 
-  /* "lockstep/_work.pyx":182
+  /* "lockstep/_work.pyx":205
  *         self._closed = 1
  *         seat, self._idle = self._idle, NULL
  *         pthread_mutex_unlock(&self._lock)             # <<<<<<<<<<<<<<
@@ -5388,7 +5617,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_10close(struct __pyx_obj_8lock
 */
   (void)(pthread_mutex_unlock((&__pyx_v_self->_lock)));
 
-  /* "lockstep/_work.pyx":183
+  /* "lockstep/_work.pyx":206
  *         seat, self._idle = self._idle, NULL
  *         pthread_mutex_unlock(&self._lock)
  *         while seat != NULL:             # <<<<<<<<<<<<<<
@@ -5401,7 +5630,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_10close(struct __pyx_obj_8lock
 
     if (!__pyx_t_3) break;
 
-    /* "lockstep/_work.pyx":184
+    /* "lockstep/_work.pyx":207
  *         pthread_mutex_unlock(&self._lock)
  *         while seat != NULL:
  *             below = seat.below             # <<<<<<<<<<<<<<
@@ -5412,7 +5641,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_10close(struct __pyx_obj_8lock
 
     __pyx_v_below = __pyx_t_1;
 
-    /* "lockstep/_work.pyx":185
+    /* "lockstep/_work.pyx":208
  *         while seat != NULL:
  *             below = seat.below
  *             seat.job = NULL             # <<<<<<<<<<<<<<
@@ -5421,7 +5650,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_10close(struct __pyx_obj_8lock
 */
     __pyx_v_seat->job = NULL;
 
-    /* "lockstep/_work.pyx":186
+    /* "lockstep/_work.pyx":209
  *             below = seat.below
  *             seat.job = NULL
  *             sem_post(&seat.called)             # <<<<<<<<<<<<<<
@@ -5430,7 +5659,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_10close(struct __pyx_obj_8lock
 */
     (void)(sem_post((&__pyx_v_seat->called)));
 
-    /* "lockstep/_work.pyx":187
+    /* "lockstep/_work.pyx":210
  *             seat.job = NULL
  *             sem_post(&seat.called)
  *             seat = below             # <<<<<<<<<<<<<<
@@ -5440,8 +5669,8 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_10close(struct __pyx_obj_8lock
     __pyx_v_seat = __pyx_v_below;
   }
 
-  /* "lockstep/_work.pyx":175
- *         return len(_released(jobs))
+  /* "lockstep/_work.pyx":198
+ *         return len(_released(jobs)) + len(_released(in_turn))
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """See `work.py`."""
@@ -5457,7 +5686,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_10close(struct __pyx_obj_8lock
   return __pyx_r;
 }
 
-/* "lockstep/_work.pyx":189
+/* "lockstep/_work.pyx":212
  *             seat = below
  * 
  *     def serve(self):             # <<<<<<<<<<<<<<
@@ -5511,26 +5740,36 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
 static PyObject *__pyx_pf_8lockstep_5_work_5Queue_12serve(struct __pyx_obj_8lockstep_5_work_Queue *__pyx_v_self) {
   struct __pyx_t_8lockstep_5_work_Seat __pyx_v_seat;
   void *__pyx_v_job;
+  int __pyx_v_had_turn;
   PyObject *__pyx_r = NULL;
   __Pyx_RefNannyDeclarations
   int __pyx_t_1;
   __Pyx_RefNannySetupContext("serve", 0);
 
-  /* "lockstep/_work.pyx":193
+  /* "lockstep/_work.pyx":216
  *         cdef Seat seat
  *         cdef void *job
+ *         cdef bint had_turn = False             # <<<<<<<<<<<<<<
+ *         sem_init(&seat.called, 0, 0)
+ *         with nogil:
+*/
+  __pyx_v_had_turn = 0;
+
+  /* "lockstep/_work.pyx":217
+ *         cdef void *job
+ *         cdef bint had_turn = False
  *         sem_init(&seat.called, 0, 0)             # <<<<<<<<<<<<<<
  *         with nogil:
  *             while True:
 */
   (void)(sem_init((&__pyx_v_seat.called), 0, 0));
 
-  /* "lockstep/_work.pyx":194
- *         cdef void *job
+  /* "lockstep/_work.pyx":218
+ *         cdef bint had_turn = False
  *         sem_init(&seat.called, 0, 0)
  *         with nogil:             # <<<<<<<<<<<<<<
  *             while True:
- *                 job = self._next_for(&seat)
+ *                 job = self._next_for(&seat, had_turn)
 */
   {
       PyThreadState * _save;
@@ -5538,57 +5777,68 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_12serve(struct __pyx_obj_8lock
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "lockstep/_work.pyx":195
+        /* "lockstep/_work.pyx":219
  *         sem_init(&seat.called, 0, 0)
  *         with nogil:
  *             while True:             # <<<<<<<<<<<<<<
- *                 job = self._next_for(&seat)
+ *                 job = self._next_for(&seat, had_turn)
  *                 if job == NULL:
 */
         while (1) {
 
-          /* "lockstep/_work.pyx":196
+          /* "lockstep/_work.pyx":220
  *         with nogil:
  *             while True:
- *                 job = self._next_for(&seat)             # <<<<<<<<<<<<<<
+ *                 job = self._next_for(&seat, had_turn)             # <<<<<<<<<<<<<<
  *                 if job == NULL:
  *                     break
 */
-          __pyx_v_job = ((struct __pyx_vtabstruct_8lockstep_5_work_Queue *)__pyx_v_self->__pyx_vtab)->_next_for(__pyx_v_self, (&__pyx_v_seat));
+          __pyx_v_job = ((struct __pyx_vtabstruct_8lockstep_5_work_Queue *)__pyx_v_self->__pyx_vtab)->_next_for(__pyx_v_self, (&__pyx_v_seat), __pyx_v_had_turn);
 
-          /* "lockstep/_work.pyx":197
+          /* "lockstep/_work.pyx":221
  *             while True:
- *                 job = self._next_for(&seat)
+ *                 job = self._next_for(&seat, had_turn)
  *                 if job == NULL:             # <<<<<<<<<<<<<<
  *                     break
- *                 self._carry_out(job)
+ *                 had_turn = (<Job> job).in_turn
 */
           __pyx_t_1 = (__pyx_v_job == NULL);
 
           if (__pyx_t_1) {
 
 
-            /* "lockstep/_work.pyx":198
- *                 job = self._next_for(&seat)
+            /* "lockstep/_work.pyx":222
+ *                 job = self._next_for(&seat, had_turn)
  *                 if job == NULL:
  *                     break             # <<<<<<<<<<<<<<
+ *                 had_turn = (<Job> job).in_turn
  *                 self._carry_out(job)
- *         sem_destroy(&seat.called)
 */
             goto __pyx_L7_break;
 
-            /* "lockstep/_work.pyx":197
+            /* "lockstep/_work.pyx":221
  *             while True:
- *                 job = self._next_for(&seat)
+ *                 job = self._next_for(&seat, had_turn)
  *                 if job == NULL:             # <<<<<<<<<<<<<<
  *                     break
- *                 self._carry_out(job)
+ *                 had_turn = (<Job> job).in_turn
 */
           }
 
-          /* "lockstep/_work.pyx":199
+          /* "lockstep/_work.pyx":223
  *                 if job == NULL:
  *                     break
+ *                 had_turn = (<Job> job).in_turn             # <<<<<<<<<<<<<<
+ *                 self._carry_out(job)
+ *         sem_destroy(&seat.called)
+*/
+          __pyx_t_1 = ((struct __pyx_obj_8lockstep_5_work_Job *)__pyx_v_job)->in_turn;
+
+          __pyx_v_had_turn = __pyx_t_1;
+
+          /* "lockstep/_work.pyx":224
+ *                     break
+ *                 had_turn = (<Job> job).in_turn
  *                 self._carry_out(job)             # <<<<<<<<<<<<<<
  *         sem_destroy(&seat.called)
  * 
@@ -5598,12 +5848,12 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_12serve(struct __pyx_obj_8lock
         __pyx_L7_break:;
       }
 
-      /* "lockstep/_work.pyx":194
- *         cdef void *job
+      /* "lockstep/_work.pyx":218
+ *         cdef bint had_turn = False
  *         sem_init(&seat.called, 0, 0)
  *         with nogil:             # <<<<<<<<<<<<<<
  *             while True:
- *                 job = self._next_for(&seat)
+ *                 job = self._next_for(&seat, had_turn)
 */
       /*finally:*/ {
         /*normal exit:*/{
@@ -5615,16 +5865,16 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_12serve(struct __pyx_obj_8lock
       }
   }
 
-  /* "lockstep/_work.pyx":200
- *                     break
+  /* "lockstep/_work.pyx":225
+ *                 had_turn = (<Job> job).in_turn
  *                 self._carry_out(job)
  *         sem_destroy(&seat.called)             # <<<<<<<<<<<<<<
  * 
- *     cdef void *_next_for(self, Seat *seat) noexcept nogil:
+ *     cdef void *_next_for(self, Seat *seat, bint had_turn) noexcept nogil:
 */
   (void)(sem_destroy((&__pyx_v_seat.called)));
 
-  /* "lockstep/_work.pyx":189
+  /* "lockstep/_work.pyx":212
  *             seat = below
  * 
  *     def serve(self):             # <<<<<<<<<<<<<<
@@ -5636,104 +5886,143 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_12serve(struct __pyx_obj_8lock
   __pyx_r = Py_None; __Pyx_INCREF(Py_None);
 
 
+
   __Pyx_XGIVEREF(__pyx_r);
   __Pyx_RefNannyFinishContext();
   return __pyx_r;
 }
 
-/* "lockstep/_work.pyx":202
+/* "lockstep/_work.pyx":227
  *         sem_destroy(&seat.called)
  * 
- *     cdef void *_next_for(self, Seat *seat) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """Wait for a job; NULL when there will be none."""
+ *     cdef void *_next_for(self, Seat *seat, bint had_turn) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         """Wait for a job; NULL when there will be none. A thread that `had_turn` goes on with those that wait for theirs."""
  *         cdef void *job
 */
 
-static void *__pyx_f_8lockstep_5_work_5Queue__next_for(struct __pyx_obj_8lockstep_5_work_Queue *__pyx_v_self, struct __pyx_t_8lockstep_5_work_Seat *__pyx_v_seat) {
+static void *__pyx_f_8lockstep_5_work_5Queue__next_for(struct __pyx_obj_8lockstep_5_work_Queue *__pyx_v_self, struct __pyx_t_8lockstep_5_work_Seat *__pyx_v_seat, int __pyx_v_had_turn) {
   void *__pyx_v_job;
   void *__pyx_r;
   void *__pyx_t_1;
   int __pyx_t_2;
-  struct __pyx_t_8lockstep_5_work_Seat *__pyx_t_3;
+  int __pyx_t_3;
+  struct __pyx_t_8lockstep_5_work_Seat *__pyx_t_4;
 
-  /* "lockstep/_work.pyx":205
- *         """Wait for a job; NULL when there will be none."""
+  /* "lockstep/_work.pyx":230
+ *         """Wait for a job; NULL when there will be none. A thread that `had_turn` goes on with those that wait for theirs."""
  *         cdef void *job
  *         pthread_mutex_lock(&self._lock)             # <<<<<<<<<<<<<<
- *         job = self._first
- *         if job != NULL:
+ *         job = _take(&self._first_in_turn) if had_turn else NULL
+ *         if job == NULL:
 */
   (void)(pthread_mutex_lock((&__pyx_v_self->_lock)));
 
-  /* "lockstep/_work.pyx":206
+  /* "lockstep/_work.pyx":231
  *         cdef void *job
  *         pthread_mutex_lock(&self._lock)
- *         job = self._first             # <<<<<<<<<<<<<<
- *         if job != NULL:
- *             self._first = (<Job> job)._next
+ *         job = _take(&self._first_in_turn) if had_turn else NULL             # <<<<<<<<<<<<<<
+ *         if job == NULL:
+ *             self._taking_turns = self._taking_turns and not had_turn
 */
-  __pyx_t_1 = __pyx_v_self->_first;
+  if (__pyx_v_had_turn) {
 
+    __pyx_t_1 = __pyx_f_8lockstep_5_work__take((&__pyx_v_self->_first_in_turn));
+  } else {
+
+    __pyx_t_1 = NULL;
+  }
   __pyx_v_job = __pyx_t_1;
 
-  /* "lockstep/_work.pyx":207
+  /* "lockstep/_work.pyx":232
  *         pthread_mutex_lock(&self._lock)
- *         job = self._first
- *         if job != NULL:             # <<<<<<<<<<<<<<
- *             self._first = (<Job> job)._next
- *         elif not self._closed:
+ *         job = _take(&self._first_in_turn) if had_turn else NULL
+ *         if job == NULL:             # <<<<<<<<<<<<<<
+ *             self._taking_turns = self._taking_turns and not had_turn
+ *             job = _take(&self._first)
 */
-  __pyx_t_2 = (__pyx_v_job != NULL);
+  __pyx_t_2 = (__pyx_v_job == NULL);
 
   if (__pyx_t_2) {
 
 
-    /* "lockstep/_work.pyx":208
- *         job = self._first
- *         if job != NULL:
- *             self._first = (<Job> job)._next             # <<<<<<<<<<<<<<
- *         elif not self._closed:
+    /* "lockstep/_work.pyx":233
+ *         job = _take(&self._first_in_turn) if had_turn else NULL
+ *         if job == NULL:
+ *             self._taking_turns = self._taking_turns and not had_turn             # <<<<<<<<<<<<<<
+ *             job = _take(&self._first)
+ *         if job == NULL and not self._closed:
+*/
+    if (__pyx_v_self->_taking_turns) {
+    } else {
+
+      __pyx_t_2 = __pyx_v_self->_taking_turns;
+      goto __pyx_L4_bool_binop_done;
+    }
+    __pyx_t_3 = (!__pyx_v_had_turn);
+
+
+    __pyx_t_2 = __pyx_t_3;
+
+    __pyx_L4_bool_binop_done:;
+    __pyx_v_self->_taking_turns = __pyx_t_2;
+
+    /* "lockstep/_work.pyx":234
+ *         if job == NULL:
+ *             self._taking_turns = self._taking_turns and not had_turn
+ *             job = _take(&self._first)             # <<<<<<<<<<<<<<
+ *         if job == NULL and not self._closed:
  *             seat.below = self._idle
 */
-    __pyx_t_1 = ((struct __pyx_obj_8lockstep_5_work_Job *)__pyx_v_job)->_next;
+    __pyx_v_job = __pyx_f_8lockstep_5_work__take((&__pyx_v_self->_first));
 
-    __pyx_v_self->_first = __pyx_t_1;
-
-    /* "lockstep/_work.pyx":207
+    /* "lockstep/_work.pyx":232
  *         pthread_mutex_lock(&self._lock)
- *         job = self._first
- *         if job != NULL:             # <<<<<<<<<<<<<<
- *             self._first = (<Job> job)._next
- *         elif not self._closed:
+ *         job = _take(&self._first_in_turn) if had_turn else NULL
+ *         if job == NULL:             # <<<<<<<<<<<<<<
+ *             self._taking_turns = self._taking_turns and not had_turn
+ *             job = _take(&self._first)
 */
-    goto __pyx_L3;
   }
 
-  /* "lockstep/_work.pyx":209
- *         if job != NULL:
- *             self._first = (<Job> job)._next
- *         elif not self._closed:             # <<<<<<<<<<<<<<
+  /* "lockstep/_work.pyx":235
+ *             self._taking_turns = self._taking_turns and not had_turn
+ *             job = _take(&self._first)
+ *         if job == NULL and not self._closed:             # <<<<<<<<<<<<<<
  *             seat.below = self._idle
  *             self._idle = seat
 */
-  __pyx_t_2 = (!(__pyx_v_self->_closed != 0));
+  __pyx_t_3 = (__pyx_v_job == NULL);
 
+  if (__pyx_t_3) {
+
+  } else {
+
+    __pyx_t_2 = __pyx_t_3;
+
+    goto __pyx_L7_bool_binop_done;
+  }
+  __pyx_t_3 = (!(__pyx_v_self->_closed != 0));
+
+
+  __pyx_t_2 = __pyx_t_3;
+
+  __pyx_L7_bool_binop_done:;
   if (__pyx_t_2) {
 
 
-    /* "lockstep/_work.pyx":210
- *             self._first = (<Job> job)._next
- *         elif not self._closed:
+    /* "lockstep/_work.pyx":236
+ *             job = _take(&self._first)
+ *         if job == NULL and not self._closed:
  *             seat.below = self._idle             # <<<<<<<<<<<<<<
  *             self._idle = seat
  *             pthread_mutex_unlock(&self._lock)
 */
-    __pyx_t_3 = __pyx_v_self->_idle;
+    __pyx_t_4 = __pyx_v_self->_idle;
 
-    __pyx_v_seat->below = __pyx_t_3;
+    __pyx_v_seat->below = __pyx_t_4;
 
-    /* "lockstep/_work.pyx":211
- *         elif not self._closed:
+    /* "lockstep/_work.pyx":237
+ *         if job == NULL and not self._closed:
  *             seat.below = self._idle
  *             self._idle = seat             # <<<<<<<<<<<<<<
  *             pthread_mutex_unlock(&self._lock)
@@ -5741,7 +6030,7 @@ static void *__pyx_f_8lockstep_5_work_5Queue__next_for(struct __pyx_obj_8lockste
 */
     __pyx_v_self->_idle = __pyx_v_seat;
 
-    /* "lockstep/_work.pyx":212
+    /* "lockstep/_work.pyx":238
  *             seat.below = self._idle
  *             self._idle = seat
  *             pthread_mutex_unlock(&self._lock)             # <<<<<<<<<<<<<<
@@ -5750,7 +6039,7 @@ static void *__pyx_f_8lockstep_5_work_5Queue__next_for(struct __pyx_obj_8lockste
 */
     (void)(pthread_mutex_unlock((&__pyx_v_self->_lock)));
 
-    /* "lockstep/_work.pyx":213
+    /* "lockstep/_work.pyx":239
  *             self._idle = seat
  *             pthread_mutex_unlock(&self._lock)
  *             while sem_wait(&seat.called):             # <<<<<<<<<<<<<<
@@ -5764,7 +6053,7 @@ static void *__pyx_f_8lockstep_5_work_5Queue__next_for(struct __pyx_obj_8lockste
       if (!__pyx_t_2) break;
     }
 
-    /* "lockstep/_work.pyx":215
+    /* "lockstep/_work.pyx":241
  *             while sem_wait(&seat.called):
  *                 pass  # a signal
  *             return seat.job             # <<<<<<<<<<<<<<
@@ -5777,17 +6066,16 @@ static void *__pyx_f_8lockstep_5_work_5Queue__next_for(struct __pyx_obj_8lockste
     }
     goto __pyx_L0;
 
-    /* "lockstep/_work.pyx":209
- *         if job != NULL:
- *             self._first = (<Job> job)._next
- *         elif not self._closed:             # <<<<<<<<<<<<<<
+    /* "lockstep/_work.pyx":235
+ *             self._taking_turns = self._taking_turns and not had_turn
+ *             job = _take(&self._first)
+ *         if job == NULL and not self._closed:             # <<<<<<<<<<<<<<
  *             seat.below = self._idle
  *             self._idle = seat
 */
   }
-  __pyx_L3:;
 
-  /* "lockstep/_work.pyx":216
+  /* "lockstep/_work.pyx":242
  *                 pass  # a signal
  *             return seat.job
  *         pthread_mutex_unlock(&self._lock)             # <<<<<<<<<<<<<<
@@ -5796,7 +6084,7 @@ static void *__pyx_f_8lockstep_5_work_5Queue__next_for(struct __pyx_obj_8lockste
 */
   (void)(pthread_mutex_unlock((&__pyx_v_self->_lock)));
 
-  /* "lockstep/_work.pyx":217
+  /* "lockstep/_work.pyx":243
  *             return seat.job
  *         pthread_mutex_unlock(&self._lock)
  *         return job             # <<<<<<<<<<<<<<
@@ -5809,11 +6097,11 @@ static void *__pyx_f_8lockstep_5_work_5Queue__next_for(struct __pyx_obj_8lockste
   }
   goto __pyx_L0;
 
-  /* "lockstep/_work.pyx":202
+  /* "lockstep/_work.pyx":227
  *         sem_destroy(&seat.called)
  * 
- *     cdef void *_next_for(self, Seat *seat) noexcept nogil:             # <<<<<<<<<<<<<<
- *         """Wait for a job; NULL when there will be none."""
+ *     cdef void *_next_for(self, Seat *seat, bint had_turn) noexcept nogil:             # <<<<<<<<<<<<<<
+ *         """Wait for a job; NULL when there will be none. A thread that `had_turn` goes on with those that wait for theirs."""
  *         cdef void *job
 */
 
@@ -5823,7 +6111,7 @@ static void *__pyx_f_8lockstep_5_work_5Queue__next_for(struct __pyx_obj_8lockste
   return __pyx_r;
 }
 
-/* "lockstep/_work.pyx":219
+/* "lockstep/_work.pyx":245
  *         return job
  * 
  *     cdef void _carry_out(self, void *job) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -5835,7 +6123,7 @@ static void __pyx_f_8lockstep_5_work_5Queue__carry_out(struct __pyx_obj_8lockste
   int __pyx_v_first;
   int __pyx_t_1;
 
-  /* "lockstep/_work.pyx":221
+  /* "lockstep/_work.pyx":247
  *     cdef void _carry_out(self, void *job) noexcept nogil:
  *         cdef bint first
  *         if not (<Job> job).perform(&self._given_up):             # <<<<<<<<<<<<<<
@@ -5847,33 +6135,33 @@ static void __pyx_f_8lockstep_5_work_5Queue__carry_out(struct __pyx_obj_8lockste
   if (__pyx_t_1) {
 
 
-    /* "lockstep/_work.pyx":222
+    /* "lockstep/_work.pyx":248
  *         cdef bint first
  *         if not (<Job> job).perform(&self._given_up):
  *             with gil:             # <<<<<<<<<<<<<<
  *                 (<Job> job).end()
- *         (<Job> job)._next = NULL
+ *         pthread_mutex_lock(&self._lock)
 */
     {
         PyGILState_STATE __pyx_gilstate_save = __Pyx_PyGILState_Ensure();
         /*try:*/ {
 
-          /* "lockstep/_work.pyx":223
+          /* "lockstep/_work.pyx":249
  *         if not (<Job> job).perform(&self._given_up):
  *             with gil:
  *                 (<Job> job).end()             # <<<<<<<<<<<<<<
- *         (<Job> job)._next = NULL
  *         pthread_mutex_lock(&self._lock)
+ *         first = self._done == NULL
 */
           (void)(((struct __pyx_vtabstruct_8lockstep_5_work_Job *)((struct __pyx_obj_8lockstep_5_work_Job *)__pyx_v_job)->__pyx_vtab)->end(((struct __pyx_obj_8lockstep_5_work_Job *)__pyx_v_job)));
         }
 
-        /* "lockstep/_work.pyx":222
+        /* "lockstep/_work.pyx":248
  *         cdef bint first
  *         if not (<Job> job).perform(&self._given_up):
  *             with gil:             # <<<<<<<<<<<<<<
  *                 (<Job> job).end()
- *         (<Job> job)._next = NULL
+ *         pthread_mutex_lock(&self._lock)
 */
         /*finally:*/ {
           /*normal exit:*/{
@@ -5884,7 +6172,7 @@ static void __pyx_f_8lockstep_5_work_5Queue__carry_out(struct __pyx_obj_8lockste
         }
     }
 
-    /* "lockstep/_work.pyx":221
+    /* "lockstep/_work.pyx":247
  *     cdef void _carry_out(self, void *job) noexcept nogil:
  *         cdef bint first
  *         if not (<Job> job).perform(&self._given_up):             # <<<<<<<<<<<<<<
@@ -5893,115 +6181,66 @@ static void __pyx_f_8lockstep_5_work_5Queue__carry_out(struct __pyx_obj_8lockste
 */
   }
 
-  /* "lockstep/_work.pyx":224
+  /* "lockstep/_work.pyx":250
  *             with gil:
  *                 (<Job> job).end()
- *         (<Job> job)._next = NULL             # <<<<<<<<<<<<<<
- *         pthread_mutex_lock(&self._lock)
- *         first = self._done == NULL
-*/
-  ((struct __pyx_obj_8lockstep_5_work_Job *)__pyx_v_job)->_next = NULL;
-
-  /* "lockstep/_work.pyx":225
- *                 (<Job> job).end()
- *         (<Job> job)._next = NULL
  *         pthread_mutex_lock(&self._lock)             # <<<<<<<<<<<<<<
  *         first = self._done == NULL
- *         if first:
+ *         _append(&self._done, &self._last_done, job)
 */
   (void)(pthread_mutex_lock((&__pyx_v_self->_lock)));
 
-  /* "lockstep/_work.pyx":226
- *         (<Job> job)._next = NULL
+  /* "lockstep/_work.pyx":251
+ *                 (<Job> job).end()
  *         pthread_mutex_lock(&self._lock)
  *         first = self._done == NULL             # <<<<<<<<<<<<<<
- *         if first:
- *             self._done = job
+ *         _append(&self._done, &self._last_done, job)
+ *         pthread_mutex_unlock(&self._lock)
 */
   __pyx_v_first = (__pyx_v_self->_done == NULL);
 
-  /* "lockstep/_work.pyx":227
+  /* "lockstep/_work.pyx":252
  *         pthread_mutex_lock(&self._lock)
  *         first = self._done == NULL
- *         if first:             # <<<<<<<<<<<<<<
- *             self._done = job
- *         else:
-*/
-  if (__pyx_v_first) {
-
-    /* "lockstep/_work.pyx":228
- *         first = self._done == NULL
- *         if first:
- *             self._done = job             # <<<<<<<<<<<<<<
- *         else:
- *             (<Job> self._last_done)._next = job
-*/
-    __pyx_v_self->_done = __pyx_v_job;
-
-    /* "lockstep/_work.pyx":227
- *         pthread_mutex_lock(&self._lock)
- *         first = self._done == NULL
- *         if first:             # <<<<<<<<<<<<<<
- *             self._done = job
- *         else:
-*/
-    goto __pyx_L7;
-  }
-
-  /* "lockstep/_work.pyx":230
- *             self._done = job
- *         else:
- *             (<Job> self._last_done)._next = job             # <<<<<<<<<<<<<<
- *         self._last_done = job
- *         pthread_mutex_unlock(&self._lock)
-*/
-  /*else*/ {
-    ((struct __pyx_obj_8lockstep_5_work_Job *)__pyx_v_self->_last_done)->_next = __pyx_v_job;
-  }
-  __pyx_L7:;
-
-  /* "lockstep/_work.pyx":231
- *         else:
- *             (<Job> self._last_done)._next = job
- *         self._last_done = job             # <<<<<<<<<<<<<<
+ *         _append(&self._done, &self._last_done, job)             # <<<<<<<<<<<<<<
  *         pthread_mutex_unlock(&self._lock)
  *         if first:  # whoever looks takes all that is there
 */
-  __pyx_v_self->_last_done = __pyx_v_job;
+  __pyx_f_8lockstep_5_work__append((&__pyx_v_self->_done), (&__pyx_v_self->_last_done), __pyx_v_job);
 
-  /* "lockstep/_work.pyx":232
- *             (<Job> self._last_done)._next = job
- *         self._last_done = job
+  /* "lockstep/_work.pyx":253
+ *         first = self._done == NULL
+ *         _append(&self._done, &self._last_done, job)
  *         pthread_mutex_unlock(&self._lock)             # <<<<<<<<<<<<<<
  *         if first:  # whoever looks takes all that is there
  *             eventfd_write(self.fd, 1)
 */
   (void)(pthread_mutex_unlock((&__pyx_v_self->_lock)));
 
-  /* "lockstep/_work.pyx":233
- *         self._last_done = job
+  /* "lockstep/_work.pyx":254
+ *         _append(&self._done, &self._last_done, job)
  *         pthread_mutex_unlock(&self._lock)
  *         if first:  # whoever looks takes all that is there             # <<<<<<<<<<<<<<
  *             eventfd_write(self.fd, 1)
 */
   if (__pyx_v_first) {
 
-    /* "lockstep/_work.pyx":234
+    /* "lockstep/_work.pyx":255
  *         pthread_mutex_unlock(&self._lock)
  *         if first:  # whoever looks takes all that is there
  *             eventfd_write(self.fd, 1)             # <<<<<<<<<<<<<<
 */
     (void)(eventfd_write(__pyx_v_self->fd, 1));
 
-    /* "lockstep/_work.pyx":233
- *         self._last_done = job
+    /* "lockstep/_work.pyx":254
+ *         _append(&self._done, &self._last_done, job)
  *         pthread_mutex_unlock(&self._lock)
  *         if first:  # whoever looks takes all that is there             # <<<<<<<<<<<<<<
  *             eventfd_write(self.fd, 1)
 */
   }
 
-  /* "lockstep/_work.pyx":219
+  /* "lockstep/_work.pyx":245
  *         return job
  * 
  *     cdef void _carry_out(self, void *job) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -6013,7 +6252,7 @@ static void __pyx_f_8lockstep_5_work_5Queue__carry_out(struct __pyx_obj_8lockste
 
 }
 
-/* "lockstep/_work.pyx":114
+/* "lockstep/_work.pyx":131
  *     """See `work.py`."""
  * 
  *     cdef readonly int fd             # <<<<<<<<<<<<<<
@@ -6052,7 +6291,7 @@ static PyObject *__pyx_pf_8lockstep_5_work_5Queue_2fd___get__(struct __pyx_obj_8
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 114, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyLong_From_int(__pyx_v_self->fd); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 131, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -7067,17 +7306,17 @@ static int __Pyx_modinit_Exttype___pyx_obj_8lockstep_5_work_Queue(__pyx_mstatety
   __Pyx_RefNannySetupContext("__Pyx_modinit_Exttype___pyx_obj_8lockstep_5_work_Queue", 0);
   /*--- Exttype __pyx_obj_8lockstep_5_work_Queue ---*/
   __pyx_vtabptr_8lockstep_5_work_Queue = &__pyx_vtable_8lockstep_5_work_Queue;
-  __pyx_vtable_8lockstep_5_work_Queue._next_for = (void *(*)(struct __pyx_obj_8lockstep_5_work_Queue *, struct __pyx_t_8lockstep_5_work_Seat *))__pyx_f_8lockstep_5_work_5Queue__next_for;
+  __pyx_vtable_8lockstep_5_work_Queue._next_for = (void *(*)(struct __pyx_obj_8lockstep_5_work_Queue *, struct __pyx_t_8lockstep_5_work_Seat *, int))__pyx_f_8lockstep_5_work_5Queue__next_for;
   __pyx_vtable_8lockstep_5_work_Queue._carry_out = (void (*)(struct __pyx_obj_8lockstep_5_work_Queue *, void *))__pyx_f_8lockstep_5_work_5Queue__carry_out;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_mstate->__pyx_ptype_8lockstep_5_work_Queue = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_8lockstep_5_work_Queue_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_8lockstep_5_work_Queue)) __PYX_ERR(0, 111, __pyx_L1_error)
+  __pyx_mstate->__pyx_ptype_8lockstep_5_work_Queue = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_8lockstep_5_work_Queue_spec, NULL); if (unlikely(!__pyx_mstate->__pyx_ptype_8lockstep_5_work_Queue)) __PYX_ERR(0, 128, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_8lockstep_5_work_Queue = &__pyx_type_8lockstep_5_work_Queue;
   #endif
   #if !CYTHON_COMPILING_IN_LIMITED_API
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_8lockstep_5_work_Queue) < (0)) __PYX_ERR(0, 111, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_8lockstep_5_work_Queue) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_8lockstep_5_work_Queue);
@@ -7087,9 +7326,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_8lockstep_5_work_Queue(__pyx_mstatety
     __pyx_mstate->__pyx_ptype_8lockstep_5_work_Queue->tp_getattro = PyObject_GenericGetAttr;
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_8lockstep_5_work_Queue, __pyx_vtabptr_8lockstep_5_work_Queue) < (0)) __PYX_ERR(0, 111, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Queue, (PyObject *) __pyx_mstate->__pyx_ptype_8lockstep_5_work_Queue) < (0)) __PYX_ERR(0, 111, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_8lockstep_5_work_Queue) < (0)) __PYX_ERR(0, 111, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_8lockstep_5_work_Queue, __pyx_vtabptr_8lockstep_5_work_Queue) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_Queue, (PyObject *) __pyx_mstate->__pyx_ptype_8lockstep_5_work_Queue) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_8lockstep_5_work_Queue) < (0)) __PYX_ERR(0, 128, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -7481,79 +7720,79 @@ __Pyx_RefNannySetupContext("PyInit__work", 0);
   if (PyDict_SetItem(__pyx_mstate_global->__pyx_d, __pyx_mstate_global->__pyx_n_u_setstate_cython, __pyx_t_2) < (0)) __PYX_ERR(1, 3, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "lockstep/_work.pyx":137
+  /* "lockstep/_work.pyx":158
  *         pthread_mutex_destroy(&self._lock)
  * 
  *     def put(self, Job job):             # <<<<<<<<<<<<<<
  *         """See `work.py`."""
- *         cdef Seat *seat
+ *         cdef Seat *seat = NULL
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_8lockstep_5_work_5Queue_5put, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Queue_put, NULL, __pyx_mstate_global->__pyx_n_u_lockstep__work, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 137, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_8lockstep_5_work_5Queue_5put, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Queue_put, NULL, __pyx_mstate_global->__pyx_n_u_lockstep__work, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 158, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_8lockstep_5_work_Queue, __pyx_mstate_global->__pyx_n_u_put, __pyx_t_2) < (0)) __PYX_ERR(0, 137, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_8lockstep_5_work_Queue, __pyx_mstate_global->__pyx_n_u_put, __pyx_t_2) < (0)) __PYX_ERR(0, 158, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "lockstep/_work.pyx":156
+  /* "lockstep/_work.pyx":177
  *             sem_post(&seat.called)
  * 
  *     def done(self):             # <<<<<<<<<<<<<<
  *         """See `work.py`."""
  *         cdef uint64_t count
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_8lockstep_5_work_5Queue_7done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Queue_done, NULL, __pyx_mstate_global->__pyx_n_u_lockstep__work, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 156, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_8lockstep_5_work_5Queue_7done, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Queue_done, NULL, __pyx_mstate_global->__pyx_n_u_lockstep__work, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 177, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_8lockstep_5_work_Queue, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_2) < (0)) __PYX_ERR(0, 156, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_8lockstep_5_work_Queue, __pyx_mstate_global->__pyx_n_u_done, __pyx_t_2) < (0)) __PYX_ERR(0, 177, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "lockstep/_work.pyx":166
+  /* "lockstep/_work.pyx":187
  *         return _released(jobs)
  * 
  *     def give_up(self):             # <<<<<<<<<<<<<<
  *         """See `work.py`."""
  *         cdef void *jobs
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_8lockstep_5_work_5Queue_9give_up, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Queue_give_up, NULL, __pyx_mstate_global->__pyx_n_u_lockstep__work, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 166, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_8lockstep_5_work_5Queue_9give_up, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Queue_give_up, NULL, __pyx_mstate_global->__pyx_n_u_lockstep__work, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_8lockstep_5_work_Queue, __pyx_mstate_global->__pyx_n_u_give_up, __pyx_t_2) < (0)) __PYX_ERR(0, 166, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_8lockstep_5_work_Queue, __pyx_mstate_global->__pyx_n_u_give_up, __pyx_t_2) < (0)) __PYX_ERR(0, 187, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "lockstep/_work.pyx":175
- *         return len(_released(jobs))
+  /* "lockstep/_work.pyx":198
+ *         return len(_released(jobs)) + len(_released(in_turn))
  * 
  *     def close(self):             # <<<<<<<<<<<<<<
  *         """See `work.py`."""
  *         cdef Seat *seat
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_8lockstep_5_work_5Queue_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Queue_close, NULL, __pyx_mstate_global->__pyx_n_u_lockstep__work, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 175, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_8lockstep_5_work_5Queue_11close, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Queue_close, NULL, __pyx_mstate_global->__pyx_n_u_lockstep__work, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[7])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 198, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_8lockstep_5_work_Queue, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 175, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_8lockstep_5_work_Queue, __pyx_mstate_global->__pyx_n_u_close, __pyx_t_2) < (0)) __PYX_ERR(0, 198, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "lockstep/_work.pyx":189
+  /* "lockstep/_work.pyx":212
  *             seat = below
  * 
  *     def serve(self):             # <<<<<<<<<<<<<<
  *         """See `work.py`."""
  *         cdef Seat seat
 */
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_8lockstep_5_work_5Queue_13serve, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Queue_serve, NULL, __pyx_mstate_global->__pyx_n_u_lockstep__work, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 189, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_8lockstep_5_work_5Queue_13serve, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_Queue_serve, NULL, __pyx_mstate_global->__pyx_n_u_lockstep__work, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[8])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 212, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_8lockstep_5_work_Queue, __pyx_mstate_global->__pyx_n_u_serve, __pyx_t_2) < (0)) __PYX_ERR(0, 189, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_8lockstep_5_work_Queue, __pyx_mstate_global->__pyx_n_u_serve, __pyx_t_2) < (0)) __PYX_ERR(0, 212, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
   /* "(tree fragment)":1
@@ -7656,38 +7895,38 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   int __pyx_clineno = 0;
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
-    const struct { const unsigned int length: 8; } str_length_index[] = {{15},{1},{179},{8},{7},{6},{2},{9},{50},{62},{22},{52},{4},{22},{24},{3},{21},{23},{5},{23},{25},{11},{10},{13},{9},{11},{20},{12},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{5},{18},{5},{5},{4},{7},{5},{3},{4},{14},{3},{3},{4},{4},{5},{10},{6},{4}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{9},{138},{59},{70},{61},{85}};
+    const struct { const unsigned int length: 8; } str_length_index[] = {{15},{1},{179},{8},{7},{6},{2},{9},{50},{62},{22},{52},{4},{22},{24},{3},{21},{23},{5},{23},{25},{11},{10},{13},{9},{11},{20},{12},{8},{12},{8},{10},{8},{11},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{18},{5},{18},{5},{5},{4},{7},{8},{7},{5},{3},{4},{14},{3},{3},{4},{4},{5},{10},{6},{4}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{9},{163},{61},{85},{86},{86}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (792 bytes) */
-static const char cstring[] = "x\332uRMo\0337\020\215\320\242\225S\331\261`\273h\323\036F@\2004\t\242\300\250\003$\275\024B\334\002m\320\300*z\047\270\334Y\2311E\256\226\\Y{\313QG\036y\324\261\307\376\234=\346\047\344\047d\270+)v\325.v\227\303\307\371x\3638?\270\002\021\262\202O\246\250\335\243\237\337\030\207\340.\271\203W\225\2734\032\244\205\024\225L\260\340\016U\005\326\025R8,\242\223\206\213_.\236\236\2758\003\256S(\360-\ng\301\226\211P\334Z\264`2HJ\251\234\324\340\252\034\355\020~\313\2402%h\304\024\234\201\234\374n\006\270K\324`\321E\003\036r\255\215\343N\032\315(\\\352\311CHeAE\344\034c\364\257\\Y\034\3624e\344\207\251\264<Q\210:\376\047B\332\326J\265\241\0162^*\007\214\025\230\226\002\031\203\264lRh\243\237RGs\311\025\235\n\251\245c\314\242\312\206L\343\302\201h8@\202 \214\236c\341Z\336\034.ZyL\022\233\206\314\024\220Kq\245\210\244-\3043e\304\225u\230?c\327\246\270\032\346\325\"6d+\302\2460!\372\226*\003\316I\363,\375\2112\032\230r]A&\025\035\361\002\301\344\250_q\245\3427\334\362\026MU\306\326()eI\240O\370\357&\241w\327\277\005w\334\307%\226\330\374vC6\360\177\007\r\2052v\035\232\032\275\266bg\254\314\333M^\272\326\260X\020\314.\252\005}\3474=\354\rI\373\047f\214\255o\230N\031\313J-\342:\331\024\244g\312\245nV\223\226\252A4\2376+I\312\326n\321\234\273x\327\361`Vr\265q\332\334\366Ns[\000\027qC=n\023\333\033\345wzg\314\241\245\ta\3222a\nS\322h#\267\225\026\322\014\267\200MP\231kA\303\200\214\370\273\202\013L\270\270j4\023\246\324.J\266\026K\322H\330\2674G&\261\233\261\0316c\223\233\2344\264\310]\034\310FE\"\264\236\3459W%\332\350\366\256S\177~w\371\304\217\337\215>|qg\257\267|\351Gu\267\357\373~Pw\357\207A8\r\347\253N\335\275\267t\376\264\356~\265|\356?#\243w\350\367\302q\030G\343K_\221\307~\337\177\023\216\302(\"w\303\203 W\325?\235\367\373G\376\314_\267\2336\350\333\025%\376>\214\3028\244\321\334f<\366#?\366i\030\264L\276\373T\273\267\374#\364\353\356\3012\365\217\t\331\373\273\177+\303\275\245\365\003\3772\002\024\332\275\263\327\367\035\342\377\300\313`\351|\377\240\356\355\327\207_S""\352\307\253\321j\274\342\365ade\303\240>>\251\017\217\375\3530\213e\216\374)Q\370+\364\333,\047\315\346$\3600\273\245D\244\361(\234\205\305j\366/\032U\350l\202o\261\177\355g\377\037v\260D\377\243\347\261\377\363\320i\365\234\335P\243\356\021\257\217\313\017\023r";
-    PyObject *data = __Pyx_DecompressString(cstring, 792, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (878 bytes) */
+static const char cstring[] = "x\332uRMo\0337\020\255\320\002UZ\305\226\020\271E\333\240\240\200\000\256\035D\206\021\025\210\213\002\201j7E\0324\260\212\000EO\004\227;+3^\221\253%W\321\336|\324\221G\036\367\250\243\217\376\t=\352\270G\377\204\376\204\016W\037q\253T\320.g\207of\336\274\231\357L\n@\242\224\rG \315\301\363\327\312\0001\027\314\220\323\334\\(I\204&!\304\"\200\224\031\210s\242M*\270\201\324\203$9\377\371\374I\357Y\2170\031\222\024\336\0027\232\350,\3401\323\0324Q\021\t2\021\033!\211\311\023\320]\3622\"\271\312\210\004\010\211Q$A\334\335\000s\001\222h0\336 \373LJe\230\021JR\014\027r\270OB\221b\0211\001\037\375\202\305\032\272,\014)\342 \024\232\0051\200\364\357!\027zi\205Ra\007\021\313bC(M!\3148PJ\302\254J!\225|\202\035M\004\213\361\226\013)\014\245\032\342\250K%L\r\341\025\007\022\000\341JN 5K\336\214\234/\345Q\201o\232D*%\211\340\2271\222\324)?\212\025\277\324\006\222#\372N\245\227\335$\237\372\206t\216\276\021\031\"}\215\225\tLP\363(\374\0013*2b2\047\221\210\361\212\245@T\002\362\224\305\261\177\272\033\336\274\252J\351\312\213Ji\024\350\275\377W\025\340\177\033\277tn\301\007\031dP\275\266C\326\356\017\007uy\254\364*4Tre\371\316h\226,?\222\314,\r\r)\272\351y>\305\347\014\267\207\276Fi\177\207\210\322\325\204\361\226\322(\223\334\237\303uA\374\215\230\220\325\251\302,\256<\222\215\252\023%\245+\2307\047\306\317\332_\2143\026\257A\353io5\267q\300\324\177`\217\233\304\372N\371\255\336)5\240qC\250\320\224\253Te\270\332\300t.\271P\335\215C\007\020\253w\034\227\001(\3627)\343\0200~Yi\306U&\215\227l%\326\005\013\251\311R\351\201\376\300\r\321oq\255T\240\327[\324\255\266(Q\tJ\252\201\031\277\237\225\250\310o\265\332\023\026g\240=\354\252V~\362\331\354\261\035\\\365o\353_\273NYo\331\226\305\003mw\354\316\212ZY\377|\366t&\254q=7.\033\017\354\261\355\3337\213\257\016\347\235yoq\364\374&\377\253v\333h.\232\235\242]\320\353\323k}\323\361\260\236E\364\356,\263\247h4\333\366\245{S\264\274\361\213;)\372\267\315/\355\330\325\\\333\375Y\260\302\314\237]\237\334\364\313\372C\327w\003\027\026\035_""\365{\373\261=.\033m\2547\260\241\353\\\365\377\256\177to\317\227w{\216!\233\273,wf\241=@\216\323b\374\257<\273\263\034\353\264\226\301\337\274\3077f\257\220\330\377\206\355\314\300>\265\314\227?s\265\262\321\264\237\372\2066d*%>\220\3647\327Z&=D\317\275y\313\013\332^\354\355\027f\361\370\307\377\264\270;\323\266cO\320\361G\361S\301\347\255\371\301\365\361u\177\231\365[7(\353M[\303q<\262\302i\014\270\277S6\356\227\315/\260\376a\321/\006E4\357\227M/\265FB\355\275\262\371\320\275(\036\025\314\313\374\312\215=\243\325\274\\\353\037\331\2049\272";
+    PyObject *data = __Pyx_DecompressString(cstring, 878, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1031 bytes) */
-static const char cstring[] = "\377(tree fr\377agment)?\377Note tha\377t Cython\377 is deli\377berately\377 stricte\375r!\001n PEP-\377484 and \377rejects \377subclass\377es of bu\377iltin ty\377pes. If \377you need\237 to p%\000%\tt\177hen set\200\000\377e \047annot\277ation_<\000i\177ng\047 dirb\000\373iv\242\000o Fal\177se.add_%\000\377edisable{en\002\001gcis\004\003\367dno\277\000faul\377t __redu\177ce__ du>\002\357non-\317\000via\375l\033\000cinit_\377_self._n\337ext c\177\002 b\377e conver\335t\262\003a P\231#ob\376\361\001 for pi\367ckl\242\000src/\377lockstep\377/_work.p\273yx\327\000 sy\021\000m\333 g\274\000s \224\000ev\356\361 fd:\207 o m\177any fil\264 \377are open\257Call\000\001.\257\006c\246\220B__\017\004\247 s\236 e\035_\020\005Job\000\000\036\017\017\003>\036\016Queue\000\002Q\017|\017\005\037\023.clos4\004\347don>\004\326\001_up\356L\003putU\003ser\375v\360 Pyx_Py\355D\273`_N\330 Ref\363__\333D\216@__fu\377nc____geyt\317\003\n\000main\020\001\337modul!\002na\311m)\002\320 _ \004\007\001vt<\370A;\001qual\035\005\346EL\257.\200fexo\001\357`_Q\005\371st\010\317.__tes\376\237`_is_cor\377outineas\277yncio.\010\006s\277belowc\212`e\375_\275\000traceb\367ack\257\"coun\371t\257!\246$items]j\305`obs\257e.\262b\367pop\301 seat|\215\204\001\301\"setde\307\204\002\277values\332a\200\377\001\330\004\n\210+\220Q\377\200A\360\006\000\t\014\210\3779\220A\330\010\021\220\021\377\220!\330\010\032\230!\230\3771\230D\240\001\330\010\017\377\210t\2201\330\010\013\210\3675\220\003\006\000\014\020\220\t\337\230\024\230Q\330\006\000\007\220\375y\037\000\r\021\220\030\230\023\373\230A\016\001\n\230$\230i\377\240y\260\001\340\r\023\220\3474\220w\007\003(\001\t\230\031\375\240V\000\034\230A\230Q\230\371d\007\001I\006\024\220A\220Q\257\220d\230!\204\003\033r\007\014\377\210M\230\021\330\010\016\2107d\220*\213\000\t\250\n\0007\010\177\017\210s\220!\2209O\001~\302\000\010\000\t\021\220\001\275\000\337$\220i\230sj\000\r\016\277\330\014\r\330\020\026X\000*\377\240A\240Q\240a\330\020\376\222\001s\230!\330\024""\025\330\277\020\024\220K\230q\337\001\023\273\2201\200\000T\230\021@\003\025>\010\002\025\230a\230q\375\n\203\001?)\2304\230x\240\025\000z\n\347y\230\0015\005\261\nK\220q\374\270\003#\021\016\210e\2203\220\377a\330\014\024\220D\230\0012\312#q\n\001\207$\330\014\225\000";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1031, 1385);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (1124 bytes) */
+static const char cstring[] = "\377(tree fr\377agment)?\377Note tha\377t Cython\377 is deli\377berately\377 stricte\375r!\001n PEP-\377484 and \377rejects \377subclass\377es of bu\377iltin ty\377pes. If \377you need\237 to p%\000%\tt\177hen set\200\000\377e \047annot\277ation_<\000i\177ng\047 dirb\000\373iv\242\000o Fal\177se.add_%\000\377edisable{en\002\001gcis\004\003\367dno\277\000faul\377t __redu\177ce__ du>\002\357non-\317\000via\375l\033\000cinit_\377_self._n\337ext c\177\002 b\377e conver\335t\262\003a P\231#ob\376\361\001 for pi\367ckl\242\000src/\377lockstep\377/_work.p\273yx\327\000 sy\021\000m\333 g\274\000s \224\000ev\356\361 fd:\207 o m\177any fil\264 \377are open\257Call\000\001.\257\006c\246\220B__\017\004\247 s\236 e\035_\020\005Job\000\000\036\017\017\003>\036\016Queue\000\002Q\017|\017\005\037\023.clos4\004\347don>\004\326\001_up\356L\003putU\003ser\375v\360 Pyx_Py\355D\273`_N\330 Ref\363__\333D\216@__fu\377nc____geyt\317\003\n\000main\020\001\337modul!\002na\311m)\002\320 _ \004\007\001vt<\370A;\001qual\035\005\346EL\257.\200fexo\001\357`_Q\005\371st\010\317.__tes\376\237`_is_cor\377outineas\277yncio.\010\006s\277belowc\212`e\375_\275\000traceb\367ack\257\"coun\371t\257!\246$had_t\347urn%\001\003\001tem\273sj\324`obs\276e.\356\301bpop\320 sea\371t\234\204\001\320\"setde~\326\204\002values\351a\377\200\001\330\004\n\210+\220\377Q\200A\340\010\032\230!?\330\010\021\220\021\220\004\000\t\000\377\2301\230D\240\001\330\010\377\013\2103\210i\220t\230\3774\230q\330\014\023\2201\377\220A\220T\320\031*\250\377!\2504\320/?\270y\377\310\001\340\014\020\320\020!\377\240\024\240_\260C\260s\333\270!#\0014\220+\000\017\210\367u\220C\006\000\020\024\220I\337\230T\240\021\330\006\000G\230\3779\240A\340\020\027\220q\377\230\001\230\024\230Y\240a\377\240t\2508\2609\270A\377\330\010\034\230A\230Q\230\373d\240\205\000\013\2105\220\003\337\2201\330\014\024m\000Q\220\377d\230!\200A\360\010\000{\t\025{\001\230\025\230a\213\000}\010\233\010\016\210d\220)\241\000wx\240q;\n\017\210ye\000\335\0217\003""\033\230!\316\005\014\210\365K\237\000\010\037\025\016\210e\220\3673\220a{\001D\230\001\330\017\014\020\220\007\315\001\204\006\205\"B\020\257M\230\021\330P\002*\272 \t\375\250\n\000\021\220\024\320\025\047\337\240t\320+<\324\014\017\210\337s\220!\2209\361\000W\240\377B\240c\250\021\250)\260\3671\260A\342\003\036\230Q\330\357\010\020\220\001\214@$\220i\373\230s\221 \r\016\330\014\r\367\330\020\026\212 *\240A\240\377Q\240f\250A\330\020\023\357\2204\220s\267@\024\025\330\377\020\034\230F\240$\240a\316\343!K\230q\271A\251D\230\021";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 1124, 1468);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (1385 bytes) */
-static const char bytes[] = "(tree fragment)?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notedisableenablegcisenabledno default __reduce__ due to non-trivial __cinit__self._next cannot be converted to a Python object for picklingsrc/lockstep/_work.pyxthe system gives no eventfd: too many files are openCallCall.__reduce_cython__Call.__setstate_cython__JobJob.__reduce_cython__Job.__setstate_cython__QueueQueue.__reduce_cython__Queue.__setstate_cython__Queue.closeQueue.doneQueue.give_upQueue.putQueue.serve__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbelowcline_in_tracebackclosecountdonegive_upitemsjobjobslockstep._workpopputseatselfservesetdefaultvalueswork\200\001\330\004\n\210+\220Q\200A\360\006\000\t\014\2109\220A\330\010\021\220\021\220!\330\010\032\230!\2301\230D\240\001\330\010\017\210t\2201\330\010\013\2105\220\003\2201\330\014\020\220\t\230\024\230Q\330\014\020\220\007\220y\240\001\330\r\021\220\030\230\023\230A\330\014\020\220\n\230$\230i\240y\260\001\340\r\023\2204\220w\230i\240y\260\001\330\014\020\220\t\230\031\240!\330\010\034\230A\230Q\230d\240!\330\010\013\2105\220\003\2201\330\014\024\220A\220Q\220d\230!\200A\360\006\000\t\033\230!\2301\230D\240\001\330\010\014\210M\230\021\330\010\016\210d\220*\230D\240\t\250\021\330\010\034\230A\230Q\230d\240!\330\010\017\210s\220!\2209\230A\230Q\200A\360\010\000\t\021\220\001\220\021\220$\220i\230s\240!\330\r\016\330\014\r\330\020\026\220d\230*\240A\240Q\240a\330\020\023\2204\220s\230!\330\024\025\330\020\024\220K\230q\240\001\330\010\023\2201\220A\220T\230\021\200A\360\010\000\t\025\220A\220T\230\025\230a\230q\330\010\032\230!\2301\230D\240\001\330\010\016\210d\220)\2304\230x\240q\330\010\034\230A\230Q\230d\240!""\330\010\017\210y\230\001\230\021\200A\360\010\000\t\033\230!\2301\230D\240\001\330\010\014\210K\220q\330\010\016\210d\220)\2304\230x\240q\330\010\034\230A\230Q\230d\240!\330\010\016\210e\2203\220a\330\014\024\220D\230\001\330\014\020\220\007\220q\330\014\024\220A\220Q\220d\230!\330\014\023\2201";
+    #else /* compression: none (1468 bytes) */
+static const char bytes[] = "(tree fragment)?Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notedisableenablegcisenabledno default __reduce__ due to non-trivial __cinit__self._next cannot be converted to a Python object for picklingsrc/lockstep/_work.pyxthe system gives no eventfd: too many files are openCallCall.__reduce_cython__Call.__setstate_cython__JobJob.__reduce_cython__Job.__setstate_cython__QueueQueue.__reduce_cython__Queue.__setstate_cython__Queue.closeQueue.doneQueue.give_upQueue.putQueue.serve__Pyx_PyDict_NextRef__annotate____func____getstate____main____module____name____pyx_state__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutineasyncio.coroutinesbelowcline_in_tracebackclosecountdonegive_uphad_turnin_turnitemsjobjobslockstep._workpopputseatselfservesetdefaultvalueswork\200\001\330\004\n\210+\220Q\200A\340\010\032\230!\330\010\021\220\021\220!\330\010\032\230!\2301\230D\240\001\330\010\013\2103\210i\220t\2304\230q\330\014\023\2201\220A\220T\320\031*\250!\2504\320/?\270y\310\001\340\014\020\320\020!\240\024\240_\260C\260s\270!\330\014\023\2204\220q\330\014\017\210u\220C\220q\330\020\024\220I\230T\240\021\330\020\024\220G\2309\240A\340\020\027\220q\230\001\230\024\230Y\240a\240t\2508\2609\270A\330\010\034\230A\230Q\230d\240!\330\010\013\2105\220\003\2201\330\014\024\220A\220Q\220d\230!\200A\360\010\000\t\025\220A\220T\230\025\230a\230q\330\010\032\230!\2301\230D\240\001\330\010\016\210d\220)\2304\230x\240q\330\010\034\230A\230Q\230d\240!\330\010\017\210y\230\001\230\021\200A\360\010\000\t\033\230!\2301\230D\240\001\330\010\014\210K\220q\330\010\016\210d\220)\2304\230x\240q\330\010\034\230A\230Q\230d\240!\330\010\016\210e\2203\220a\330\014\024\220D\230\001\330\014\020\220\007\220q\330\014\024\220A\220Q\220d\230!\330\014\023\2201\200A\360\010\000\t\033\230!\2301\230D""\240\001\330\010\014\210M\230\021\330\010\016\210d\220*\230D\240\t\250\021\330\010\021\220\024\320\025\047\240t\320+<\270A\330\010\034\230A\230Q\230d\240!\330\010\017\210s\220!\2209\230A\230W\240B\240c\250\021\250)\2601\260A\200A\360\010\000\t\036\230Q\330\010\020\220\001\220\021\220$\220i\230s\240!\330\r\016\330\014\r\330\020\026\220d\230*\240A\240Q\240f\250A\330\020\023\2204\220s\230!\330\024\025\330\020\034\230F\240$\240a\330\020\024\220K\230q\240\001\330\010\023\2201\220A\220T\230\021";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
     #endif
     PyObject **stringtab = __pyx_mstate->__pyx_string_tab;
     Py_ssize_t pos = 0;
-    for (int i = 0; i < 63; i++) {
+    for (int i = 0; i < 65; i++) {
       Py_ssize_t bytes_length = str_length_index[i].length;
       PyObject *string = PyUnicode_DecodeUTF8(bytes + pos, bytes_length, NULL);
       if (likely(string) && i >= 12) PyUnicode_InternInPlace(&string);
@@ -7698,8 +7937,8 @@ static const char bytes[] = "(tree fragment)?Note that Cython is deliberately st
       stringtab[i] = string;
       pos += bytes_length;
     }
-    for (int i = 63; i < 69; i++) {
-      Py_ssize_t bytes_length = bytes_length_index[i-63].length;
+    for (int i = 65; i < 71; i++) {
+      Py_ssize_t bytes_length = bytes_length_index[i-65].length;
       PyObject *string = PyBytes_FromStringAndSize(bytes + pos, bytes_length);
       stringtab[i] = string;
       pos += bytes_length;
@@ -7709,14 +7948,14 @@ static const char bytes[] = "(tree fragment)?Note that Cython is deliberately st
       }
     }
     Py_XDECREF(data);
-    for (Py_ssize_t i = 0; i < 69; i++) {
+    for (Py_ssize_t i = 0; i < 71; i++) {
       if (unlikely(PyObject_Hash(stringtab[i]) == -1)) {
         __PYX_ERR(0, 1, __pyx_L1_error)
       }
     }
     #if CYTHON_IMMORTAL_CONSTANTS
     {
-      PyObject **table = stringtab + 63;
+      PyObject **table = stringtab + 65;
       for (Py_ssize_t i=0; i<6; ++i) {
         #if PY_VERSION_HEX >= 0x030F0000
         PyUnstable_SetImmortal(table[i]);
@@ -7750,7 +7989,7 @@ typedef struct {
     unsigned int argcount : 2;
     unsigned int num_posonly_args : 1;
     unsigned int num_kwonly_args : 1;
-    unsigned int nlocals : 2;
+    unsigned int nlocals : 3;
     unsigned int flags : 10;
     unsigned int first_line : 8;
 } __Pyx_PyCode_New_function_description;
@@ -7792,29 +8031,29 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_tree_fragment, __pyx_mstate->__pyx_n_u_setstate_cython, __pyx_mstate->__pyx_kp_b_iso88591_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 137};
+    const __Pyx_PyCode_New_function_description descr = {2, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 158};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_job, __pyx_mstate->__pyx_n_u_seat};
-    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_src_lockstep__work_pyx, __pyx_mstate->__pyx_n_u_put, __pyx_mstate->__pyx_kp_b_iso88591_A_9A_1D_t1_5_1_Q_y_A_iy_4wiy_AQd, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_src_lockstep__work_pyx, __pyx_mstate->__pyx_n_u_put, __pyx_mstate->__pyx_kp_b_iso88591_A_1D_3it4q_1AT_4_y__Cs_4q_uCq_IT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 156};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 177};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_count, __pyx_mstate->__pyx_n_u_jobs};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_src_lockstep__work_pyx, __pyx_mstate->__pyx_n_u_done, __pyx_mstate->__pyx_kp_b_iso88591_A_AT_aq_1D_d_4xq_AQd_y, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 166};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_jobs};
-    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_src_lockstep__work_pyx, __pyx_mstate->__pyx_n_u_give_up, __pyx_mstate->__pyx_kp_b_iso88591_A_1D_M_d_D_AQd_s_9AQ, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 187};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_jobs, __pyx_mstate->__pyx_n_u_in_turn};
+    __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_src_lockstep__work_pyx, __pyx_mstate->__pyx_n_u_give_up, __pyx_mstate->__pyx_kp_b_iso88591_A_1D_M_d_D_t_A_AQd_s_9AWBc_1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 175};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 198};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seat, __pyx_mstate->__pyx_n_u_below};
     __pyx_mstate_global->__pyx_codeobj_tab[7] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_src_lockstep__work_pyx, __pyx_mstate->__pyx_n_u_close, __pyx_mstate->__pyx_kp_b_iso88591_A_1D_Kq_d_4xq_AQd_e3a_D_q_AQd_1, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[7])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 189};
-    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seat, __pyx_mstate->__pyx_n_u_job};
-    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_src_lockstep__work_pyx, __pyx_mstate->__pyx_n_u_serve, __pyx_mstate->__pyx_kp_b_iso88591_A_is_d_AQa_4s_Kq_1AT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 212};
+    PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_seat, __pyx_mstate->__pyx_n_u_job, __pyx_mstate->__pyx_n_u_had_turn};
+    __pyx_mstate_global->__pyx_codeobj_tab[8] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_src_lockstep__work_pyx, __pyx_mstate->__pyx_n_u_serve, __pyx_mstate->__pyx_kp_b_iso88591_A_Q_is_d_AQfA_4s_F_a_Kq_1AT, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[8])) goto bad;
   }
   {
     const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 1};

@@ -5,6 +5,7 @@ cdef class Job:
     cdef public object future
     cdef object value
     cdef object failure
+    cdef bint in_turn  # not beside another that is
     cdef void *_next  # in the queue
 
     cdef bint perform(self, const int *given_up) noexcept nogil

@@ -92,6 +92,23 @@ cdef struct Seat:
     Seat *below
 
 
+cdef void _append(void **first, void **last, void *job) noexcept nogil:
+    (<Job> job)._next = NULL
+    if first[0] == NULL:
+        first[0] = job
+    else:
+        (<Job> last[0])._next = job
+    last[0] = job
+
+
+cdef void *_take(void **first) noexcept nogil:
+    """The first of a chain; NULL if there is none."""
+    cdef void *job = first[0]
+    if job != NULL:
+        first[0] = (<Job> job)._next
+    return job
+
+
 cdef list _released(void *job):
     """What became of each of a chain of jobs, which nothing here knows any more from then on."""
     cdef void *after
@@ -115,6 +132,9 @@ cdef class Queue:
     cdef pthread_mutex_t _lock
     cdef void *_first
     cdef void *_last
+    cdef void *_first_in_turn
+    cdef void *_last_in_turn
+    cdef bint _taking_turns  # a thread is at such a job
     cdef void *_done
     cdef void *_last_done
     cdef Seat *_idle  # who came to rest last is first: its memory is still in the processor's cache
@@ -129,6 +149,7 @@ cdef class Queue:
 
     def __dealloc__(self):
         _released(self._first)
+        _released(self._first_in_turn)
         _released(self._done)
         if self.fd >= 0:
             close(self.fd)
@@ -136,19 +157,19 @@ cdef class Queue:
 
     def put(self, Job job):
         """See `work.py`."""
-        cdef Seat *seat
-        job._next = NULL
+        cdef Seat *seat = NULL
         Py_INCREF(job)  # while the queue and the threads know it only by its address
         pthread_mutex_lock(&self._lock)
-        seat = self._idle
-        if seat != NULL:
-            self._idle = seat.below
-            seat.job = <void *> job
-        elif self._first == NULL:
-            self._first = self._last = <void *> job
+        if job.in_turn and self._taking_turns:
+            _append(&self._first_in_turn, &self._last_in_turn, <void *> job)
         else:
-            (<Job> self._last)._next = <void *> job
-            self._last = <void *> job
+            self._taking_turns = self._taking_turns or job.in_turn
+            seat = self._idle
+            if seat != NULL:
+                self._idle = seat.below
+                seat.job = <void *> job
+            else:
+                _append(&self._first, &self._last, <void *> job)
         pthread_mutex_unlock(&self._lock)
         if seat != NULL:
             sem_post(&seat.called)
@@ -166,11 +187,13 @@ cdef class Queue:
     def give_up(self):
         """See `work.py`."""
         cdef void *jobs
+        cdef void *in_turn
         pthread_mutex_lock(&self._lock)
         self._given_up = 1
         jobs, self._first = self._first, NULL
+        in_turn, self._first_in_turn = self._first_in_turn, NULL
         pthread_mutex_unlock(&self._lock)
-        return len(_released(jobs))
+        return len(_released(jobs)) + len(_released(in_turn))
 
     def close(self):
         """See `work.py`."""
@@ -190,23 +213,26 @@ cdef class Queue:
         """See `work.py`."""
         cdef Seat seat
         cdef void *job
+        cdef bint had_turn = False
         sem_init(&seat.called, 0, 0)
         with nogil:
             while True:
-                job = self._next_for(&seat)
+                job = self._next_for(&seat, had_turn)
                 if job == NULL:
                     break
+                had_turn = (<Job> job).in_turn
                 self._carry_out(job)
         sem_destroy(&seat.called)
 
-    cdef void *_next_for(self, Seat *seat) noexcept nogil:
-        """Wait for a job; NULL when there will be none."""
+    cdef void *_next_for(self, Seat *seat, bint had_turn) noexcept nogil:
+        """Wait for a job; NULL when there will be none. A thread that `had_turn` goes on with those that wait for theirs."""
         cdef void *job
         pthread_mutex_lock(&self._lock)
-        job = self._first
-        if job != NULL:
-            self._first = (<Job> job)._next
-        elif not self._closed:
+        job = _take(&self._first_in_turn) if had_turn else NULL
+        if job == NULL:
+            self._taking_turns = self._taking_turns and not had_turn
+            job = _take(&self._first)
+        if job == NULL and not self._closed:
             seat.below = self._idle
             self._idle = seat
             pthread_mutex_unlock(&self._lock)
@@ -221,14 +247,9 @@ cdef class Queue:
         if not (<Job> job).perform(&self._given_up):
             with gil:
                 (<Job> job).end()
-        (<Job> job)._next = NULL
         pthread_mutex_lock(&self._lock)
         first = self._done == NULL
-        if first:
-            self._done = job
-        else:
-            (<Job> self._last_done)._next = job
-        self._last_done = job
+        _append(&self._done, &self._last_done, job)
         pthread_mutex_unlock(&self._lock)
         if first:  # whoever looks takes all that is there
             eventfd_write(self.fd, 1)

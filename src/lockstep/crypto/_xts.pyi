@@ -54,6 +54,7 @@ class Xts:
         count: int,
         flags: int,
         rest: Callable[[int], None],
+        in_turn: bool,
         /,
     ) -> Job:
         """Return `encrypt_run` as a job (lockstep/work.py): a thread that carries it out does not need the interpreter.

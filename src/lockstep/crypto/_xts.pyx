@@ -375,10 +375,10 @@ cdef class Xts:
             self._end(&writes)
 
     def encrypt_job(
-        self, int fd, int64_t data_offset, uint64_t first_iv, data, run, Py_ssize_t count, int flags, rest
+        self, int fd, int64_t data_offset, uint64_t first_iv, data, run, Py_ssize_t count, int flags, rest, bint in_turn
     ):
         """Return `encrypt_run` as a job for a thread. See the stub file."""
-        return Encryption(self, fd, data_offset, first_iv, data, run, count, flags, rest)
+        return Encryption(self, fd, data_offset, first_iv, data, run, count, flags, rest, in_turn)
 
     def decrypt_into(self, first_iv, src, dst):
         """Decrypt the sectors in `src` into `dst`. See the stub file for units and errors."""
@@ -394,9 +394,10 @@ cdef class Encryption(Job):
     cdef object _rest
 
     def __cinit__(
-        self, Xts xts, int fd, int64_t data_offset, uint64_t first_iv, data, run, Py_ssize_t count, int flags, rest
+        self, Xts xts, int fd, int64_t data_offset, uint64_t first_iv, data, run, Py_ssize_t count, int flags, rest,
+        bint in_turn
     ):
-        self._xts, self._rest = xts, rest
+        self._xts, self._rest, self.in_turn = xts, rest, in_turn
         self._run.fd, self._run.flags, self._run.count = fd, flags, count
         self._run.data_offset, self._run.first_iv = data_offset, first_iv
         xts._begin(&self._run, data, run)

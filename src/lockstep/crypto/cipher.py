@@ -86,6 +86,7 @@ class FallbackXts:
         count: int,
         flags: int,
         rest: Callable[[int], None],
+        in_turn: bool,  # noqa: ARG002 (for the native queue)
         /,
     ) -> Callable[[], None]:
         """Return what a thread does to encrypt and write a run."""
@@ -158,7 +159,9 @@ class XtsCipher:
     encrypt_into: Callable[[int, Buffer, Buffer], None]
     encrypt_to: Callable[[int, int, int, Buffer, int], int]
     encrypt_run: Callable[[int, int, int, Buffer, array[int], int, int], int]
-    encrypt_job: Callable[[int, int, int, Buffer, array[int], int, int, Callable[[int], None]], Callable[[], None]]
+    encrypt_job: Callable[
+        [int, int, int, Buffer, array[int], int, int, Callable[[int], None], bool], Callable[[], None]
+    ]
     decrypt_into: Callable[[int, Buffer, Buffer], None]
     sector_bytes: int
 

@@ -163,11 +163,11 @@ cdef class Transfer(Job):
     cdef int _error
     cdef object _rest
 
-    def __cinit__(self, bint writes, int fd, int flags, data, run, Py_ssize_t count, rest):
+    def __cinit__(self, bint writes, bint in_turn, int fd, int flags, data, run, Py_ssize_t count, rest):
         cdef Write *request
         cdef Py_ssize_t at
         self._call = <Call> pwritev2 if writes else <Call> preadv2
-        self._writes = writes
+        self._writes, self.in_turn = writes, in_turn
         self._fd = fd
         self._flags = flags
         self._rest = rest
@@ -202,14 +202,14 @@ cdef class Transfer(Job):
         return self._rest(self._done)
 
 
-def write_job(int fd, int flags, data, run, Py_ssize_t count, rest):
+def write_job(int fd, int flags, data, run, Py_ssize_t count, rest, bint in_turn):
     """See `runs.py`."""
-    return Transfer(True, fd, flags, data, run, count, rest)
+    return Transfer(True, in_turn, fd, flags, data, run, count, rest)
 
 
 def fetch_job(int fd, into, run, Py_ssize_t count, rest):
     """See `runs.py`."""
-    return Transfer(False, fd, 0, into, run, count, rest)
+    return Transfer(False, False, fd, 0, into, run, count, rest)
 
 
 def write_run(int fd, int flags, data, run, Py_ssize_t count):

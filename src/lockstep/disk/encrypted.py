@@ -17,7 +17,7 @@ from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.luks import Segment
 from lockstep.disk.direct import DirectFile, Fill
 from lockstep.disk.runs import WORDS
-from lockstep.disk.transfer import Promptness, cached_read_flag, read_all
+from lockstep.disk.transfer import Promptness, cached_read_flag, read_all, writes_take_turns
 
 # One piece is encrypted and written while it is still in the processor's cache.
 PIECE_BYTES: Final = 256 << 10
@@ -35,6 +35,7 @@ class EncryptedDisk:
         self._data_offset = segment.offset_bytes
         self._first_iv = segment.iv_offset
         self._direct = DirectFile.of(fd)
+        self._in_turn = writes_take_turns(fd)
         self._promptness = Promptness(fd)
         self._stopped = False
         self._encrypt_into = cipher.encrypt_into
@@ -72,8 +73,8 @@ class EncryptedDisk:
             return functools.partial(self._write_direct, data, run, count, durable)
         if self._promptness.unknown:
             return functools.partial(rest, 0)
-        flags = os.RWF_DSYNC if durable else 0
-        return self._encrypt_job(self._fd, self._data_offset, self._first_iv, data, run, count, flags, rest)
+        where, flags = (self._fd, self._data_offset, self._first_iv), os.RWF_DSYNC if durable else 0
+        return self._encrypt_job(*where, data, run, count, flags, rest, self._in_turn)
 
     def _write_direct(self, data: memoryview, run: "array[int]", count: int, durable: bool) -> None:
         assert self._direct is not None

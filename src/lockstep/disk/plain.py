@@ -16,7 +16,7 @@ from lockstep.disk.direct import DirectFile, copy_from, require_direct
 from lockstep.disk.lock import lock_exclusive
 from lockstep.disk.probe import Disk, open_disk
 from lockstep.disk.runs import WORDS, fetch_job, read_run, write_job, write_run
-from lockstep.disk.transfer import Promptness, cached_read_flag, read_all, write_all
+from lockstep.disk.transfer import Promptness, cached_read_flag, read_all, write_all, writes_take_turns
 
 _FALLOC_FL_KEEP_SIZE: Final = 0x01  # linux/falloc.h
 _FALLOC_FL_PUNCH_HOLE: Final = 0x02
@@ -37,6 +37,7 @@ class PlainDisk:
         self._used_bytes = size_bytes  # what lies behind them is another's, and reads as zeroes
         self._fd = fd
         self._direct = DirectFile.of(fd)
+        self._in_turn = writes_take_turns(fd)
         self._nowait = cached_read_flag(fd)
         self._promptness = Promptness(fd)
 
@@ -124,7 +125,7 @@ class PlainDisk:
             return functools.partial(self._write_direct, data, run, count, durable)
         if self._promptness.unknown:
             return functools.partial(rest, 0)
-        return write_job(self._fd, os.RWF_DSYNC if durable else 0, data, run, count, rest)
+        return write_job(self._fd, os.RWF_DSYNC if durable else 0, data, run, count, rest, self._in_turn)
 
     def _write_direct(self, data: memoryview, run: "array[int]", count: int, durable: bool) -> None:
         assert self._direct is not None

@@ -84,12 +84,20 @@ def _read_run(fd: int, flags: int, into: "Buffer", run: "array[int]", count: int
 
 
 def _write_job(
-    fd: int, flags: int, data: "Buffer", run: "array[int]", count: int, rest: Callable[[int], None], /
+    fd: int,
+    flags: int,
+    data: "Buffer",
+    run: "array[int]",
+    count: int,
+    rest: Callable[[int], None],
+    in_turn: bool,  # noqa: ARG001 (for the native queue)
+    /,
 ) -> Callable[[], None]:
     """Return what a thread does to write a run (lockstep/work.py). A write that fails fails it, with its OSError.
 
     One that is cut short, or not begun since the queue gave up, is left to `rest`, which is given how many were written
-    whole. Neither the data nor the run may be changed meanwhile.
+    whole. Neither the data nor the run may be changed meanwhile. `in_turn` spares threads waiting for each other within
+    the kernel: the native queue has such jobs carried out by one, without a pause between two.
     """
     view = memoryview(data)
     return lambda: _moved(os.pwritev, fd, flags, view, run, count, rest)

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Callable
 
 
@@ -70,6 +71,11 @@ def cached_read_flag(fd: int) -> int | None:
             return None
         return _flag_in_memory(fd)
     return os.RWF_NOWAIT
+
+
+def writes_take_turns(fd: int) -> bool:
+    """Whether the kernel lets one write at a time into its cache of this: a file has a lock, a block device has not."""
+    return stat.S_ISREG(os.fstat(fd).st_mode) and not is_direct(fd)
 
 
 def is_direct(fd: int) -> bool:
