@@ -36,6 +36,7 @@ from typing import Any, Final, Protocol, cast
 from lockstep.buffers import page_aligned
 from lockstep.nbd import wire
 from lockstep.nbd.frames import (
+    WORDS,
     cookie_of,
     end_of,
     find_reads,
@@ -137,6 +138,22 @@ class Host(Protocol):
         """Run `work` as a task of the server's."""
 
 
+class _Gathered:
+    """Writes of one stretch of the receive buffer, and the block that their payload is to move to."""
+
+    __slots__ = ("block", "end", "run", "start")
+
+    def __init__(self, block: memoryview, start: int) -> None:
+        self.block = block
+        self.start = self.end = start
+        self.run = array("Q")
+
+    def add(self, run: "array[int]", count: int, end: int) -> None:
+        rebase(run, count, -self.start)
+        self.run.extend(run[: WORDS * count])
+        self.end = end
+
+
 class Connection(Securable):
     """One client, from its first byte to its last. `user` is who it belongs to, `origin` where it comes from.
 
@@ -164,6 +181,7 @@ class Connection(Securable):
         self._block_filled = 0
         self._block_since_s = 0.0
         self._run = new_run()
+        self._gathered: _Gathered | None = None
         self._out: list[bytes | bytearray] = []
         self._batch_bytes = 0  # moved since replies were last sent
         self._undrained: list[memoryview] = []  # pool blocks whose data the socket has not taken yet
@@ -331,6 +349,7 @@ class Connection(Securable):
                 if self._start == self._end:
                     break
         finally:
+            self._begin_gathered()
             self._send_replies()
         if self._ending:
             self._finish()
@@ -363,20 +382,35 @@ class Connection(Securable):
             self._out.append(pack_replies(run, done))
             self._start = end_of(run, done)
             self._batch_bytes += self._start - start
-        return done == count or self._begin_run(rest_of(run, done, count), count - done) or done > 0
+        return done == count or self._gather(rest_of(run, done, count), count - done) or done > 0
 
-    def _begin_run(self, run: "array[int]", count: int) -> bool:
-        """Have a run of writes that may block carried out; False when there is no memory for it now."""
-        start, end = self._start, end_of(run, count)
-        block = self._take_block(end - start)
-        if block is None:
-            return False
-        block[: end - start] = self._buffer[start:end]
-        rebase(run, count, -start)
+    def _gather(self, run: "array[int]", count: int) -> bool:
+        """Have writes that may block carried out, with others that have arrived, though reads come between them.
+
+        False when there is no memory for it now.
+        """
+        end = end_of(run, count)
+        if self._gathered is not None and end - self._gathered.start > len(self._gathered.block):
+            self._begin_gathered()
+        if self._gathered is None:
+            block = self._take_block(max(end - self._start, min(self._end - self._start, REPLY_BATCH_BYTES)))
+            if block is None:
+                return False
+            self._gathered = _Gathered(block, self._start)
+        self._gathered.add(run, count, end)
         self._start = end
         self._pending += count
-        self._server.spawn(self._write_run(run, count, block))
+        if end - self._gathered.start >= REPLY_BATCH_BYTES:
+            self._begin_gathered()
         return True
+
+    def _begin_gathered(self) -> None:
+        """Begin with the writes that were gathered: their payload leaves the buffer, which is about to be reused."""
+        gathered, self._gathered = self._gathered, None
+        if gathered is not None:
+            start, end, block = gathered.start, gathered.end, gathered.block
+            block[: end - start] = self._buffer[start:end]
+            self._server.spawn(self._write_run(gathered.run, len(gathered.run) // WORDS, block))
 
     def _serve_reads(self) -> bool:
         """Serve the run of plain reads at the front; False when there is none, or it must wait."""
