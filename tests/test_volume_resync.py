@@ -60,6 +60,9 @@ class Disk:
             offset, length, position = run[4 * at : 4 * at + 3]
             self.content[offset : offset + length] = data[position : position + length]
 
+    def flush_job(self) -> Callable[[], None]:
+        return self.flush
+
     def flush(self) -> None:
         if self.link is not None:
             self.states.append(self.link.state)

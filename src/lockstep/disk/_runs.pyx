@@ -22,6 +22,10 @@ cdef extern from "sys/uio.h" nogil:
     ssize_t preadv2(int fd, const iovec *parts, int count, int64_t offset, int flags)
 
 
+cdef extern from "unistd.h" nogil:
+    int fdatasync(int fd)
+
+
 cdef extern from "fcntl.h" nogil:
     int POSIX_FADV_WILLNEED
     int posix_fadvise(int fd, int64_t offset, int64_t length, int advice)
@@ -200,6 +204,30 @@ cdef class Transfer(Job):
         if self._error:
             raise OSError(self._error, strerror(self._error).decode())
         return self._rest(self._done)
+
+
+cdef class Flush(Job):
+    """See `flush_job` in `runs.py`."""
+
+    cdef int _fd
+    cdef int _error
+
+    def __cinit__(self, int fd):
+        self._fd = fd
+
+    cdef bint perform(self, const int *given_up) noexcept nogil:
+        if fdatasync(self._fd) == 0:
+            return True
+        self._error = errno
+        return False
+
+    cdef object finish(self):
+        raise OSError(self._error, strerror(self._error).decode())
+
+
+def flush_job(int fd):
+    """See `runs.py`."""
+    return Flush(fd)
 
 
 def write_job(int fd, int flags, data, run, Py_ssize_t count, rest, bint in_turn):

@@ -16,7 +16,7 @@ from typing import Final
 from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.luks import Segment
 from lockstep.disk.direct import DirectFile, Fill
-from lockstep.disk.runs import WORDS
+from lockstep.disk.runs import WORDS, flush_job
 from lockstep.disk.transfer import Promptness, cached_read_flag, read_all, writes_take_turns
 
 # One piece is encrypted and written while it is still in the processor's cache.
@@ -151,6 +151,10 @@ class EncryptedDisk:
     def flush(self) -> None:
         """Make every completed write durable."""
         os.fdatasync(self._fd)
+
+    def flush_job(self) -> Callable[[], None]:
+        """Return what a thread does to flush."""
+        return flush_job(self._fd)
 
     def forget_cache(self, offset: int, length: int) -> None:
         """Have the range read from the medium next time, as far as it was flushed."""

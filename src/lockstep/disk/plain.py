@@ -15,7 +15,7 @@ from typing import Final, Self
 from lockstep.disk.direct import DirectFile, copy_from, require_direct
 from lockstep.disk.lock import lock_exclusive
 from lockstep.disk.probe import Disk, open_disk
-from lockstep.disk.runs import WORDS, fetch_job, read_run, write_job, write_run
+from lockstep.disk.runs import WORDS, fetch_job, flush_job, read_run, write_job, write_run
 from lockstep.disk.transfer import Promptness, cached_read_flag, read_all, write_all, writes_take_turns
 
 _FALLOC_FL_KEEP_SIZE: Final = 0x01  # linux/falloc.h
@@ -157,6 +157,10 @@ class PlainDisk:
     def flush(self) -> None:
         """Make every completed write durable."""
         os.fdatasync(self._fd)
+
+    def flush_job(self) -> Callable[[], None]:
+        """Return what a thread does to flush."""
+        return flush_job(self._fd)
 
     def resize(self, size_bytes: int) -> None:
         """Empty a file and give it a size: all of it reads as zeroes then."""

@@ -117,6 +117,11 @@ def _fetch_job(
     return job
 
 
+def _flush_job(fd: int, /) -> Callable[[], None]:
+    """Return what a thread does to make durable what was written to a file."""
+    return lambda: os.fdatasync(fd)
+
+
 def _moved(
     call: Callable[..., int],
     fd: int,
@@ -149,6 +154,7 @@ except ImportError:
     read_run = _read_run
     write_job = _write_job
     fetch_job = _fetch_job
+    flush_job = _flush_job
     same = _same
 else:
     aligned = _native.aligned
@@ -159,4 +165,5 @@ else:
     read_run = _native.read_run
     write_job = _native.write_job
     fetch_job = _native.fetch_job
+    flush_job = _native.flush_job
     same = _native.same

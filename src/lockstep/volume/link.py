@@ -263,7 +263,7 @@ class MirrorLink:
 
     async def flush(self) -> bool:
         """Make the mirror durable; False, and it is dropped, when that fails."""
-        return await self._asks("flushing", lambda disk: disk.flush)
+        return await self._asks("flushing", lambda disk: disk.flush_job())
 
     async def read_medium(self, offset: int, into: memoryview) -> bool:
         """Like `read`, from the medium, as far as it was flushed."""

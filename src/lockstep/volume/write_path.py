@@ -320,7 +320,7 @@ class WritePath:
     async def _flush_all(self) -> None:
         copies = [asyncio.ensure_future(mirror.flush()) for mirror in self.mirrors]
         try:
-            await self._in_worker(self.target.flush)
+            await self._in_worker(self.target.flush_job())
         except OSError as failure:
             self._target_failed(failure)
             raise
