@@ -42,19 +42,18 @@ def test_regions_follow_their_model(size_bytes: int, dirty: bool, operations: li
         elif what == "begin":
             limit_bytes = number // 8
             begun = regions.begin_copy(limit_bytes)
-            wanted = min(marked, key=lambda region: (region < at, region), default=None)
-            if wanted is None:
-                assert begun is None
-                continue
-            most = range(wanted, wanted + max(1, limit_bytes // REGION_BYTES))
-            stretch = list(itertools.takewhile(marked.__contains__, most))
-            assert begun == (wanted * REGION_BYTES, bytes_of(stretch))
-            marked -= set(stretch)
-            copying |= set(stretch)
-            at = stretch[-1] + 1
+            left = max(1, limit_bytes // REGION_BYTES)
+            for stretch_begun in begun:
+                wanted = min(marked, key=lambda region: (region < at, region))
+                stretch = list(itertools.takewhile(marked.__contains__, range(wanted, wanted + left)))
+                assert stretch_begun == (wanted * REGION_BYTES, bytes_of(stretch))
+                marked -= set(stretch)
+                copying |= set(stretch)
+                at, left = stretch[-1] + 1, left - len(stretch)
+            assert not left or not marked
         elif what == "finish" and number < size_bytes:  # also of regions that were marked since, or never begun
             length = min(1 + number // 16, size_bytes - number)
-            regions.finish_copy(number, length, equal=bool(value % 2))
+            regions.finish_copy([(number, length)], equal=bool(value % 2))
             over = set(range(number // REGION_BYTES, (number + length - 1) // REGION_BYTES + 1))
             if not value % 2:
                 marked |= copying & over

@@ -46,6 +46,14 @@ class Disk:
         self.was_read.set()
         assert self.go_on.wait(10)
 
+    def read_job(self, into: memoryview, run: "array[int]", count: int) -> Callable[[], None]:
+        def job() -> None:
+            for at in range(count):
+                offset, length, position = run[4 * at : 4 * at + 3]
+                self.read(offset, into[position : position + length])
+
+        return job
+
     prompt = True
 
     def write_run(self, data: memoryview, run: "array[int]", count: int) -> int:

@@ -8,6 +8,7 @@ A region is one byte, so that finding, counting and marking are single operation
 from the loop's thread.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 SMALLEST_REGION_BYTES: Final = 64 << 10
@@ -102,26 +103,30 @@ class RegionMap:
         """Whether a region is known to be equal."""
         return self._states[region] == _CLEAN
 
-    def begin_copy(self, limit_bytes: int) -> tuple[int, int] | None:
-        """Take the next dirty regions that follow each other, one or up to `limit_bytes`: (offset, length)."""
-        first = self._states.find(_DIRTY, self._next)
-        if first < 0:
-            first = self._states.find(_DIRTY)
-        if first < 0:
-            return None
-        after = first + 1
-        most = min(len(self._states), first + max(1, limit_bytes // self.region_bytes))
-        while after < most and self._states[after] == _DIRTY:
-            after += 1
-        self._states[first:after] = bytes([_COPYING]) * (after - first)
-        self._next = after
-        offset = first * self.region_bytes
-        return offset, min(after * self.region_bytes, self.size_bytes) - offset
+    def begin_copy(self, limit_bytes: int) -> list[tuple[int, int]]:
+        """Take the next dirty regions, one or up to `limit_bytes` of them; returns (offset, length) of each stretch."""
+        taken: list[tuple[int, int]] = []
+        left = max(1, limit_bytes // self.region_bytes)
+        while left and (first := self._next_dirty()) >= 0:
+            after = first + 1
+            while after < min(len(self._states), first + left) and self._states[after] == _DIRTY:
+                after += 1
+            self._states[first:after] = bytes([_COPYING]) * (after - first)
+            self._next, left = after, left - (after - first)
+            offset = first * self.region_bytes
+            taken.append((offset, min(after * self.region_bytes, self.size_bytes) - offset))
+        return taken
 
-    def finish_copy(self, offset: int, length: int, *, equal: bool) -> None:
+    def _next_dirty(self) -> int:
+        """The next dirty region from where the last copy began, round the end; -1 if there is none."""
+        first = self._states.find(_DIRTY, self._next)
+        return first if first >= 0 else self._states.find(_DIRTY)
+
+    def finish_copy(self, taken: Sequence[tuple[int, int]], *, equal: bool) -> None:
         """End what `begin_copy` began: a region is clean when `equal` and nobody marked it meanwhile."""
-        part = self._slice(offset, length)
-        self._states[part] = self._states[part].translate(_COPIED if equal else _NOT_COPIED)
+        for offset, length in taken:
+            part = self._slice(offset, length)
+            self._states[part] = self._states[part].translate(_COPIED if equal else _NOT_COPIED)
 
 
 def positions(states: bytes | bytearray) -> list[int]:

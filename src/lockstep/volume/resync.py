@@ -17,10 +17,11 @@ import contextlib
 import logging
 import time
 from array import array
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from lockstep.buffers import page_aligned
-from lockstep.disk.runs import WORDS, run_of, same
+from lockstep.disk.runs import WORDS, same
 from lockstep.volume.gate import UPDATE, Gate
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW
 from lockstep.volume.link import IN_SYNC, MirrorLink
@@ -30,6 +31,9 @@ from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
 
 log = logging.getLogger(__name__)
+
+Stretches = Sequence[tuple[int, int]]
+"""(offset, length) of parts of the disk, in bytes."""
 
 HANDS: Final = 3
 TURN_S: Final = 2.0
@@ -119,59 +123,73 @@ class Resync:
         pace = Pace(lambda: self._path.requests, self._stopping)
         buffers = page_aligned(LARGEST_PIECE_BYTES), page_aligned(LARGEST_PIECE_BYTES)
         while self._may_go_on() and time.monotonic() < until_s and not (number and pace.gives_way):
-            if (found := regions.begin_copy(pace.piece_bytes)) is None:
+            taken = regions.begin_copy(pace.piece_bytes)
+            if not taken:
                 return
-            offset, length = found
             equal = False
             try:
-                equal = await self._copy_stretch(offset, length, buffers, pace)
+                equal = await self._copy_taken(taken, buffers, pace)
             finally:
-                regions.finish_copy(offset, length, equal=equal)
-            progress.note(length if equal else 0, regions.dirty_bytes)
+                regions.finish_copy(taken, equal=equal)
+            progress.note(sum(length for _, length in taken) if equal else 0, regions.dirty_bytes)
 
-    async def _copy_stretch(self, offset: int, length: int, buffers: tuple[memoryview, memoryview], pace: Pace) -> bool:
+    async def _copy_taken(self, taken: Stretches, buffers: tuple[memoryview, memoryview], pace: Pace) -> bool:
         """Copy it piece by piece; True when all of it was copied."""
-        start = offset
-        while start < offset + length:
-            count = min(pace.piece_bytes, offset + length - start)
+        for piece in _pieces(taken, pace):
             pace.begin()
-            if not await self._is_there(start, count):
+            if not await self._are_there(piece):
                 return False
-            async with self._path.ranges.hold([(start, start + count)]):
-                if not self._may_go_on() or self._link.regions.held(start, count):
+            async with self._path.ranges.hold([(start, start + count) for start, count in piece]):
+                if not self._may_go_on() or any(self._link.regions.held(*stretch) for stretch in piece):
                     return False
-                await self._copy_piece(start, count, buffers)
+                await self._copy_piece(piece, buffers)
             if not self._may_go_on():
                 return False
-            await pace.rest(count)
-            start += count
+            await pace.rest(sum(count for _, count in piece))
         return True
 
-    async def _is_there(self, offset: int, length: int) -> bool:
-        """Whether the target has this range, or gets it: what a new target lacks must not overwrite anything."""
+    async def _are_there(self, piece: Stretches) -> bool:
+        """Whether the target has all of it, or gets it: what a new target lacks must not overwrite anything."""
         try:
             if self._path.filling is not None:
-                await self._path.filling.fetch(offset, length)
+                for offset, length in piece:
+                    await self._path.filling.fetch(offset, length)
         except OSError:  # it is on record why, and `_may_go_on` waits for its end
             return False
         return True
 
-    async def _copy_piece(self, offset: int, length: int, buffers: tuple[memoryview, memoryview]) -> None:
-        """Copy one piece, whose range is held; what fails is noted at the link."""
+    async def _copy_piece(self, piece: Stretches, buffers: tuple[memoryview, memoryview]) -> None:
+        """Copy one piece, whose ranges are held; what fails is noted at the link."""
         link = self._link
-        whole = -(-length // link.sector_bytes) * link.sector_bytes
-        data, theirs = (buffer[:whole] for buffer in buffers)
+        run, used = array("Q"), 0
+        for offset, length in piece:
+            whole = -(-length // link.sector_bytes) * link.sector_bytes
+            run.extend((offset, whole, used, 0))
+            used += whole
+        data, theirs = (buffer[:used] for buffer in buffers)
         try:
-            await self._in_worker(self._path.target.read, offset, data)
+            await self._in_worker(self._path.target.read_job(data, run, len(piece)))
         except OSError as failure:
-            link.target_failed(failure, (offset, length))
+            link.target_failed(failure, piece[0])  # all of it stays different
             return
-        run = run_of(offset, whole)
-        if self.compare and await link.read(offset, theirs):
-            run = _differing(offset, data, theirs)
+        if self.compare:
+            run = await self._without_equal(run, data, theirs)
         count = len(run) // WORDS
         if count:
             await link.settle(link.begin_update(data, run, count, durable=False), run, count)
+
+    async def _without_equal(self, run: "array[int]", data: memoryview, theirs: memoryview) -> "array[int]":
+        """Return a run of those parts that are not on the mirror."""
+        differing = array("Q")
+        for number in range(len(run) // WORDS):
+            offset, length, at = run[WORDS * number : WORDS * number + 3]
+            if not await self._link.read(offset, theirs[:length]):
+                return run
+            for part in range(0, length, COMPARED_BYTES):
+                count = min(COMPARED_BYTES, length - part)
+                if not same(data[at + part : at + part + count], theirs[part : part + count]):
+                    differing.extend((offset + part, count, at + part, 0))
+        return differing
 
     def _may_go_on(self) -> bool:
         failed = self._link.error is not None or self._link.target_error is not None
@@ -183,11 +201,14 @@ class Resync:
         return self._gate.anyone() and self._link.held.frozen_since_s is None
 
 
-def _differing(offset: int, data: memoryview, theirs: memoryview) -> "array[int]":
-    """Return a run of writes of those parts of `data`, which lies at `offset`, that are not on the mirror."""
-    run = array("Q")
-    for at in range(0, len(data), COMPARED_BYTES):
-        part = slice(at, at + COMPARED_BYTES)
-        if not same(data[part], theirs[part]):
-            run.extend((offset + at, len(data[part]), at, 0))
-    return run
+def _pieces(taken: Stretches, pace: Pace) -> Iterator[Stretches]:
+    """Split what was taken: several stretches are one piece, a single one is as many as the pace makes of it."""
+    if len(taken) > 1:
+        yield taken
+        return
+    ((start, length),) = taken
+    end = start + length
+    while start < end:
+        count = min(pace.piece_bytes, end - start)
+        yield [(start, count)]
+        start += count
