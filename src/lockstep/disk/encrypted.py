@@ -74,7 +74,9 @@ class EncryptedDisk:
         if self._promptness.unknown:
             return functools.partial(rest, 0)
         where, flags = (self._fd, self._data_offset, self._first_iv), os.RWF_DSYNC if durable else 0
-        return self._encrypt_job(*where, data, run, count, flags, rest, self._in_turn)
+        # Long ones do not take turns: one is encrypted while another is written.
+        in_turn = self._in_turn and sum(run[1 : WORDS * count : WORDS]) <= PIECE_BYTES
+        return self._encrypt_job(*where, data, run, count, flags, rest, in_turn)
 
     def _write_direct(self, data: memoryview, run: "array[int]", count: int, durable: bool) -> None:
         assert self._direct is not None
