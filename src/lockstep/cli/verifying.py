@@ -66,7 +66,6 @@ def _while_served(
                 sum(mirror["done_bytes"] for mirror in answer["mirrors"]),
                 sum(mirror["total_bytes"] for mirror in answer["mirrors"]),
             )
-            time.sleep(POLL_S)
         while repair and any(m["state"] == "syncing" for m in ask_status(control, name)["mirrors"]):
             time.sleep(POLL_S)
     except KeyboardInterrupt:

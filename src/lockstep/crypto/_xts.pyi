@@ -64,5 +64,14 @@ class Xts:
         Errors as for `encrypt_run`, at once.
         """
 
+    def decrypt_job(
+        self, fd: int, offset: int, first_iv: int, into: Buffer, from_medium: bool, rest: Callable[[], None], /
+    ) -> Job:
+        """Return a job that fills `into` with sectors of the file `fd`, read at `offset`, and decrypts them there.
+
+        `from_medium` has the page cache forget them before. Where a read is cut short or fails, `rest` is called, which
+        does all of it. Errors as for `decrypt_into`.
+        """
+
     def decrypt_into(self, first_iv: int, src: Buffer, dst: Buffer, /) -> None:
         """The inverse of `encrypt_into`, with the same rules."""

@@ -48,6 +48,11 @@ cdef extern from "sys/uio.h" nogil:
         void *iov_base
         size_t iov_len
     ssize_t pwritev2(int fd, const iovec *parts, int count, int64_t offset, int flags)
+    ssize_t preadv2(int fd, const iovec *parts, int count, int64_t offset, int flags)
+
+cdef extern from "fcntl.h" nogil:
+    int POSIX_FADV_DONTNEED
+    int posix_fadvise(int fd, int64_t offset, int64_t length, int advice)
 
 cdef extern from "openssl/err.h" nogil:
     unsigned long ERR_get_error()
@@ -347,13 +352,16 @@ cdef class Xts:
         run.context = self._borrow(ENCRYPT)
         return 0
 
-    cdef void _end(self, Run *run) noexcept:
-        cdef EVP_CIPHER_CTX *context = run.context
-        run.context = NULL
-        if context != NULL and run.failed:
+    cdef void _hand_back(self, int direction, EVP_CIPHER_CTX **borrowed, bint failed) noexcept:
+        cdef EVP_CIPHER_CTX *context = borrowed[0]
+        borrowed[0] = NULL
+        if context != NULL and failed:
             EVP_CIPHER_CTX_free(context)
         elif context != NULL:
-            self._give_back(ENCRYPT, context)
+            self._give_back(direction, context)
+
+    cdef void _end(self, Run *run) noexcept:
+        self._hand_back(ENCRYPT, &run.context, run.failed)
         PyBuffer_Release(&run.source)
         PyBuffer_Release(&run.writes)
 
@@ -379,6 +387,10 @@ cdef class Xts:
     ):
         """Return `encrypt_run` as a job for a thread. See the stub file."""
         return Encryption(self, fd, data_offset, first_iv, data, run, count, flags, rest, in_turn)
+
+    def decrypt_job(self, int fd, int64_t offset, uint64_t first_iv, into, bint from_medium, rest):
+        """Return what reads and decrypts sectors as a job for a thread. See the stub file."""
+        return Decryption(self, fd, offset, first_iv, into, from_medium, rest)
 
     def decrypt_into(self, first_iv, src, dst):
         """Decrypt the sectors in `src` into `dst`. See the stub file for units and errors."""
@@ -420,3 +432,59 @@ cdef class Encryption(Job):
         if self._run.error:
             raise OSError(self._run.error, strerror(self._run.error).decode())
         return self._rest(self._run.done)
+
+
+@no_gc_clear  # it would forget whose the buffer is
+cdef class Decryption(Job):
+    """Sectors to be read and decrypted; see `Xts.decrypt_job`."""
+
+    cdef Xts _xts
+    cdef EVP_CIPHER_CTX *_context
+    cdef Py_buffer _into
+    cdef int _fd
+    cdef int64_t _offset
+    cdef uint64_t _first_iv
+    cdef bint _from_medium
+    cdef bint _failed
+    cdef object _rest
+
+    def __cinit__(self, Xts xts, int fd, int64_t offset, uint64_t first_iv, into, bint from_medium, rest):
+        self._xts, self._from_medium, self._rest = xts, from_medium, rest
+        self._fd, self._offset, self._first_iv = fd, offset, first_iv
+        PyObject_GetBuffer(into, &self._into, PyBUF_WRITABLE)
+        if self._into.len % xts._sector_bytes:
+            raise ValueError("the length must be a multiple of the sector size")
+        self._context = xts._borrow(DECRYPT)
+
+    def __dealloc__(self):
+        self.release()
+
+    cdef int release(self) except -1:
+        if self._xts is not None:
+            self._xts._hand_back(DECRYPT, &self._context, self._failed)
+        PyBuffer_Release(&self._into)
+        return 0
+
+    cdef bint perform(self, const int *given_up) noexcept nogil:
+        cdef unsigned char *into = <unsigned char *> self._into.buf
+        cdef Py_ssize_t at = 0
+        cdef iovec part
+        if self._from_medium:
+            posix_fadvise(self._fd, self._offset, self._into.len, POSIX_FADV_DONTNEED)
+        while at < self._into.len and not given_up[0]:
+            part.iov_base = into + at
+            part.iov_len = min(self._into.len - at, <Py_ssize_t> PIECE_BYTES)
+            if preadv2(self._fd, &part, 1, self._offset + at, 0) != <ssize_t> part.iov_len:
+                return False
+            self._failed = not _crypt_sectors(
+                self._context, self._first_iv + at // UNIT_BYTES, self._xts._sector_bytes, into + at, into + at,
+                <Py_ssize_t> part.iov_len // self._xts._sector_bytes)
+            if self._failed:
+                return False
+            at += part.iov_len
+        return at == self._into.len
+
+    cdef object finish(self):
+        if self._failed:
+            raise _openssl_error("XTS failed")
+        return self._rest()

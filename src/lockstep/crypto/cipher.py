@@ -102,6 +102,21 @@ class FallbackXts:
 
         return job
 
+    def decrypt_job(
+        self, fd: int, offset: int, first_iv: int, into: Buffer, from_medium: bool, rest: Callable[[], None], /
+    ) -> Callable[[], None]:
+        """Return what a thread does to read and decrypt sectors; where a read is cut short, `rest` does it."""
+
+        def job() -> None:
+            if from_medium:
+                os.posix_fadvise(fd, offset, len(_readable(into)), os.POSIX_FADV_DONTNEED)
+            if os.preadv(fd, (into,), offset) != len(_readable(into)):
+                rest()
+            else:
+                self.decrypt_into(first_iv, into, into)
+
+        return job
+
     def decrypt_into(self, first_iv: int, src: Buffer, dst: Buffer, /) -> None:
         """Decrypt the sectors in `src` into `dst`."""
         self._crypt(first_iv, src, dst, encrypt=False)
@@ -154,7 +169,15 @@ class XtsCipher:
     It is read here only: the caller may wipe it afterwards. For its methods see `_xts.pyi`.
     """
 
-    __slots__ = ("decrypt_into", "encrypt_into", "encrypt_job", "encrypt_run", "encrypt_to", "sector_bytes")
+    __slots__ = (
+        "decrypt_into",
+        "decrypt_job",
+        "encrypt_into",
+        "encrypt_job",
+        "encrypt_run",
+        "encrypt_to",
+        "sector_bytes",
+    )
 
     encrypt_into: Callable[[int, Buffer, Buffer], None]
     encrypt_to: Callable[[int, int, int, Buffer, int], int]
@@ -163,6 +186,7 @@ class XtsCipher:
         [int, int, int, Buffer, array[int], int, int, Callable[[int], None], bool], Callable[[], None]
     ]
     decrypt_into: Callable[[int, Buffer, Buffer], None]
+    decrypt_job: Callable[[int, int, int, Buffer, bool, Callable[[], None]], Callable[[], None]]
     sector_bytes: int
 
     def __init__(self, key: Buffer, sector_bytes: int) -> None:
@@ -173,6 +197,7 @@ class XtsCipher:
         self.encrypt_run = implementation.encrypt_run
         self.encrypt_job = implementation.encrypt_job
         self.decrypt_into = implementation.decrypt_into
+        self.decrypt_job = implementation.decrypt_job
         self.sector_bytes = sector_bytes
 
 

@@ -43,6 +43,7 @@ class EncryptedDisk:
         self._encrypt_run = cipher.encrypt_run
         self._encrypt_job = cipher.encrypt_job
         self._decrypt_into = cipher.decrypt_into
+        self._decrypt_job = cipher.decrypt_job
 
     def close(self) -> None:
         """Close the descriptor, which also gives up its locks."""
@@ -133,10 +134,13 @@ class EncryptedDisk:
             self._direct.read(self._data_offset + offset, into)
         self._decrypt_into(self._first_iv + (offset >> 9), into, into)
 
-    def read_medium(self, offset: int, into: memoryview) -> None:
-        """Like `read`, from the medium, as far as it was flushed."""
-        self.forget_cache(offset, len(into))
-        self.read(offset, into)
+    def read_job(self, offset: int, into: memoryview, *, from_medium: bool = False) -> Callable[[], None]:
+        """Return what a thread does to read; `from_medium` has it read what was flushed, not what is cached."""
+        rest = functools.partial(self.read, offset, into)
+        if self._direct is not None:
+            return rest
+        at, iv = self._data_offset + offset, self._first_iv + (offset >> 9)
+        return self._decrypt_job(self._fd, at, iv, into, from_medium, rest)
 
     def read_cached(self, offset: int, into: memoryview) -> bool:
         """Like `read`, or return False where that would wait for the medium, or needs more than whole sectors."""

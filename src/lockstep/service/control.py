@@ -6,7 +6,8 @@ POST /v1/sync      {"include_held": bool, "compare": bool}: have what differs co
 POST /v1/mirrors   look at once for mirrors that are away
 POST /v1/aside     {"mirror": LUKS UUID, "for": "rekey" or "drill"}: stop following that mirror, in order
 POST /v1/verify    {"repair": bool}: begin to compare the mirrors with the target
-GET  /v1/verify    how far that is, or what the last one found
+GET  /v1/verify    what the last one found; while one is under way, answered when it ends, or within PROGRESS_S with how
+                   far it is
 DELETE /v1/verify  end it early
 
 The socket's mode lets only its owner connect; the peer is checked all the same. An error is {"error": its class,
@@ -16,7 +17,7 @@ The socket's mode lets only its owner connect; the peer is checked all the same.
 import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from aiohttp import web
 
@@ -24,6 +25,8 @@ from lockstep.errors import LockstepError, SocketUnusable
 from lockstep.nbd.identity import Peer, peer_of
 from lockstep.registry.audit import Actor
 from lockstep.service.borrowing import DRILL, REKEY
+
+PROGRESS_S: Final = 0.2
 
 
 class Commands(Protocol):
@@ -47,8 +50,8 @@ class Commands(Protocol):
     async def stop_verifying(self) -> None:
         """End a comparison early."""
 
-    def verified(self) -> dict[str, Any]:
-        """Return how far the comparison is, or what the last one found."""
+    async def verified(self, patience_s: float) -> dict[str, Any]:
+        """Return what the last comparison found; one that is under way, when it ends, or else how far it is by then."""
 
 
 @contextlib.asynccontextmanager
@@ -96,11 +99,11 @@ async def control_interface(
         return web.json_response({})
 
     async def answer_verify(_request: web.Request) -> web.Response:
-        return web.json_response(commands.verified())
+        return web.json_response(await commands.verified(PROGRESS_S))
 
     async def end_verify(_request: web.Request) -> web.Response:
         await commands.stop_verifying()
-        return web.json_response(commands.verified())
+        return web.json_response(await commands.verified(0))
 
     application = web.Application(middlewares=[guarded])
     application.router.add_get("/v1/status", answer_status)

@@ -60,6 +60,7 @@ class ServedVolume:
         """End a comparison early."""
         await self.verification.stop()
 
-    def verified(self) -> dict[str, Any]:
-        """Return how far the comparison is, or what the last one found."""
+    async def verified(self, patience_s: float) -> dict[str, Any]:
+        """Return what the last comparison found; one that is under way, when it ends, or else how far it is by then."""
+        await self.verification.wait(patience_s)
         return self.verification.describe()

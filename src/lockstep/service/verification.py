@@ -55,6 +55,11 @@ class Verification:
         if self._task is not None:
             await self._task
 
+    async def wait(self, patience_s: float) -> None:
+        """Wait for the end of one that is under way, not longer than this."""
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=patience_s)
+
     def describe(self) -> dict[str, Any]:
         """Return how far it is, or what the last one found."""
         return {"running": self.running, "mirrors": [of_comparison(p, v.found) for p, v in self._verifies.items()]}

@@ -257,17 +257,16 @@ class MirrorLink:
         if not await self._asks("writing", lambda disk: disk.zero, offset, length):
             self.regions.mark(offset, length)
 
-    async def read(self, offset: int, into: memoryview) -> bool:
-        """Fill `into` with what the mirror holds, whole sectors; False, and it is dropped, when that fails."""
-        return await self._asks("reading", lambda disk: disk.read, offset, into)
+    async def read(self, offset: int, into: memoryview, *, from_medium: bool = False) -> bool:
+        """Fill `into` with what the mirror holds, whole sectors; False, and it is dropped, when that fails.
+
+        `from_medium` is about what was flushed, not what is cached.
+        """
+        return await self._asks("reading", lambda disk: disk.read_job(offset, into, from_medium=from_medium))
 
     async def flush(self) -> bool:
         """Make the mirror durable; False, and it is dropped, when that fails."""
         return await self._asks("flushing", lambda disk: disk.flush_job())
-
-    async def read_medium(self, offset: int, into: memoryview) -> bool:
-        """Like `read`, from the medium, as far as it was flushed."""
-        return await self._asks("reading", lambda disk: disk.read_medium, offset, into)
 
     async def _asks(self, doing: str, what: Callable[[EncryptedDisk], Callable[..., None]], *args: Any) -> bool:
         if self.error is not None or self._workers is None or self._disk is None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from lockstep.buffers import page_aligned
-from lockstep.disk.runs import same
+from lockstep.disk.runs import run_of, same
 from lockstep.volume.link import MirrorLink
 from lockstep.volume.pace import LARGEST_PIECE_BYTES, Pace
 from lockstep.volume.workers import Workers
@@ -114,15 +114,16 @@ class Verify:
         async with self._path.ranges.hold([(offset, offset + length)]):
             if not link.regions.equal(offset, length):  # it was until a moment ago
                 return
-            reading = self._in_worker(self._path.target.read, offset, ours)
-            readable, failure = await asyncio.gather(link.read_medium(offset, theirs), reading, return_exceptions=True)
+            reading = self._in_worker(self._path.target.read_job(ours, run_of(offset, len(ours)), 1))
+            theirs_read = link.read(offset, theirs, from_medium=True)
+            readable, failure = await asyncio.gather(theirs_read, reading, return_exceptions=True)
             if isinstance(failure, OSError):
                 self.found.differ(offset, length)  # nothing can be said of it, and that is worth an alarm
                 return
             if readable is not True:
                 return
             self.found.compared_bytes += length
-            if same(ours, theirs):
+            if await self._in_worker(same, ours, theirs):
                 return
             differing = _differing(offset, length, ours, theirs, sector)
             for start, count in differing:
