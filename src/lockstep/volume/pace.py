@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 PIECE_BYTES: Final = 1 << 20
-LARGEST_PIECE_BYTES: Final = 4 << 20
+LARGEST_PIECE_BYTES: Final = 2 << 20  # larger ones no longer fit the processor's cache, several at a time
 QUICK_S: Final = 0.01
 FLOOR_BYTES_S: Final = 8 << 20
 GIVE_WAY: Final = 8.0
