@@ -161,3 +161,16 @@ def test_a_native_run_ends_between_two_writes_when_the_queue_gives_up(file: int)
     assert crew.ended(1) == [("run", None, None)]
     crew.join()
     assert 1 <= left[0] < count
+
+
+def test_native_jobs_that_take_turns_are_carried_out_in_the_order_in_which_they_were_put(file: int) -> None:
+    crew = Crew(native_work.Queue(), 4)
+    run = array("Q", (0, 4096, 0, 0) * 20)
+    for _ in range(20):
+        contents = [os.urandom(4096) for _ in range(30)]
+        for content in contents:
+            crew.queue.put(as_job(native_runs.write_job(file, 0, content, run, 20, None, True), "write"))
+        crew.ended(len(contents))
+        assert os.pread(file, 4096, 0) == contents[-1]
+    crew.queue.close()
+    crew.join()
