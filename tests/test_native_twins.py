@@ -5,6 +5,7 @@ import os
 import tempfile
 from array import array
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -180,6 +181,22 @@ def test_jobs_are_carried_out_alike(extents: list[tuple[int, int]], sector: int,
     assert results[0] == results[1]
     if refused and extents:
         assert results[0][0][:2] == [errno.EOPNOTSUPP] * 2
+
+
+@given(kept=st.integers(0, SIZE), length=st.integers(1, 20), from_medium=st.booleans(), refused=st.booleans())
+def test_sectors_are_fetched_alike(kept: int, length: int, from_medium: bool, refused: bool) -> None:
+    content, results = os.urandom(kept), list[Any]()
+    for xts in (FallbackXts(KEY, 512), native_xts.Xts(KEY, 512)):
+        with tempfile.TemporaryFile(dir="/dev/shm") as file:
+            file.write(content)
+            file.flush()
+            fd = os.open(f"/proc/self/fd/{file.fileno()}", os.O_WRONLY if refused else os.O_RDONLY)
+            left, into = list[bool](), bytearray(512 * length)
+            said = outcome(xts.decrypt_job(fd, 1024, 7, into, from_medium, partial(left.append, True)))
+            os.close(fd)
+            results.append((said, left, into if not left else None))
+    assert results[0] == results[1]
+    assert refused == (results[0][0] == errno.EBADF)
 
 
 def outcome(job: Callable[[], None]) -> int:

@@ -6,9 +6,11 @@ cdef class Job:
     cdef object value
     cdef object failure
     cdef bint in_turn  # not beside another that is
+    cdef int error  # of the system call that ended it; 0: none
     cdef void *_next  # in the queue
 
     cdef bint perform(self, const int *given_up) noexcept nogil
     cdef object finish(self)
+    cdef object outcome(self)
     cdef int release(self) except -1
     cdef int end(self) noexcept

@@ -8,6 +8,7 @@ queue nor a native job has anything to do with the GIL.
 
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint64_t
+from libc.string cimport strerror
 
 
 cdef extern from "pthread.h" nogil:
@@ -48,16 +49,22 @@ cdef class Job:
         return False
 
     cdef object finish(self):
-        """Do what is left, and return what the job returns."""
+        """Do what is left where no system call failed, and return what the job returns."""
         raise NotImplementedError
 
     cdef int release(self) except -1:
         """Let go of what it was about: it has ended. Memory that is lent out must not be what the collector finds."""
         return 0
 
+    cdef object outcome(self):
+        """Return or raise what comes of a job of which `perform` did not do all."""
+        if self.error:
+            raise OSError(self.error, strerror(self.error).decode())
+        return self.finish()
+
     cdef int end(self) noexcept:
         try:
-            self.value = self.finish()
+            self.value = self.outcome()
         except BaseException as failure:
             self.failure = failure
         return 0
@@ -68,7 +75,7 @@ cdef class Job:
         cdef bint whole
         with nogil:
             whole = self.perform(&never)
-        return None if whole else self.finish()
+        return None if whole else self.outcome()
 
 
 cdef class Call(Job):

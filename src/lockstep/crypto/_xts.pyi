@@ -69,8 +69,8 @@ class Xts:
     ) -> Job:
         """Return a job that fills `into` with sectors of the file `fd`, read at `offset`, and decrypts them there.
 
-        `from_medium` has the page cache forget them before. Where a read is cut short or fails, `rest` is called, which
-        does all of it. Errors as for `decrypt_into`.
+        `from_medium` has the page cache forget them before. A read that fails fails the job, with its OSError. One that
+        is cut short is left to `rest`, which does all of it. Errors as for `decrypt_into`.
         """
 
     def decrypt_into(self, first_iv: int, src: Buffer, dst: Buffer, /) -> None:

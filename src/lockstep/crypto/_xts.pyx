@@ -37,7 +37,7 @@ from cpython.number cimport PyNumber_Index
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport UINT64_MAX, int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memmove, memset, strerror
+from libc.string cimport memmove, memset
 
 from lockstep._work cimport Job
 from lockstep.run cimport Write
@@ -424,13 +424,12 @@ cdef class Encryption(Job):
 
     cdef bint perform(self, const int *given_up) noexcept nogil:
         _write_run(&self._run, given_up)
+        self.error = self._run.error
         return self._run.done == self._run.count
 
     cdef object finish(self):
         if self._run.failed:
             raise _openssl_error("XTS failed")
-        if self._run.error:
-            raise OSError(self._run.error, strerror(self._run.error).decode())
         return self._rest(self._run.done)
 
 
@@ -468,13 +467,17 @@ cdef class Decryption(Job):
     cdef bint perform(self, const int *given_up) noexcept nogil:
         cdef unsigned char *into = <unsigned char *> self._into.buf
         cdef Py_ssize_t at = 0
+        cdef ssize_t got
         cdef iovec part
         if self._from_medium:
             posix_fadvise(self._fd, self._offset, self._into.len, POSIX_FADV_DONTNEED)
         while at < self._into.len and not given_up[0]:
             part.iov_base = into + at
             part.iov_len = min(self._into.len - at, <Py_ssize_t> PIECE_BYTES)
-            if preadv2(self._fd, &part, 1, self._offset + at, 0) != <ssize_t> part.iov_len:
+            got = preadv2(self._fd, &part, 1, self._offset + at, 0)
+            if got < 0 and errno != EINTR:
+                self.error = errno
+            if got != <ssize_t> part.iov_len:
                 return False
             self._failed = not _crypt_sectors(
                 self._context, self._first_iv + at // UNIT_BYTES, self._xts._sector_bytes, into + at, into + at,

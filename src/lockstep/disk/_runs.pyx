@@ -8,7 +8,7 @@ from cython cimport no_gc_clear
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint64_t
-from libc.string cimport memcmp, memset, strerror
+from libc.string cimport memcmp, memset
 
 from lockstep._work cimport Job
 from lockstep.run cimport Write
@@ -67,6 +67,14 @@ cdef Py_ssize_t _checked(Py_buffer *run, Py_ssize_t count) except -1:
     if count < 0 or <size_t> count * sizeof(Write) > <size_t> run.len:
         raise ValueError("the run is shorter than that")
     return count
+
+
+cdef int _require_inside(Write *request, Py_ssize_t count, Py_buffer *data) except -1:
+    cdef Py_ssize_t at
+    for at in range(count):
+        if request[at].position + request[at].length > <uint64_t> data.len:
+            raise ValueError("the data lies outside of the buffer")
+    return 0
 
 
 def aligned(run, Py_ssize_t count, uint64_t mask):
@@ -164,12 +172,9 @@ cdef class Transfer(Job):
     cdef Py_buffer _requests
     cdef Py_ssize_t _count
     cdef Py_ssize_t _done
-    cdef int _error
     cdef object _rest
 
     def __cinit__(self, bint writes, bint in_turn, int fd, int flags, data, run, Py_ssize_t count, rest):
-        cdef Write *request
-        cdef Py_ssize_t at
         self._call = <Call> pwritev2 if writes else <Call> preadv2
         self._writes, self.in_turn = writes, in_turn
         self._fd = fd
@@ -178,10 +183,7 @@ cdef class Transfer(Job):
         PyObject_GetBuffer(data, &self._data, PyBUF_SIMPLE if writes else PyBUF_WRITABLE)
         PyObject_GetBuffer(run, &self._requests, PyBUF_SIMPLE)
         self._count = _checked(&self._requests, count)
-        request = <Write *> self._requests.buf
-        for at in range(count):
-            if request[at].position + request[at].length > <uint64_t> self._data.len:
-                raise ValueError("the data lies outside of the buffer")
+        _require_inside(<Write *> self._requests.buf, count, &self._data)
 
     def __dealloc__(self):
         self.release()
@@ -197,12 +199,10 @@ cdef class Transfer(Job):
         if self._count > 1 and not self._writes:  # the medium is asked for all of it before the first is waited for
             for at in range(self._count):
                 posix_fadvise(self._fd, request[at].offset, request[at].length, POSIX_FADV_WILLNEED)
-        self._done = _moved(self._call, self._fd, self._flags, &self._data, request, self._count, given_up, &self._error)
+        self._done = _moved(self._call, self._fd, self._flags, &self._data, request, self._count, given_up, &self.error)
         return self._done == self._count
 
     cdef object finish(self):
-        if self._error:
-            raise OSError(self._error, strerror(self._error).decode())
         return self._rest(self._done)
 
 
@@ -210,7 +210,6 @@ cdef class Flush(Job):
     """See `flush_job` in `runs.py`."""
 
     cdef int _fd
-    cdef int _error
 
     def __cinit__(self, int fd):
         self._fd = fd
@@ -218,11 +217,8 @@ cdef class Flush(Job):
     cdef bint perform(self, const int *given_up) noexcept nogil:
         if fdatasync(self._fd) == 0:
             return True
-        self._error = errno
+        self.error = errno
         return False
-
-    cdef object finish(self):
-        raise OSError(self._error, strerror(self._error).decode())
 
 
 def flush_job(int fd):
@@ -309,9 +305,7 @@ cdef Py_ssize_t _together(int opcode, int fd, int flags, Py_buffer *data, run, P
     try:
         count = _checked(&requests, count)
         request = <Write *> requests.buf
-        for at in range(count):
-            if request[at].position + request[at].length > <uint64_t> data.len:
-                raise ValueError("the data lies outside of the buffer")
+        _require_inside(request, count, data)
         if _idle_count:
             _idle_count -= 1
             context = _idle[_idle_count]

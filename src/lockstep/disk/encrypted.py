@@ -16,7 +16,7 @@ from typing import Final
 from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.luks import Segment
 from lockstep.disk.direct import DirectFile, Fill
-from lockstep.disk.runs import WORDS, flush_job
+from lockstep.disk.runs import WORDS, flush_job, requests
 from lockstep.disk.transfer import Promptness, cached_read_flag, read_all, writes_take_turns
 
 # One piece is encrypted and written while it is still in the processor's cache.
@@ -89,8 +89,7 @@ class EncryptedDisk:
 
     def _write_each(self, data: memoryview, run: "array[int]", count: int, durable: bool, done: int) -> None:
         """Write what is left of a run: where it ended, the write itself tells why."""
-        for at in range(done, count):
-            offset, length, position = run[WORDS * at : WORDS * at + 3]
+        for offset, length, position in requests(run, done, count):
             self.write(offset, data[position : position + length], durable)
 
     def write(self, offset: int, data: memoryview, durable: bool = False) -> None:

@@ -15,7 +15,7 @@ from typing import Final, Self
 from lockstep.disk.direct import DirectFile, copy_from, require_direct
 from lockstep.disk.lock import lock_exclusive
 from lockstep.disk.probe import Disk, open_disk
-from lockstep.disk.runs import WORDS, fetch_job, flush_job, read_run, write_job, write_run
+from lockstep.disk.runs import fetch_job, flush_job, read_run, requests, write_job, write_run
 from lockstep.disk.transfer import Promptness, cached_read_flag, read_all, write_all, writes_take_turns
 
 _FALLOC_FL_KEEP_SIZE: Final = 0x01  # linux/falloc.h
@@ -93,8 +93,7 @@ class PlainDisk:
 
     def _read_each(self, into: memoryview, run: "array[int]", count: int, done: int) -> None:
         """Read what is left of a run: where it ended, the read itself tells why."""
-        for at in range(done, count):
-            offset, length, position = run[WORDS * at : WORDS * at + 3]
+        for offset, length, position in requests(run, done, count):
             self.read(offset, into[position : position + length])
 
     def write(self, offset: int, data: memoryview | bytes, *, durable: bool = False) -> None:
@@ -134,8 +133,7 @@ class PlainDisk:
 
     def _write_each(self, data: memoryview, run: "array[int]", count: int, durable: bool, done: int) -> None:
         """Write what is left of a run: where it ended, the write itself tells why."""
-        for at in range(done, count):
-            offset, length, position = run[WORDS * at : WORDS * at + 3]
+        for offset, length, position in requests(run, done, count):
             self.write(offset, data[position : position + length], durable=durable)
 
     def zero(self, offset: int, length: int, *, allocate: bool) -> None:

@@ -9,7 +9,7 @@ These are the inner loops, in Python; `_runs.pyx` has the same natively and is u
 
 import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -21,6 +21,12 @@ WORDS: Final = 4
 def run_of(offset: int, length: int) -> "array[int]":
     """Return a run of one write, whose data is at the beginning of its buffer."""
     return array("Q", (offset, length, 0, 0))
+
+
+def requests(run: "array[int]", first: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """Offset, length and position of each request from `first` up to `count`."""
+    words = run[WORDS * first : WORDS * count]
+    return zip(words[::WORDS], words[1::WORDS], words[2::WORDS], strict=True)
 
 
 def _aligned(run: "array[int]", count: int, mask: int, /) -> int:

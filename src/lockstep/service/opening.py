@@ -32,7 +32,7 @@ from lockstep.crypto.cipher import self_test
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.mirror import open_mirror
-from lockstep.disk.runs import WORDS
+from lockstep.disk.runs import requests
 from lockstep.errors import DiskFailed, MirrorIncomplete, NoToken, SocketUnusable, StateDirUnusable
 from lockstep.nbd import wire
 from lockstep.nbd.negotiation import ExportInfo
@@ -167,8 +167,7 @@ class OpenedExport:
     def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
         """Read what is in the page cache; return how many reads, from the front."""
         view = memoryview(into)
-        for at in range(count):
-            offset, length, position = run[WORDS * at : WORDS * at + 3]
+        for at, (offset, length, position) in enumerate(requests(run, 0, count)):
             if not self._read_cached(offset, view[position : position + length]):
                 return at
         return count
@@ -187,7 +186,7 @@ class OpenedExport:
 
     async def read(self, into: memoryview, run: "array[int]", count: int) -> None:
         """Carry out a run, each read by itself."""
-        reads = (run[at : at + 3] for at in range(0, WORDS * count, WORDS))  # offset, length, position
+        reads = requests(run, 0, count)
         await asyncio.gather(*(self._read(offset, into[at : at + length]) for offset, length, at in reads))
 
     async def _read(self, offset: int, into: memoryview) -> None:
@@ -207,12 +206,12 @@ class OpenedExport:
         durable: bool,
     ) -> None:
         """Write to the overlay."""
-        writes = [tuple(run[at : at + 3]) for at in range(0, WORDS * count, WORDS)]  # offset, length, position
+        writes = list(requests(run, 0, count))
         async with self._ranges.hold([self._clusters(offset, length) for offset, length, _ in writes]):
             await self._in_worker(self._write, data, writes)
         await self._flush_if(durable)
 
-    def _write(self, data: memoryview, writes: list[tuple[int, ...]]) -> None:
+    def _write(self, data: memoryview, writes: list[tuple[int, int, int]]) -> None:
         assert self._overlay is not None
         for offset, length, position in writes:
             self._overlay.write(offset, data[position : position + length])

@@ -6,7 +6,7 @@ import time
 from array import array
 from typing import Final
 
-from lockstep.disk.runs import WORDS, run_of
+from lockstep.disk.runs import requests, run_of
 from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
 
@@ -42,8 +42,7 @@ class ReadPath:
             with contextlib.suppress(OSError):
                 await self._in_worker(self._target.read_job(into, run, count))
                 return
-        for at in range(count):
-            offset, length, position = run[WORDS * at : WORDS * at + 3]
+        for offset, length, position in requests(run, 0, count):
             await self._read(offset, into[position : position + length])
 
     async def _read(self, offset: int, into: memoryview) -> None:

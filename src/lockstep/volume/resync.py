@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from lockstep.buffers import page_aligned
-from lockstep.disk.runs import WORDS, same
+from lockstep.disk.runs import WORDS, requests, same
 from lockstep.volume.gate import UPDATE, Gate
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW
 from lockstep.volume.link import IN_SYNC, MirrorLink
@@ -181,8 +181,7 @@ class Resync:
     async def _without_equal(self, run: "array[int]", data: memoryview, theirs: memoryview) -> "array[int]":
         """Return a run of those parts that are not on the mirror."""
         differing = array("Q")
-        for number in range(len(run) // WORDS):
-            offset, length, at = run[WORDS * number : WORDS * number + 3]
+        for offset, length, at in requests(run, 0, len(run) // WORDS):
             if not await self._link.read(offset, theirs[:length]):
                 return run
             for part in range(0, length, COMPARED_BYTES):
