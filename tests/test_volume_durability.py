@@ -5,7 +5,9 @@ one of nbdkit's logs, and a disk that is stopped (SIGSTOP) shows whether the ser
 """
 
 import contextlib
+import ctypes
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ pytestmark = needs("nbdkit", "nbdfuse", "fusermount3", "/dev/fuse", root=True)
 SIZE_BYTES: Final = 4 * MIB
 DATA_OFFSET_BYTES: Final = 16 * MIB  # where a mirror with an inline header keeps its data
 SILENCE_S: Final = 0.3
+BY_ITSELF_S: Final = 20.0  # the kernel writes out what is 30 s old
+_SYS_CACHESTAT: Final = 451  # linux 6.5, mm/filemap.c
 
 
 @dataclass
@@ -151,3 +155,29 @@ def test_a_thousand_writes_are_in_both_files_as_soon_as_they_are_answered(lab: L
         for number, then in enumerate(seen):
             assert mirror.read(block) == then, f"block {number} came to the mirror after the reply"
     volume.assert_equal_disks()
+
+
+def dirty_bytes(path: Path) -> int:
+    """How much of a file waits in the page cache to be written."""
+    numbers, everything = (ctypes.c_uint64 * 5)(), (ctypes.c_uint64 * 2)(0, 0)
+    with path.open("rb") as file:
+        failed = ctypes.CDLL(None, use_errno=True).syscall(_SYS_CACHESTAT, file.fileno(), everything, numbers, 0)
+    assert not failed, "this test needs cachestat(2)"
+    return 4096 * numbers[1]
+
+
+def test_between_flushes_that_come_often_both_disks_write_already() -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as home:  # a file system that has to write
+        volume = ForkLab(Path(home)).volume("vol", SIZE_BYTES)
+        with volume.served() as served:
+            wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be in sync")
+            clients = Clients(served.uri, 1)
+            clients.write(0, 0, b"x" * 65536)
+            clients.flush(0)
+            clients.finish()
+            clients.write(0, 65536, b"y" * 65536)
+            clients.finish()
+            disks = volume.target, volume.mirror
+            wait_until(lambda: not any(map(dirty_bytes, disks)), "both disks to be written", BY_ITSELF_S)
+            clients.close()
+        volume.assert_equal_disks()

@@ -28,6 +28,8 @@ cdef extern from "unistd.h" nogil:
 
 cdef extern from "fcntl.h" nogil:
     int POSIX_FADV_WILLNEED
+    unsigned int SYNC_FILE_RANGE_WRITE
+    int sync_file_range(int fd, int64_t offset, int64_t length, unsigned int flags)
     int posix_fadvise(int fd, int64_t offset, int64_t length, int advice)
 
 
@@ -224,6 +226,24 @@ cdef class Flush(Job):
 def flush_job(int fd):
     """See `runs.py`."""
     return Flush(fd)
+
+
+cdef class WriteBack(Job):
+    """See `write_back_job` in `runs.py`."""
+
+    cdef int _fd
+
+    def __cinit__(self, int fd):
+        self._fd = fd
+
+    cdef bint perform(self, const int *given_up) noexcept nogil:
+        sync_file_range(self._fd, 0, 0, SYNC_FILE_RANGE_WRITE)
+        return True
+
+
+def write_back_job(int fd):
+    """See `runs.py`."""
+    return WriteBack(fd)
 
 
 def write_job(int fd, int flags, data, run, Py_ssize_t count, rest, bint in_turn):

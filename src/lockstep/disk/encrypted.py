@@ -16,7 +16,7 @@ from typing import Final
 from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.luks import Segment
 from lockstep.disk.direct import DirectFile, Fill
-from lockstep.disk.runs import WORDS, flush_job, requests
+from lockstep.disk.runs import WORDS, flush_job, requests, write_back_job
 from lockstep.disk.transfer import Promptness, cached_read_flag, read_all, writes_take_turns
 
 # One piece is encrypted and written while it is still in the processor's cache.
@@ -37,6 +37,7 @@ class EncryptedDisk:
         self._direct = DirectFile.of(fd)
         self._in_turn = writes_take_turns(fd)
         self._promptness = Promptness(fd)
+        self._written_back = self._promptness.unknown  # neither memory, nor past the page cache
         self._stopped = False
         self._encrypt_into = cipher.encrypt_into
         self._encrypt_to = cipher.encrypt_to
@@ -160,6 +161,10 @@ class EncryptedDisk:
     def flush_job(self) -> Callable[[], None]:
         """Return what a thread does to flush."""
         return flush_job(self._fd)
+
+    def write_back_job(self) -> Callable[[], None] | None:
+        """Return what a thread does to have less to wait for in the next flush; None where none waits for writing."""
+        return write_back_job(self._fd) if self._written_back else None
 
     def forget_cache(self, offset: int, length: int) -> None:
         """Have the range read from the medium next time, as far as it was flushed."""

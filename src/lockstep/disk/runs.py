@@ -128,6 +128,15 @@ def _flush_job(fd: int, /) -> Callable[[], None]:
     return lambda: os.fdatasync(fd)
 
 
+def _write_back_job(fd: int, /) -> Callable[[], None]:  # noqa: ARG001 (for the native one)
+    """Return what a thread does to have the kernel begin to write out what it has cached of a file.
+
+    It makes nothing durable, and takes no error from the flush, which reports them all (fs/sync.c: only who waits for
+    writing to end is told of its errors). This one leaves everything to the flush.
+    """
+    return lambda: None
+
+
 def _moved(
     call: Callable[..., int],
     fd: int,
@@ -161,6 +170,7 @@ except ImportError:
     write_job = _write_job
     fetch_job = _fetch_job
     flush_job = _flush_job
+    write_back_job = _write_back_job
     same = _same
 else:
     aligned = _native.aligned
@@ -172,4 +182,5 @@ else:
     write_job = _native.write_job
     fetch_job = _native.fetch_job
     flush_job = _native.flush_job
+    write_back_job = _native.write_back_job
     same = _native.same

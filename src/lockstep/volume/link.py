@@ -268,6 +268,11 @@ class MirrorLink:
         """Make the mirror durable; False, and it is dropped, when that fails."""
         return await self._asks("flushing", lambda disk: disk.flush_job())
 
+    def write_back(self) -> None:
+        """Have the next flush find less to wait for."""
+        if self.error is None and self._workers and self._disk and (job := self._disk.write_back_job()):
+            self._workers.hint(job)
+
     async def _asks(self, doing: str, what: Callable[[EncryptedDisk], Callable[..., None]], *args: Any) -> bool:
         if self.error is not None or self._workers is None or self._disk is None:
             return False

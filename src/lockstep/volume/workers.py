@@ -32,6 +32,7 @@ class Workers:
         self._loop: asyncio.AbstractEventLoop | None = None  # that listens to the queue
         self._under_way: dict[asyncio.Future[Any], float] = {}  # since when, in s of the monotonic clock; in order
         self._begun = 0  # jobs that no thread has ended, also those that nobody waits for any more
+        self._at_hint = False
         self._given_up = self._closed = False
         self._timer: asyncio.TimerHandle | None = None
         for number in range(count):
@@ -47,18 +48,27 @@ class Workers:
         if self._given_up:
             future.set_exception(self._silence())
             return future
-        if self._loop is not loop:
-            self._loop = loop
-            loop.add_reader(self._queue.fd, self._collect)
-        self._begun += 1
         if self.patience_s is not None:
             self._under_way[future] = time.monotonic()
             if self._timer is None:
                 self._timer = loop.call_later(self.patience_s / _CHECKS, self._check)
         job = work if isinstance(work, Job) else Call(work, *args)
         job.future = future
-        self._queue.put(job)
+        self._put(job, loop)
         return future
+
+    def hint(self, work: Callable[[], None]) -> None:
+        """Have a thread do what nobody waits for, unless one still does what was hinted at last."""
+        if not self._at_hint and not self._given_up:
+            self._at_hint = True
+            self._put(work if isinstance(work, Job) else Call(work), asyncio.get_running_loop())
+
+    def _put(self, job: Any, loop: asyncio.AbstractEventLoop) -> None:
+        if self._loop is not loop:
+            self._loop = loop
+            loop.add_reader(self._queue.fd, self._collect)
+        self._begun += 1
+        self._queue.put(job)
 
     async def run(self, work: Callable[..., Result], *args: Any) -> Result:
         """Have a thread do it, and wait; what it raises is raised here."""
@@ -115,6 +125,9 @@ class Workers:
         """Pass on what has ended."""
         for future, value, failure in self._queue.done():
             self._begun -= 1
+            if future is None:
+                self._at_hint = False
+                continue
             self._under_way.pop(future, None)
             if future.done():  # nobody waits for it any more
                 continue
