@@ -95,8 +95,8 @@ class Export(Protocol):
     async def read(self, into: memoryview, run: "array[int]", count: int) -> None:
         """Carry out the first `count` reads of a run."""
 
-    async def write(self, user: str, data: memoryview, run: "array[int]", count: int, *, durable: bool) -> None:
-        """Carry out the first `count` writes of a run; `durable` is FUA."""
+    def write(self, user: str, data: memoryview, run: "array[int]", count: int, *, durable: bool) -> Awaitable[None]:
+        """Carry out the first `count` writes of a run, before what is returned ends; `durable` is FUA."""
 
     async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool, fast: bool) -> None:
         """Write zeroes; `allocate` is NO_HOLE; `fast` fails with ENOTSUP unless it beats a plain write."""
@@ -104,8 +104,8 @@ class Export(Protocol):
     async def trim(self, user: str, offset: int, length: int, *, durable: bool) -> None:
         """Give up the content."""
 
-    async def flush(self) -> None:
-        """Make every write that was answered so far durable."""
+    def flush(self) -> Awaitable[None]:
+        """Make every write that was answered so far durable, before what is returned ends."""
 
     async def cache(self, offset: int, length: int) -> None:
         """Prepare for reads."""
@@ -410,7 +410,9 @@ class Connection(Securable):
         if gathered is not None:
             start, end, block = gathered.start, gathered.end, gathered.block
             block[: end - start] = self._buffer[start:end]
-            self._server.spawn(self._write_run(gathered.run, len(gathered.run) // WORDS, block))
+            run, count = gathered.run, len(gathered.run) // WORDS
+            begun = self._export.write(self.user, block, run, count, durable=False)
+            self._server.spawn(self._write_run(begun, run, count, block))
 
     def _serve_reads(self) -> bool:
         """Serve the run of plain reads at the front; False when there is none, or it must wait."""
@@ -586,18 +588,22 @@ class Connection(Securable):
             self._pending -= 1
             self._advance()
 
-    async def _write(self, flags: int, cookie: int, offset: int, block: memoryview, length: int) -> None:
+    def _write(self, flags: int, cookie: int, offset: int, block: memoryview, length: int) -> Coroutine[Any, Any, None]:
+        durable = bool(flags & wire.FLAG_FUA)
+        begun = self._export.write(self.user, block, run_of(offset, length), 1, durable=durable)
+        return self._written(begun, cookie, block)
+
+    async def _written(self, begun: Awaitable[None], cookie: int, block: memoryview) -> None:
         try:
-            run = run_of(offset, length)
-            await self._export.write(self.user, block, run, 1, durable=bool(flags & wire.FLAG_FUA))
+            await begun
         finally:
             self._give_block(block)
         self._reply(simple_reply(cookie))
 
-    async def _write_run(self, run: "array[int]", count: int, block: memoryview) -> None:
-        """Carry out a run; if that fails, its writes one by one, so that each gets the answer that is its own."""
+    async def _write_run(self, begun: Awaitable[None], run: "array[int]", count: int, block: memoryview) -> None:
+        """Wait for a run; if it fails, carry out its writes one by one, so that each gets an answer of its own."""
         try:
-            await self._export.write(self.user, block, run, count, durable=False)
+            await begun
             self._reply(pack_replies(run, count))
         except OSError as failure:
             for at in range(count):
@@ -676,23 +682,29 @@ class Connection(Securable):
                 self._undrained_since_s = self._server.now_s
             self._undrained.append(block)
 
-    async def _other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
+    def _other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> Coroutine[Any, Any, None]:
         export = self._export
         durable = bool(flags & wire.FLAG_FUA)
+        if command == wire.CMD_BLOCK_STATUS:
+            return self._status(cookie, offset, length, 1 if flags & wire.FLAG_REQ_ONE else MAX_STATUS_EXTENTS)
         if command == wire.CMD_FLUSH:
-            await export.flush()
+            begun = export.flush()
         elif command == wire.CMD_TRIM:
-            await export.trim(self.user, offset, length, durable=durable)
+            begun = export.trim(self.user, offset, length, durable=durable)
         elif command == wire.CMD_WRITE_ZEROES:
             allocate, fast = bool(flags & wire.FLAG_NO_HOLE), bool(flags & wire.FLAG_FAST_ZERO)
-            await export.zero(self.user, offset, length, durable=durable, allocate=allocate, fast=fast)
-        elif command == wire.CMD_CACHE:
-            await export.cache(offset, length)
-        elif command == wire.CMD_BLOCK_STATUS:
-            limit = 1 if flags & wire.FLAG_REQ_ONE else MAX_STATUS_EXTENTS
-            self._reply(status_reply(cookie, await export.allocation(offset, length, limit)))
-            return
+            begun = export.zero(self.user, offset, length, durable=durable, allocate=allocate, fast=fast)
+        else:
+            assert command == wire.CMD_CACHE
+            begun = export.cache(offset, length)
+        return self._answered(begun, cookie)
+
+    async def _answered(self, begun: Awaitable[None], cookie: int) -> None:
+        await begun
         self._reply(simple_reply(cookie))
+
+    async def _status(self, cookie: int, offset: int, length: int, limit: int) -> None:
+        self._reply(status_reply(cookie, await self._export.allocation(offset, length, limit)))
 
     # --- replies ---
 

@@ -226,14 +226,17 @@ class MirrorLink:
         """The mirror's encryption sector; the largest there is, while that is not known."""
         return LARGEST_SECTOR_BYTES if self._disk is None else self._disk.sector_bytes
 
-    def ready(self, run: "array[int]", count: int) -> int:
-        """How many writes of a run, from the front, can be carried out at once, without anything being recorded."""
-        if self.held.frozen_since_s is not None or not (self.error or (self._disk and self._disk.prompt)):
-            return 0
-        return self.intent.covers_run(run, count)
+    @property
+    def prompt(self) -> bool:
+        """Whether `write_run` may be called where nothing may block."""
+        return self.error is not None or (self._disk is not None and self._disk.prompt)
+
+    def recorded(self, run: "array[int]", count: int) -> int:
+        """How many writes of a run, from the front, need no record of their own: `record` would do nothing."""
+        return 0 if self.held.frozen_since_s is not None else self.intent.covers_run(run, count)
 
     def write_run(self, data: memoryview, run: "array[int]", count: int) -> int:
-        """Carry writes of whole sectors that are `ready` to the mirror; how many it took, from the front."""
+        """Carry recorded writes of whole sectors to a prompt mirror; how many it took, from the front."""
         if self.error is not None or self._disk is None:
             return count  # it misses them: they lie in marked regions, all of which count as different
         return self._disk.write_run(data, run, count)
@@ -266,7 +269,17 @@ class MirrorLink:
 
     async def flush(self) -> bool:
         """Make the mirror durable; False, and it is dropped, when that fails."""
-        return await self._asks("flushing", lambda disk: disk.flush_job())
+        return await self.flushed(self.begin_flush())
+
+    def begin_flush(self) -> "asyncio.Future[None] | None":
+        """Begin to make the mirror durable; `flushed` takes what is returned."""
+        if self.error is not None or self._workers is None or self._disk is None:
+            return None
+        return self._workers.begin(self._disk.flush_job())
+
+    async def flushed(self, begun: "asyncio.Future[None] | None") -> bool:
+        """Wait for a flush; False, and the mirror is dropped, when it failed."""
+        return begun is not None and await self._succeeds("flushing", begun)
 
     def write_back(self) -> None:
         """Have the next flush find less to wait for."""

@@ -18,18 +18,22 @@ from lockstep.disk.runs import WORDS
 Extents = Sequence[tuple[int, int]]
 
 
-class _Turn:
+class Turn:
+    """Somebody's turn, on all `extents` at once."""
+
     __slots__ = ("ahead", "behind", "end", "extents", "ready", "start")
 
     def __init__(self, extents: Extents) -> None:
+        """Of these [start, end), at least one."""
         self.extents = extents
         self.start = min(start for start, _ in extents)
         self.end = max(end for _, end in extents)
         self.ahead = 0  # turns that must end before this one begins
-        self.behind: list[_Turn] = []
+        self.behind: list[Turn] = []
         self.ready: asyncio.Future[None] | None = None
 
     def meets(self, start: int, end: int) -> bool:
+        """Whether it is about any part of [start, end)."""
         if end <= self.start or self.end <= start:
             return False
         return any(start < other_end and other_start < end for other_start, other_end in self.extents)
@@ -39,7 +43,7 @@ class Ranges:
     """The byte ranges [start, end) on which somebody works."""
 
     def __init__(self) -> None:
-        self._turns: dict[_Turn, None] = {}  # in the order of asking
+        self._turns: dict[Turn, None] = {}  # in the order of asking
 
     def free(self, start: int, end: int) -> bool:
         """Whether nobody works on, or waits for, any part of the range."""
@@ -54,23 +58,32 @@ class Ranges:
                     return at
         return count
 
-    @asynccontextmanager
-    async def hold(self, extents: Extents) -> AsyncIterator[None]:
-        """Wait for the turn on all of these ranges, and have it until the block ends."""
-        turn = _Turn(extents)
+    def begin(self, extents: Extents) -> Turn:
+        """Ask for the turn on all of these ranges; where they are free, it has begun. `end` is to be called."""
+        turn = Turn(extents)
         for other in self._turns:
             if any(other.meets(start, end) for start, end in extents):
                 other.behind.append(turn)
                 turn.ahead += 1
         self._turns[turn] = None
+        return turn
+
+    def end(self, turn: Turn) -> None:
+        """Give up a turn, whether it had begun or not."""
+        del self._turns[turn]
+        for other in turn.behind:
+            other.ahead -= 1
+            if not other.ahead and other.ready is not None and not other.ready.done():
+                other.ready.set_result(None)
+
+    @asynccontextmanager
+    async def hold(self, extents: Extents) -> AsyncIterator[None]:
+        """Wait for the turn on all of these ranges, and have it until the block ends."""
+        turn = self.begin(extents)
         try:
             if turn.ahead:
                 turn.ready = asyncio.get_running_loop().create_future()
                 await turn.ready
             yield
         finally:
-            del self._turns[turn]
-            for other in turn.behind:
-                other.ahead -= 1
-                if not other.ahead and other.ready is not None and not other.ready.done():
-                    other.ready.set_result(None)
+            self.end(turn)

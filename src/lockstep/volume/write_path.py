@@ -38,16 +38,17 @@ import errno
 import functools
 import os
 from array import array
-from collections.abc import AsyncIterator
-from typing import Final
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.runs import WORDS, aligned, run_of
+from lockstep.disk.runs import WORDS, aligned, requests, run_of
 from lockstep.volume.filling import Filling
 from lockstep.volume.gate import UPDATE, Gate, Ruling
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW
 from lockstep.volume.link import ASIDE, IN_SYNC, MirrorLink
-from lockstep.volume.ranges import Extents, Ranges
+from lockstep.volume.ranges import Extents, Ranges, Turn
 from lockstep.volume.rounds import Rounds
 from lockstep.volume.workers import Workers
 
@@ -59,6 +60,20 @@ EARLY_BYTES: Final = 16 << 20
 Mirrors = tuple[MirrorLink, ...]
 
 _KINDS: Final = {Ruling.UNTIL_WINDOW: OUTSIDE_WINDOW, Ruling.UNTIL_RELEASED: NO_RIGHT}
+
+_Begun = asyncio.Future[None] | None
+_Copy = tuple[MirrorLink, memoryview, "array[int]", int]
+
+
+@dataclass(slots=True)
+class _Update:
+    """What threads were asked to write: to each mirror, and to the target."""
+
+    copies: "Sequence[tuple[MirrorLink, _Begun, array[int], int]]"
+    target: "asyncio.Future[None]"
+    run: "array[int]"
+    count: int
+    durable: bool
 
 
 class WritePath:
@@ -73,29 +88,22 @@ class WritePath:
         self.filling: Filling | None = None  # where the target is a new one that is being filled
         self._gate = gate
         self._sector_mask = sector_bytes - 1
-        self._in_worker = workers.run
+        self._in_worker = workers.begin
         self._hint = workers.hint
         self._early_bytes = 0  # left of EARLY_BYTES
-        self._flushes = Rounds(self._flush_all)
+        self._flushes = Rounds(self._flush_all, at_once=True)
         self._tidying = asyncio.Lock()
 
     # --- 101/501/601: what arrives ---
 
     def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
         """Carry out at once as many writes of a run as can be; return how many, from the front."""
-        mirrors = self.mirrors  # 502
-        if not self.target.prompt:
+        if not (self.target.prompt and all(mirror.prompt for mirror in self.mirrors)):
             return 0
-        if mirrors:
-            if self._gate(user) is not UPDATE:  # 602
-                return 0
-            count = aligned(run, count, self._sector_mask)
-        count = self.ranges.free_run(run, count)
-        for mirror in mirrors:
-            count = mirror.ready(run, count)
+        count = self._free(user, run, count)
         if not count:
             return 0
-        for mirror in mirrors:
+        for mirror in self.mirrors:
             count = mirror.write_run(data, run, count)  # 102/503, 103/504
         done = self.target.write_run(data, run, count)  # 103/505
         self.requests += done
@@ -103,8 +111,26 @@ class WritePath:
             self._write_back(run, done)
         return done
 
-    async def write(self, user: str, data: memoryview, run: "array[int]", count: int, *, durable: bool) -> None:
+    def write(
+        self, user: str, data: memoryview, run: "array[int]", count: int, *, durable: bool
+    ) -> Coroutine[Any, Any, None]:
         """Carry out a run of any writes; `durable` has them on the medium of every disk before they are answered.
+
+        What needs wait for nothing first is under way when this returns, and has to be waited for all the same.
+        """
+        if self.filling is not None or self._free(user, run, count) < count:
+            return self._write(user, data, run, count, durable)
+        update = self._begin([(mirror, data, run, count) for mirror in self.mirrors], data, run, count, durable)
+        return self._finish(update, self.ranges.begin([(at, at + length) for at, length in _extents(run, count)]))
+
+    async def _finish(self, update: _Update, turn: Turn) -> None:
+        try:
+            await self._settle(update)
+        finally:
+            self.ranges.end(turn)
+
+    async def _write(self, user: str, data: memoryview, run: "array[int]", count: int, durable: bool) -> None:
+        """Carry out a run of any writes, waiting where it must.
 
         One that is no whole sectors is merged with what the ones before it wrote, so it is carried out by itself.
         """
@@ -112,14 +138,9 @@ class WritePath:
         while at < count:
             rest = run[WORDS * at :]
             number = max(1, aligned(rest, count - at, self._sector_mask))
-            writes = [(rest[WORDS * each], rest[WORDS * each + 1]) for each in range(number)]
-            async with self._hold(user, writes) as mirrors:
+            async with self._hold(user, _extents(rest, number)) as mirrors:
                 await self._update(mirrors, data, rest, number, durable)
-            if self._early_bytes > 0 and not durable:
-                self._write_back(rest, number)
             at += number
-        if durable:
-            await self._announce_faults()
 
     async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool, fast: bool) -> None:
         """Write zeroes; `allocate` keeps the space; `fast` fails with ENOTSUP when a mirror makes it slow."""
@@ -144,9 +165,12 @@ class WritePath:
             return
         await self.zero(user, offset, length, durable=durable, allocate=False, fast=False)
 
-    async def flush(self) -> None:
-        """Make durable what was answered so far; requests that come meanwhile share the next round."""
-        await self._flushes.join()
+    def flush(self) -> Awaitable[None]:
+        """Make durable what was answered so far; requests that come meanwhile share the next round.
+
+        If none is under way, it has begun when this returns.
+        """
+        return self._flushes.join()
 
     async def part_from(self, mirror: MirrorLink, reason: str) -> str:
         """Follow a mirror no more, between two updates, and return what it may say of itself.
@@ -186,6 +210,15 @@ class WritePath:
         return self.filling is not None and self.filling.lacks(offset, length)
 
     # --- the method ---
+
+    def _free(self, user: str, run: "array[int]", count: int) -> int:
+        """How many writes of a run, from the front, need wait for nobody, merge with nothing, and go on no record."""
+        if self.mirrors and self._gate(user) is not UPDATE:  # 502, 602
+            return 0
+        count = self.ranges.free_run(run, aligned(run, count, self._sector_mask))
+        for mirror in self.mirrors:
+            count = mirror.recorded(run, count)
+        return count
 
     @contextlib.asynccontextmanager
     async def _hold(self, user: str, writes: Extents) -> AsyncIterator[Mirrors]:
@@ -227,22 +260,41 @@ class WritePath:
                     mirror.regions.mark(start, end - start)
 
     async def _update(self, mirrors: Mirrors, data: memoryview, run: "array[int]", count: int, durable: bool) -> None:
-        self.requests += count
-        copies = []
+        """Carry out a run of whole sectors, or one write that is not."""
+        copies: list[_Copy] = []
         for mirror in mirrors:
             whole = (data, run, count)
             if not aligned(run, count, self._sector_mask):
                 whole = await self._whole_sectors(mirror, data, run)
-            copies.append((mirror, mirror.begin_update(*whole, durable=durable), whole))  # 102/503, 103/504
+            copies.append((mirror, *whole))
+        await self._settle(self._begin(copies, data, run, count, durable))
+
+    def _begin(
+        self, copies: "Sequence[_Copy]", data: memoryview, run: "array[int]", count: int, durable: bool
+    ) -> "_Update":
+        """Have threads write a run; what is returned goes to `_settle`."""
+        self.requests += count
+        begun = [
+            (mirror, mirror.begin_update(sectors, whole, number, durable=durable), whole, number)  # 102/503, 103/504
+            for mirror, sectors, whole, number in copies
+        ]
+        return _Update(begun, self._in_worker(self.target.write_job(data, run, count, durable)), run, count, durable)
+
+    async def _settle(self, update: "_Update") -> None:
+        """Wait for both disks."""
         try:
-            await self._in_worker(self.target.write_job(data, run, count, durable))  # 103/505
+            await update.target  # 103/505
         except OSError as failure:
-            for at in range(count):
-                self._target_failed(failure, (run[WORDS * at], run[WORDS * at + 1]))
+            for extent in _extents(update.run, update.count):
+                self._target_failed(failure, extent)
             raise
         finally:
-            for mirror, copy, (_data, sectors, number) in copies:
-                await mirror.settle(copy, sectors, number)
+            for mirror, copy, run, count in update.copies:
+                await mirror.settle(copy, run, count)
+        if update.durable:
+            await self._announce_faults()
+        elif self._early_bytes > 0:  # after the reply, which need not wait for this
+            asyncio.get_running_loop().call_soon(self._write_back, update.run, update.count)
 
     async def _clear(self, mirrors: Mirrors, offset: int, length: int, allocate: bool) -> None:
         """Like `_update`, for zeroes, which have no payload to encrypt."""
@@ -334,17 +386,20 @@ class WritePath:
         for mirror in self.mirrors:
             mirror.write_back()
 
-    async def _flush_all(self) -> None:
+    def _flush_all(self) -> Coroutine[Any, Any, None]:
         self._early_bytes = EARLY_BYTES
-        copies = [asyncio.ensure_future(mirror.flush()) for mirror in self.mirrors]
+        copies = [(mirror, mirror.begin_flush()) for mirror in self.mirrors]
+        return self._settle_flush(copies, self._in_worker(self.target.flush_job()))
+
+    async def _settle_flush(self, copies: "Sequence[tuple[MirrorLink, _Begun]]", target: Awaitable[None]) -> None:
         try:
-            await self._in_worker(self.target.flush_job())
+            await target
         except OSError as failure:
             self._target_failed(failure)
             raise
         finally:
-            for copy in copies:
-                await copy
+            for mirror, copy in copies:
+                await mirror.flushed(copy)
         await self._announce_faults()
 
     async def _announce_faults(self) -> None:
@@ -356,3 +411,8 @@ class WritePath:
     def _target_failed(self, failure: OSError, extent: tuple[int, int] | None = None) -> None:
         for mirror in self.mirrors:
             mirror.target_failed(failure, extent)
+
+
+def _extents(run: "array[int]", count: int) -> list[tuple[int, int]]:
+    """Offset and length of the first `count` writes of a run."""
+    return [(offset, length) for offset, length, _position in requests(run, 0, count)]
