@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 # Debian packages: what Lockstep runs on, what builds its kernel, and what the tests and benchmarks compare it with.
 RUN_PACKAGES := cryptsetup-bin libnbd-bin fuse3 util-linux e2fsprogs kmod
-BUILD_PACKAGES := gcc libc6-dev libssl-dev python3-dev python3-venv
+BUILD_PACKAGES := gcc libc6-dev libgcrypt20-dev python3-dev python3-venv
 TEST_PACKAGES := python3-libnbd qemu-utils qemu-system-common nbdkit nbd-client fio xfsprogs btrfs-progs strace fdisk util-linux-extra lvm2 postgresql
 # A kernel is taken from its package, not installed: `make rescue-test` boots it in QEMU.
 RESCUE_PACKAGES := qemu-system-x86 busybox-static cpio kpartx
@@ -85,7 +85,7 @@ format: $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f src/lockstep/*/_*.c src/lockstep/*/*.so
+	rm -f src/lockstep/_*.c src/lockstep/*.so src/lockstep/*/_*.c src/lockstep/*/*.so
 
 # --- what the commands above need ---
 

@@ -1,6 +1,6 @@
 """The one thing pyproject.toml cannot say yet: the native inner loops, which may fail to build.
 
-Without a compiler or the OpenSSL headers the package installs all the same, encrypts through the `cryptography`
+Without a compiler or the headers of libgcrypt the package installs all the same, encrypts through the `cryptography`
 package and serves writes one by one, more slowly; `lockstep --version` says what encrypts.
 """
 
@@ -8,7 +8,7 @@ from setuptools import Extension, setup
 
 NATIVE = {
     "lockstep._work": [],
-    "lockstep.crypto._xts": ["crypto"],
+    "lockstep.crypto._xts": ["gcrypt"],
     "lockstep.disk._runs": [],
     "lockstep.nbd._frames": [],
 }

@@ -4,9 +4,10 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import ssl
 import subprocess
 from pathlib import Path
+
+from lockstep.crypto.cipher import KERNEL
 
 
 def machine() -> dict[str, object]:
@@ -32,7 +33,7 @@ def versions() -> dict[str, str | None]:
     return {
         "python": platform.python_version(),
         "lockstep": lockstep,
-        "openssl": ssl.OPENSSL_VERSION,
+        "encryption": KERNEL,
         "fio": _says("fio"),
         "qemu": _says("qemu-storage-daemon"),
         "nbdkit": _says("nbdkit"),

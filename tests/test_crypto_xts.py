@@ -63,7 +63,7 @@ def textbook_sectors(key: bytes, sector_bytes: int, first_iv: int, plain: bytes)
 
 
 def test_the_native_kernel_is_in_use_here() -> None:
-    assert cipher.KERNEL == "libcrypto"
+    assert cipher.KERNEL.startswith("libgcrypt 1.")
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["vector"])

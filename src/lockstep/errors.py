@@ -818,8 +818,8 @@ class CipherSelfTestFailed(LuksError):
     """The cipher gives wrong answers on this machine."""
 
     happened = "The encryption self-test failed: {kernel} gave a wrong answer for {case}."
-    cause = "The OpenSSL library or the processor does not compute AES-XTS correctly, or the memory is faulty."
-    next_step = "Do not write mirrors on this machine. Update OpenSSL, test the memory, then run this again."
+    cause = "The library that encrypts or the processor does not compute AES-XTS correctly, or the memory is faulty."
+    next_step = "Do not write mirrors on this machine. Update libgcrypt, test the memory, then run this again."
 
 
 class CryptsetupMissing(LuksError):

@@ -6,6 +6,8 @@ from typing_extensions import Buffer
 
 from lockstep._work import Job
 
+LIBRARY: str  # with its version
+
 @final
 class Xts:
     """AES-XTS with one key and one sector size. Safe to share between threads.
@@ -23,7 +25,7 @@ class Xts:
         same length, a multiple of the sector size.
 
         ValueError for lengths and positions out of range, BufferError or TypeError for memory that
-        cannot be read or written: nothing is written then. RuntimeError when libcrypto fails: the
+        cannot be read or written: nothing is written then. RuntimeError when libgcrypt fails: the
         content of `dst` is undefined then.
         """
 

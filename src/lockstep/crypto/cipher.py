@@ -1,6 +1,6 @@
 """The sector cipher of the mirror: AES-XTS with dm-crypt's plain64 positions.
 
-Two implementations of one interface, `Xts` in `_xts.pyi`: the native kernel over libcrypto, and a twin
+Two implementations of one interface, `Xts` in `_xts.pyi`: the native kernel over libgcrypt, and a twin
 on the `cryptography` package that is used where the kernel was not built. Same checks, same errors,
 same bytes; the twin takes some 40 times longer. XTS hides data, it does not protect it from change: whoever
 can write the mirror can turn sectors into noise or put back older ones without being noticed here.
@@ -153,13 +153,14 @@ def _readable(data: Buffer) -> memoryview:
 
 
 try:
+    from lockstep.crypto._xts import LIBRARY
     from lockstep.crypto._xts import Xts as _Implementation
 
-    KERNEL: str = "libcrypto"
+    KERNEL: str = LIBRARY
 except ImportError:
     _Implementation = FallbackXts  # type: ignore[misc, assignment]
     KERNEL = "cryptography"
-"""What encrypts in this process: "libcrypto" (the native kernel) or "cryptography" (its slower twin)."""
+"""What encrypts in this process: "libgcrypt 1.10.1", say (the native kernel), or "cryptography" (its slower twin)."""
 
 
 class XtsCipher:
