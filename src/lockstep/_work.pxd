@@ -1,5 +1,13 @@
 # A job for the threads of `work.py`.
 
+cdef extern from *:
+    """
+    #define lockstep_is_set(flag) __atomic_load_n((flag), __ATOMIC_RELAXED)
+    #define lockstep_set(flag) __atomic_store_n((flag), 1, __ATOMIC_RELAXED)
+    """
+    bint is_set "lockstep_is_set" (const int *flag) nogil
+    void set_flag "lockstep_set" (int *flag) nogil
+
 
 cdef class Job:
     cdef public object future

@@ -11,6 +11,10 @@ from libc.stdint cimport uint64_t
 from libc.string cimport strerror
 
 
+cdef extern from "errno.h" nogil:
+    int ECANCELED
+
+
 cdef extern from "pthread.h" nogil:
     ctypedef struct pthread_mutex_t:
         pass
@@ -39,13 +43,18 @@ cdef extern from "sys/eventfd.h" nogil:
 
 cdef extern from "unistd.h" nogil:
     int close(int fd)
+    int pause()
+
+
+cdef extern from "Python.h" nogil:
+    bint Py_IsInitialized()
 
 
 cdef class Job:
     """See `work.py`."""
 
     cdef bint perform(self, const int *given_up) noexcept nogil:
-        """Do what needs no interpreter, as long as nobody has `given_up`; return whether that was all."""
+        """Do what needs no interpreter, as long as `given_up` is not set; return whether that was all."""
         return False
 
     cdef object finish(self):
@@ -196,7 +205,7 @@ cdef class Queue:
         cdef void *jobs
         cdef void *in_turn
         pthread_mutex_lock(&self._lock)
-        self._given_up = 1
+        set_flag(&self._given_up)
         jobs, self._first = self._first, NULL
         in_turn, self._first_in_turn = self._first_in_turn, NULL
         pthread_mutex_unlock(&self._lock)
@@ -250,8 +259,12 @@ cdef class Queue:
         return job
 
     cdef void _carry_out(self, void *job) noexcept nogil:
-        cdef bint first
-        if not (<Job> job).perform(&self._given_up):
+        cdef bint first, whole = not is_set(&self._given_up) and (<Job> job).perform(&self._given_up)
+        if not whole:
+            if is_set(&self._given_up) and not (<Job> job).error:
+                (<Job> job).error = ECANCELED
+            while not Py_IsInitialized():
+                pause()  # the process ends, and has nobody left who would want to know
             with gil:
                 (<Job> job).end()
         pthread_mutex_lock(&self._lock)

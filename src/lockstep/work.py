@@ -62,7 +62,10 @@ class _Queue:
         return [self._done.popleft() for _ in range(len(self._done))]
 
     def give_up(self) -> int:
-        """Forget the jobs that no thread has begun, and return how many; a native run ends after its next write."""
+        """Forget the jobs that no thread has begun, and return how many.
+
+        Native ones that one has begun end after their next system call, with ECANCELED if that was not the last.
+        """
         dropped = 0
         while True:
             try:

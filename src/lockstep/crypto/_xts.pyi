@@ -61,9 +61,8 @@ class Xts:
     ) -> Job:
         """Return `encrypt_run` as a job (lockstep/work.py): a thread that carries it out does not need the interpreter.
 
-        A write that fails fails the job, with its OSError. One that is cut short, or not begun as the queue gave up, is
-        left to `rest`, which is given how many were written whole. `data` and `run` are not to be changed meanwhile.
-        Errors as for `encrypt_run`, at once.
+        A write that fails fails the job, with its OSError. One that is cut short is left to `rest`, which is given how
+        many were written whole. `data` and `run` are not to be changed meanwhile. Errors as for `encrypt_run`, at once.
         """
 
     def decrypt_job(

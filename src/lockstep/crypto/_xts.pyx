@@ -38,7 +38,7 @@ from libc.stdint cimport UINT64_MAX, int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove, memset
 
-from lockstep._work cimport Job
+from lockstep._work cimport Job, is_set
 from lockstep.run cimport Write
 
 
@@ -164,7 +164,7 @@ cdef bint _write_one(Run *run, Write *write, unsigned char *encrypted, const int
     while at < write.length:
         offset = write.offset + at
         part.iov_len = min(write.length - at, <uint64_t> PIECE_BYTES)
-        if given_up[0]:
+        if is_set(given_up):
             return False
         run.failure = _crypt_sectors(
             <Direction> gcry_cipher_encrypt, run.context, run.first_iv + offset // UNIT_BYTES, run.sector_bytes,
@@ -459,7 +459,7 @@ cdef class Decryption(Job):
         cdef iovec part
         if self._from_medium:
             posix_fadvise(self._fd, self._offset, self._into.len, POSIX_FADV_DONTNEED)
-        while at < self._into.len and not given_up[0]:
+        while at < self._into.len and not is_set(given_up):
             part.iov_base = into + at
             part.iov_len = min(self._into.len - at, <Py_ssize_t> PIECE_BYTES)
             got = preadv2(self._fd, &part, 1, self._offset + at, 0)

@@ -10,7 +10,7 @@ from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcmp, memset
 
-from lockstep._work cimport Job
+from lockstep._work cimport Job, is_set
 from lockstep.run cimport Write
 
 
@@ -135,7 +135,7 @@ cdef Py_ssize_t _moved(
     cdef Py_ssize_t at = 0
     cdef ssize_t moved
     cdef iovec part
-    while at < count and not given_up[0]:
+    while at < count and not is_set(given_up):
         if request[at].position + request[at].length > <uint64_t> data.len:
             break
         part.iov_base = <char *> data.buf + request[at].position
@@ -217,10 +217,12 @@ cdef class Flush(Job):
         self._fd = fd
 
     cdef bint perform(self, const int *given_up) noexcept nogil:
-        if fdatasync(self._fd) == 0:
-            return True
-        self.error = errno
-        return False
+        cdef int failed = fdatasync(self._fd)
+        while failed and errno == EINTR and not is_set(given_up):
+            failed = fdatasync(self._fd)
+        if failed:
+            self.error = errno
+        return not failed
 
 
 def flush_job(int fd):

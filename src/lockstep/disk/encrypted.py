@@ -76,8 +76,8 @@ class EncryptedDisk:
         if self._promptness.unknown:
             return functools.partial(rest, 0)
         where, flags = (self._fd, self._data_offset, self._first_iv), os.RWF_DSYNC if durable else 0
-        # Long ones do not take turns: one is encrypted while another is written.
-        in_turn = self._in_turn and sum(run[1 : WORDS * count : WORDS]) <= PIECE_BYTES
+        # The kernel lets the next one in while the medium is waited for; and long ones are encrypted meanwhile.
+        in_turn = self._in_turn and not durable and sum(run[1 : WORDS * count : WORDS]) <= PIECE_BYTES
         return self._encrypt_job(*where, data, run, count, flags, rest, in_turn)
 
     def _write_direct(self, data: memoryview, run: "array[int]", count: int, durable: bool) -> None:

@@ -125,7 +125,8 @@ class PlainDisk:
             return functools.partial(self._write_direct, data, run, count, durable)
         if self._promptness.unknown:
             return functools.partial(rest, 0)
-        return write_job(self._fd, os.RWF_DSYNC if durable else 0, data, run, count, rest, self._in_turn)
+        in_turn = self._in_turn and not durable  # the kernel lets the next one in while the medium is waited for
+        return write_job(self._fd, os.RWF_DSYNC if durable else 0, data, run, count, rest, in_turn)
 
     def _write_direct(self, data: memoryview, run: "array[int]", count: int, durable: bool) -> None:
         assert self._direct is not None

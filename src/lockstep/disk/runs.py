@@ -101,9 +101,9 @@ def _write_job(
 ) -> Callable[[], None]:
     """Return what a thread does to write a run (lockstep/work.py). A write that fails fails it, with its OSError.
 
-    One that is cut short, or not begun since the queue gave up, is left to `rest`, which is given how many were written
-    whole. Neither the data nor the run may be changed meanwhile. `in_turn` spares threads waiting for each other within
-    the kernel: the native queue has such jobs carried out by one, without a pause between two.
+    One that is cut short is left to `rest`, which is given how many were written whole. Neither the data nor the run
+    may be changed meanwhile. `in_turn` spares threads waiting for each other within the kernel: the native queue has
+    such jobs carried out by one, without a pause between two.
     """
     view = memoryview(data)
     return lambda: _moved(os.pwritev, fd, flags, view, run, count, rest)

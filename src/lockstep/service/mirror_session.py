@@ -21,6 +21,7 @@ like one whose data does not.
 """
 
 import asyncio
+import contextlib
 import errno
 import logging
 import secrets
@@ -270,17 +271,19 @@ class MirrorSession:
         if self.link.error is None or not self._at_rest:
             return False
         self._opener = Workers("lockstep-opener", 1, OPENING_PATIENCE_S)
-        attempt = self._attempt = object()
+        opened = self._attempt = list[EncryptedDisk]()
         try:
-            header, disk = await self._opener.run(self._reopen, self.link.let_go(), attempt)
+            header = await self._opener.run(self._reopen, self.link.let_go(), opened)
         except (LockstepError, OSError) as failure:
             self._attempt = None
+            _close_all(opened)  # it may have come at the last moment
             if str(failure) != self._last_failure:
                 self._last_failure = str(failure)
                 log.warning("mirror %s cannot be followed again yet: %s", self.mirror.path, failure)
             return False
         finally:
             self._opener.close()
+        disk = opened.pop()
         self._scribe.close()
         self._scribe = Workers("lockstep-header", 1, self._patience_s)
         assert header.token is not None
@@ -338,13 +341,14 @@ class MirrorSession:
             log.error("mirror %s is not followed, the target goes on alone: %s", self.mirror.path, failure)
             return None, None, str(failure)
 
-    def _reopen(self, former: EncryptedDisk | None, attempt: object) -> tuple[luks.Header, EncryptedDisk]:
+    def _reopen(self, former: EncryptedDisk | None, opened: list[EncryptedDisk]) -> luks.Header:
         if former is not None:
             former.close()
         header, disk = self._open()
-        if self._attempt is not attempt:  # nobody waits for it any more
-            disk.close()
-        return header, disk
+        opened.append(disk)
+        if self._attempt is not opened:  # nobody waits for it any more
+            _close_all(opened)
+        return header
 
     def _open(self) -> tuple[luks.Header, EncryptedDisk]:
         mirror, size_bytes = self.mirror, self._volume.size_bytes
@@ -358,6 +362,13 @@ class MirrorSession:
 
     def _new_workers(self) -> Workers:
         return Workers("lockstep-mirror", MIRROR_THREADS, self._patience_s)
+
+
+def _close_all(opened: list[EncryptedDisk]) -> None:
+    """Close what nobody has taken out before, whichever thread looks first."""
+    with contextlib.suppress(IndexError):
+        while True:
+            opened.pop().close()
 
 
 def _require_token(volume: VolumeRecord, mirror: MirrorRecord, header: luks.Header) -> None:

@@ -59,7 +59,7 @@ class Workers:
 
     def hint(self, work: Callable[[], None]) -> None:
         """Have a thread do what nobody waits for, unless one still does what was hinted at last."""
-        if not self._at_hint and not self._given_up:
+        if not (self._at_hint or self._closed):
             self._at_hint = True
             self._put(work if isinstance(work, Job) else Call(work), asyncio.get_running_loop())
 
