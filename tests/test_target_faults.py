@@ -3,13 +3,13 @@
 import os
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.lab import MIB, Lab, Volume, libnbd, needs, run, wait_until
+from tests.lab import MIB, Clients, Lab, Served, Volume, libnbd, loop_devices, needs, run, wait_until
 
 pytestmark = needs("nbdkit", "nbdfuse", "fusermount3", "/dev/fuse", "qemu-io", root=True)
 
@@ -135,3 +135,88 @@ def test_a_write_that_the_target_fails_is_an_error_and_leaves_its_region_differe
         assert served.mirror_state() == "behind", "a failing target does not overwrite the better copy by itself"
         volume.lab.lockstep("sync", "vol", "--wait").ok()
     volume.assert_equal_disks()
+
+
+class TwoClients(Clients):
+    """Two connections, each of which waits for its answer."""
+
+    def __init__(self, served: Served) -> None:
+        super().__init__(served.uri, 2)
+
+    def error_of(self, request: Callable[..., object], *arguments: object) -> object:
+        try:
+            request(*arguments)
+        except self.nbd.Error as error:
+            return error.errno
+        return None
+
+
+@pytest.fixture
+def cached(lab: Lab, target: Faulty, loop: Callable[..., str]) -> Volume:
+    """A volume whose target takes everything, and fails when it is to be written out."""
+    device = loop(target.disk)
+    disks = ["--target", device, "--mirror", lab.home / "mirror", "--key-file", lab.key]
+    lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
+    return Volume(lab, "vol", target.image, lab.home / "mirror", None)
+
+
+def test_a_flush_that_failed_for_one_succeeds_for_nobody_until_somebody_has_looked(
+    lab: Lab, cached: Volume, target: Faulty
+) -> None:
+    with cached.served() as served:
+        clients = TwoClients(served)
+        one, other = clients.handles
+        other.pwrite(b"o" * 4096, MIB)
+        other.flush()
+        with target.failing(target.writes):
+            other.pwrite(b"n" * 4096, MIB)
+            assert clients.error_of(one.flush) == "EIO"
+        assert clients.error_of(other.flush) == "EIO", "it was told that its write is durable, which is lost"
+        assert clients.error_of(one.pwrite, b"f" * 4096, 2 * MIB, clients.nbd.CMD_FLAG_FUA) == "EIO"
+        assert served.mirror_state() == "behind"
+        assert "every flush fails from here on" in served.log.read_text()
+        lab.lockstep("sync", "vol", "--wait").ok()
+        other.pwrite(b"n" * 4096, MIB)
+        other.flush()
+        clients.close()
+    cached.assert_equal_disks()
+
+
+def test_a_durable_write_that_fails_may_tell_of_the_writes_of_others(lab: Lab, cached: Volume, target: Faulty) -> None:
+    with cached.served() as served:
+        clients = TwoClients(served)
+        one, other = clients.handles
+        other.pwrite(b"o" * 4096, MIB)
+        other.flush()
+        with target.failing(target.writes):
+            other.pwrite(b"n" * 4096, MIB)
+            assert clients.error_of(one.pwrite, b"f" * 4096, 3 * MIB, clients.nbd.CMD_FLAG_FUA) == "EIO"
+        assert clients.error_of(other.flush) == "EIO"
+        device = next(device for device, shown in loop_devices().items() if shown == str(target.disk))
+        run("blockdev", "--flushbufs", device)
+        lab.lockstep("sync", "vol", "--wait").ok()
+        lab.lockstep("verify", "vol").ok()
+        clients.close()
+    cached.assert_equal_disks()
+
+
+def test_a_durable_write_that_the_disk_has_no_room_for_is_nobody_elses_loss(lab: Lab) -> None:
+    room = lab.home / "room"
+    room.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(room))
+    try:
+        volume = Volume(lab, "vol", room / "target", lab.home / "mirror", None)
+        volume.target.touch()
+        os.truncate(volume.target, SIZE_BYTES)
+        disks = ["--target", volume.target, "--mirror", volume.mirror, "--key-file", lab.key]
+        lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
+        with volume.served() as served:
+            nbd = libnbd()
+            handle = nbd.NBD()
+            handle.connect_uri(served.uri)
+            with pytest.raises(nbd.Error, match="No space left"):
+                handle.pwrite(b"x" * (4 << 20), 0, nbd.CMD_FLAG_FUA)
+            handle.flush()
+            handle.shutdown()
+    finally:
+        run("umount", str(room))

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -157,3 +158,22 @@ def begin(served: Served) -> bool:
 def command(volume: Volume) -> list[str]:
     program = sys.executable
     return [program, "-m", "lockstep", "--state-dir", str(volume.lab.state), "verify", volume.name]
+
+
+def test_what_lies_behind_the_volume_on_a_device_that_has_grown_is_not_compared(
+    lab: Lab, loop: Callable[..., str]
+) -> None:
+    size_bytes = 8 * MIB + 512  # the last sector of the mirror is filled up with zeroes
+    image = lab.disk("target", size_bytes)
+    device = loop(image)
+    disks = ["--target", device, "--mirror", lab.home / "mirror", "--key-file", lab.key, "--sector-size", 4096]
+    lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
+    with image.open("r+b") as file:
+        file.seek(size_bytes)
+        file.write(b"foreign" * 2000)
+        file.truncate(size_bytes + MIB)
+    run("losetup", "--set-capacity", device)
+    volume = Volume(lab, "vol", image, lab.home / "mirror", None)
+    with volume.served() as served:
+        run("qemu-io", "-f", "raw", "-c", f"write -P 5 {size_bytes - 300} 100", served.uri)
+        lab.lockstep("verify", "vol").ok()

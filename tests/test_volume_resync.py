@@ -4,6 +4,7 @@ Disks are byte arrays here, so that a test can stop one in the middle of a read.
 """
 
 import asyncio
+import functools
 import threading
 import uuid
 from array import array
@@ -68,6 +69,9 @@ class Disk:
             offset, length, position = run[4 * at : 4 * at + 3]
             self.content[offset : offset + length] = data[position : position + length]
 
+    def stop(self) -> None:
+        pass
+
     def flush_job(self) -> Callable[[], None]:
         return self.flush
 
@@ -87,6 +91,9 @@ class AllMarked:
 
     def idle(self) -> list[int]:
         return []
+
+    def marked(self) -> bytes:
+        return b"\1"
 
 
 class Silent:
@@ -174,3 +181,21 @@ def test_a_mirror_is_called_in_sync_only_when_its_copy_is_durable() -> None:
     assert stage.mirror.states[0] == "syncing"
     assert stage.link.state == "in-sync"
     assert stage.mirror.content == stage.target.content
+
+
+def test_a_mirror_that_came_back_is_not_dropped_for_what_its_former_self_was_asked() -> None:
+    async def scene(stage: Stage) -> None:
+        mirror: Any = stage.mirror
+        stage.mirror.go_on.clear()
+        asked = stage.link._ask(lambda disk: functools.partial(disk.read, 0, memoryview(bytearray(512))))
+        await asyncio.to_thread(stage.mirror.was_read.wait, 10)
+        stage.link.drop("writing", TimeoutError("it did not answer"))
+        stage.mirror.go_on.set()
+        while not stage.link.at_rest:
+            await asyncio.sleep(0.001)
+        stage.link.let_go()
+        stage.link.admit(mirror, Workers("mirror", 2, 30))
+        assert not await stage.link.flushed(asked)
+        assert stage.link.error is None
+
+    play(scene)

@@ -84,6 +84,11 @@ class PlainDisk:
 
     def read_job(self, into: memoryview, run: "array[int]", count: int) -> Callable[[], None]:
         """Return what a thread does to read a run, from the medium if need be: all of it at the same time."""
+        used_bytes = self._used_bytes
+        if used_bytes is not None and any(
+            at + length > used_bytes for at, length, _position in requests(run, 0, count)
+        ):
+            return functools.partial(self._read_each, into, run, count, 0)
         if self._direct is not None:
             return functools.partial(self._read_direct, into, run, count)
         return fetch_job(self._fd, into, run, count, functools.partial(self._read_each, into, run, count))

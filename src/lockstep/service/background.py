@@ -102,8 +102,9 @@ class Background:
             reason = self._trail.error or self._gate.verdict(actor.user).reason
             raise MayNotRelease(user=actor.user, volume=self._volume_name, reason=reason)
         released = 0
+        self._path.durability_lost = None  # somebody looked at the target, and says that it is right
         for link in self._path.mirrors:
-            link.target_error = None  # somebody looked at the target, and says that it is right
+            link.target_error = None
             if include_held:
                 released += link.regions.held_bytes
                 await link.release(link.held.regions())

@@ -124,6 +124,7 @@ class VolumeSession:
             if self.filling is not None:
                 await self.filling.settle()
             await self.workers.run(self.target.flush)
+            self.writes.require_durability()
         except OSError as error:
             raise DiskFailed(path=self.record.target_path, doing="Flushing", reason=error.strerror) from error
         for session in self.mirrors:

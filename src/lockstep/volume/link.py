@@ -22,10 +22,12 @@ rest, so a late completion changes nothing that counts.
 """
 
 import asyncio
+import functools
 import logging
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.volume.held import HeldRecord
@@ -62,6 +64,14 @@ class Keeper(Protocol):
 
     async def disown(self) -> None:
         """Have the next start copy everything: the bitmap cannot say what differs. Raises OSError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Something that a mirror was asked to do, and of whose threads: it may be back with others when that ends."""
+
+    workers: Workers
+    ended: "asyncio.Future[None]"
 
 
 class MirrorLink:
@@ -241,23 +251,19 @@ class MirrorLink:
             return count  # it misses them: they lie in marked regions, all of which count as different
         return self._disk.write_run(data, run, count)
 
-    def begin_update(
-        self, data: memoryview, run: "array[int]", count: int, *, durable: bool
-    ) -> "asyncio.Future[None] | None":
+    def begin_update(self, data: memoryview, run: "array[int]", count: int, *, durable: bool) -> Asked | None:
         """Begin to carry a run of whole sectors to the mirror; `settle` takes what is returned."""
-        if self.error is not None or self._workers is None or self._disk is None:
-            return None
-        return self._workers.begin(self._disk.write_job(data, run, count, durable))
+        return self._ask(lambda disk: disk.write_job(data, run, count, durable))
 
-    async def settle(self, begun: "asyncio.Future[None] | None", run: "array[int]", count: int) -> None:
+    async def settle(self, asked: Asked | None, run: "array[int]", count: int) -> None:
         """Wait for an update; a failure drops the mirror and is not the writer's."""
-        if begun is None or not await self._succeeds("writing", begun):
+        if not await self._succeeds("writing", asked):
             for at in range(count):
                 self.regions.mark(run[4 * at], run[4 * at + 1])
 
     async def clear(self, offset: int, length: int) -> None:
         """Carry zeroes to the mirror, whole sectors; failures as in `settle`."""
-        if not await self._asks("writing", lambda disk: disk.zero, offset, length):
+        if not await self._succeeds("writing", self._ask(lambda disk: functools.partial(disk.zero, offset, length))):
             self.regions.mark(offset, length)
 
     async def read(self, offset: int, into: memoryview, *, from_medium: bool = False) -> bool:
@@ -265,38 +271,38 @@ class MirrorLink:
 
         `from_medium` is about what was flushed, not what is cached.
         """
-        return await self._asks("reading", lambda disk: disk.read_job(offset, into, from_medium=from_medium))
+        asked = self._ask(lambda disk: disk.read_job(offset, into, from_medium=from_medium))
+        return await self._succeeds("reading", asked)
 
     async def flush(self) -> bool:
         """Make the mirror durable; False, and it is dropped, when that fails."""
         return await self.flushed(self.begin_flush())
 
-    def begin_flush(self) -> "asyncio.Future[None] | None":
+    def begin_flush(self) -> Asked | None:
         """Begin to make the mirror durable; `flushed` takes what is returned."""
-        if self.error is not None or self._workers is None or self._disk is None:
-            return None
-        return self._workers.begin(self._disk.flush_job())
+        return self._ask(lambda disk: disk.flush_job())
 
-    async def flushed(self, begun: "asyncio.Future[None] | None") -> bool:
+    async def flushed(self, asked: Asked | None) -> bool:
         """Wait for a flush; False, and the mirror is dropped, when it failed."""
-        return begun is not None and await self._succeeds("flushing", begun)
+        return await self._succeeds("flushing", asked)
 
     def write_back(self) -> None:
         """Have the next flush find less to wait for."""
         if self.error is None and self._workers and self._disk and (job := self._disk.write_back_job()):
             self._workers.hint(job)
 
-    async def _asks(self, doing: str, what: Callable[[EncryptedDisk], Callable[..., None]], *args: Any) -> bool:
+    def _ask(self, what: Callable[[EncryptedDisk], Callable[[], None]]) -> Asked | None:
         if self.error is not None or self._workers is None or self._disk is None:
-            return False
-        return await self._succeeds(doing, self._workers.begin(what(self._disk), *args))
+            return None
+        return Asked(self._workers, self._workers.begin(what(self._disk)))
 
-    async def _succeeds(self, doing: str, begun: "asyncio.Future[None]") -> bool:
-        asked = self._workers
+    async def _succeeds(self, doing: str, asked: Asked | None) -> bool:
+        if asked is None:
+            return False
         try:
-            await begun
+            await asked.ended
         except OSError as failure:
-            if self._workers is asked:  # not back with another disk meanwhile
+            if self._workers is asked.workers:
                 self.drop(doing, failure)
             return False
         return True

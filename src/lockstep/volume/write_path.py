@@ -30,12 +30,16 @@ Rules:
 6. A hole on the target is zeroes on a clean mirror, so clearing what is a hole already costs the mirror nothing.
 7. FLUSH covers what was answered before it began, on the target and on every followed mirror. It is the only thing
    that does: what is written back early (EARLY_BYTES) is as little durable as before.
+8. The kernel tells one caller of what it failed to write out, and takes it for clean then. So once the target has
+   failed a FLUSH, or FUA for any other reason than the write itself, it has lost something of whoever wrote; everything
+   marked counts as different, and every FLUSH and FUA fails until somebody has looked after the target.
 """
 
 import asyncio
 import contextlib
 import errno
 import functools
+import logging
 import os
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
@@ -47,10 +51,12 @@ from lockstep.disk.runs import WORDS, aligned, requests, run_of
 from lockstep.volume.filling import Filling
 from lockstep.volume.gate import UPDATE, Gate, Ruling
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW
-from lockstep.volume.link import ASIDE, IN_SYNC, MirrorLink
+from lockstep.volume.link import ASIDE, IN_SYNC, Asked, MirrorLink
 from lockstep.volume.ranges import Extents, Ranges, Turn
 from lockstep.volume.rounds import Rounds
 from lockstep.volume.workers import Workers
+
+log = logging.getLogger(__name__)
 
 CLEAR_PIECE_BYTES: Final = 8 << 20
 # So much of what comes after a flush begins its way to the medium at once: the next flush, if it comes soon, has less
@@ -61,7 +67,6 @@ Mirrors = tuple[MirrorLink, ...]
 
 _KINDS: Final = {Ruling.UNTIL_WINDOW: OUTSIDE_WINDOW, Ruling.UNTIL_RELEASED: NO_RIGHT}
 
-_Begun = asyncio.Future[None] | None
 _Copy = tuple[MirrorLink, memoryview, "array[int]", int]
 
 
@@ -69,8 +74,9 @@ _Copy = tuple[MirrorLink, memoryview, "array[int]", int]
 class _Update:
     """What threads were asked to write: to each mirror, and to the target."""
 
-    copies: "Sequence[tuple[MirrorLink, _Begun, array[int], int]]"
+    copies: "Sequence[tuple[MirrorLink, Asked | None, array[int], int]]"
     target: "asyncio.Future[None]"
+    data: memoryview
     run: "array[int]"
     count: int
     durable: bool
@@ -86,6 +92,7 @@ class WritePath:
         self.ranges = Ranges()
         self.requests = 0  # counts what clients ask, for background work that gives way
         self.filling: Filling | None = None  # where the target is a new one that is being filled
+        self.durability_lost: OSError | None = None  # with which the target failed to make something durable
         self._gate = gate
         self._sector_mask = sector_bytes - 1
         self._in_worker = workers.begin
@@ -278,21 +285,26 @@ class WritePath:
             (mirror, mirror.begin_update(sectors, whole, number, durable=durable), whole, number)  # 102/503, 103/504
             for mirror, sectors, whole, number in copies
         ]
-        return _Update(begun, self._in_worker(self.target.write_job(data, run, count, durable)), run, count, durable)
+        target = self._in_worker(self.target.write_job(data, run, count, durable))  # 103/505
+        return _Update(begun, target, data, run, count, durable)
 
     async def _settle(self, update: "_Update") -> None:
         """Wait for both disks."""
         try:
-            await update.target  # 103/505
+            await update.target
         except OSError as failure:
-            for extent in _extents(update.run, update.count):
-                self._target_failed(failure, extent)
+            if update.durable and await self._takes(update):
+                self._lose_durability(failure)
+            else:
+                for extent in _extents(update.run, update.count):
+                    self._target_failed(failure, extent)
             raise
         finally:
             for mirror, copy, run, count in update.copies:
                 await mirror.settle(copy, run, count)
         if update.durable:
             await self._announce_faults()
+            self.require_durability()
         elif self._early_bytes > 0:  # after the reply, which need not wait for this
             asyncio.get_running_loop().call_soon(self._write_back, update.run, update.count)
 
@@ -391,16 +403,40 @@ class WritePath:
         copies = [(mirror, mirror.begin_flush()) for mirror in self.mirrors]
         return self._settle_flush(copies, self._in_worker(self.target.flush_job()))
 
-    async def _settle_flush(self, copies: "Sequence[tuple[MirrorLink, _Begun]]", target: Awaitable[None]) -> None:
+    async def _settle_flush(self, copies: "Sequence[tuple[MirrorLink, Asked | None]]", target: Awaitable[None]) -> None:
         try:
             await target
         except OSError as failure:
-            self._target_failed(failure)
+            self._lose_durability(failure)
             raise
         finally:
             for mirror, copy in copies:
                 await mirror.flushed(copy)
         await self._announce_faults()
+        self.require_durability()
+
+    async def _takes(self, update: _Update) -> bool:
+        """Whether the target takes a write that it has failed to make durable."""
+        try:
+            await self._in_worker(self.target.write_job(update.data, update.run, update.count))
+        except OSError:
+            return False
+        return True
+
+    def _lose_durability(self, failure: OSError) -> None:
+        """The target did not make durable what it had taken: rule 8."""
+        self.durability_lost = failure
+        self._target_failed(failure)
+        log.error(
+            "the target failed to make durable what was written to it: %s. What was lost is not known, so every flush"
+            " fails from here on. See to the target, then `lockstep sync`.",
+            failure.strerror or failure,
+        )
+
+    def require_durability(self) -> None:
+        """Raise the OSError with which the target once failed to make something durable: rule 8."""
+        if self.durability_lost is not None:
+            raise OSError(self.durability_lost.errno, self.durability_lost.strerror)
 
     async def _announce_faults(self) -> None:
         """Nothing that a mirror has missed is answered as durable before the mirror says that it misses something."""
