@@ -349,7 +349,8 @@ class Connection(Securable):
                 if self._start == self._end:
                     break
         finally:
-            self._begin_gathered()
+            if self._gathered is not None:
+                self._begin_gathered(self._gathered)
             self._send_replies()
         if self._ending:
             self._finish()
@@ -391,7 +392,7 @@ class Connection(Securable):
         """
         end = end_of(run, count)
         if self._gathered is not None and end - self._gathered.start > len(self._gathered.block):
-            self._begin_gathered()
+            self._begin_gathered(self._gathered)
         if self._gathered is None:
             block = self._take_block(max(end - self._start, min(self._end - self._start, REPLY_BATCH_BYTES)))
             if block is None:
@@ -401,18 +402,17 @@ class Connection(Securable):
         self._start = end
         self._pending += count
         if end - self._gathered.start >= REPLY_BATCH_BYTES:
-            self._begin_gathered()
+            self._begin_gathered(self._gathered)
         return True
 
-    def _begin_gathered(self) -> None:
+    def _begin_gathered(self, gathered: _Gathered) -> None:
         """Begin with the writes that were gathered: their payload leaves the buffer, which is about to be reused."""
-        gathered, self._gathered = self._gathered, None
-        if gathered is not None:
-            start, end, block = gathered.start, gathered.end, gathered.block
-            block[: end - start] = self._buffer[start:end]
-            run, count = gathered.run, len(gathered.run) // WORDS
-            begun = self._export.write(self.user, block, run, count, durable=False)
-            self._server.spawn(self._write_run(begun, run, count, block))
+        self._gathered = None
+        start, end, block = gathered.start, gathered.end, gathered.block
+        block[: end - start] = self._buffer[start:end]
+        run, count = gathered.run, len(gathered.run) // WORDS
+        begun = self._export.write(self.user, block, run, count, durable=False)
+        self._server.spawn(self._write_run(begun, run, count, block))
 
     def _serve_reads(self) -> bool:
         """Serve the run of plain reads at the front; False when there is none, or it must wait."""

@@ -105,8 +105,11 @@ class WritePath:
 
     def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
         """Carry out at once as many writes of a run as can be; return how many, from the front."""
-        if not (self.target.prompt and all(mirror.prompt for mirror in self.mirrors)):
+        if not self.target.prompt:
             return 0
+        for mirror in self.mirrors:
+            if not mirror.prompt:
+                return 0
         count = self._free(user, run, count)
         if not count:
             return 0
