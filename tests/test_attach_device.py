@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -73,7 +74,11 @@ class Server:
         self._process = subprocess.Popen(
             ["nbdkit", "-f", "-U", self.socket, "-e", "vol", "--filter=log", "file", self.image, f"logfile={self.log}"]
         )
-        wait_until(lambda: os.path.exists(self.socket))
+        wait_until(self._listens)
+
+    def _listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as client:
+            return client.connect_ex(self.socket) == 0
 
     def signal(self, number: int) -> None:
         assert self._process is not None

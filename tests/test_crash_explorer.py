@@ -16,7 +16,7 @@ from tests.recording import SYNC, SYNCED, Record
 
 pytestmark = [needs("gcc"), pytest.mark.timeout(600)]
 
-HISTORIES: Final = 100  # of each shape
+HISTORIES: Final = 60  # of each shape
 REQUESTS: Final = (6, 40)  # of a history: at least, and at most
 LOOKS: Final = 2
 RECOVERED: Final = 6  # one in so many histories is recovered from as well

@@ -59,6 +59,21 @@ def test_runs_are_found_and_answered_alike(parts: list[bytes], cut: int, data: s
         assert head[1:] == (0, wire.CMD_WRITE, frames.cookie_of(one, at), offset, length)
 
 
+PAIRS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=12)
+
+
+@given(requests=PAIRS, others=PAIRS)
+def test_what_meets_is_found_alike(requests: list[tuple[int, int]], others: list[tuple[int, int]]) -> None:
+    run = array("Q", [word for offset, length in requests for word in (offset, length, 0, 0)])
+    bounds = array("Q", [word for start, length in others for word in (start, start + length)])
+    count = runs._apart(run, len(requests), bounds)
+    assert native_runs.apart(run, len(requests), bounds) == count
+    meet = [
+        start < offset + length and offset < start + other for offset, length in requests for start, other in others
+    ]
+    assert (count < len(requests)) == any(meet)
+
+
 @given(
     parts=st.lists(
         st.one_of(

@@ -25,7 +25,7 @@ class Xts:
         same length, a multiple of the sector size.
 
         ValueError for lengths and positions out of range, BufferError or TypeError for memory that
-        cannot be read or written: nothing is written then. RuntimeError when libgcrypt fails: the
+        cannot be read or written: nothing is written then. OSError when libgcrypt fails: the
         content of `dst` is undefined then.
         """
 
@@ -42,8 +42,8 @@ class Xts:
         """Encrypt the first `count` writes of a run (lockstep/disk/runs.py), and write each to `fd` at its offset.
 
         Offsets count from `data_offset` in the file, and from position `first_iv`. Returns how many, from the front,
-        were written whole; a write that fails ends it. ValueError, and nothing is written, for writes that are no
-        whole sectors or lie outside of `data`.
+        were written whole; one that fails, or cannot be encrypted, ends it. ValueError, and nothing is written, for
+        writes that are no whole sectors or lie outside of `data`.
         """
 
     def encrypt_job(

@@ -95,6 +95,34 @@ def aligned(run, Py_ssize_t count, uint64_t mask):
         PyBuffer_Release(&writes)
 
 
+def apart(run, Py_ssize_t count, others):
+    """See `runs.py`."""
+    cdef Py_buffer requests, bounds
+    cdef Py_ssize_t at = 0, other, size
+    cdef Write *request
+    cdef uint64_t *bound
+    PyObject_GetBuffer(run, &requests, PyBUF_SIMPLE)
+    try:
+        count = _checked(&requests, count)
+        request = <Write *> requests.buf
+        PyObject_GetBuffer(others, &bounds, PyBUF_SIMPLE)
+        bound = <uint64_t *> bounds.buf
+        size = bounds.len // <Py_ssize_t> sizeof(uint64_t) - 1
+        while at < count:
+            other = 0
+            while other < size and (
+                request[at].offset >= bound[other + 1] or bound[other] >= request[at].offset + request[at].length
+            ):
+                other += 2
+            if other < size:
+                break
+            at += 1
+        PyBuffer_Release(&bounds)
+        return at
+    finally:
+        PyBuffer_Release(&requests)
+
+
 def covered(run, Py_ssize_t count, bytearray marks, bytearray touched, int region_shift, int group_shift):
     """See `runs.py`."""
     cdef Py_buffer writes

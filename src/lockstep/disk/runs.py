@@ -34,6 +34,18 @@ def _aligned(run: "array[int]", count: int, mask: int, /) -> int:
     return next((at for at in range(count) if (run[WORDS * at] | run[WORDS * at + 1]) & mask), count)
 
 
+def _apart(run: "array[int]", count: int, others: "array[int]", /) -> int:
+    """How many requests, from the front, touch none of `others`: pairs of numbers, [start, end) each, in bytes."""
+    for at in range(count):
+        start = run[WORDS * at]
+        end = start + run[WORDS * at + 1]
+        if any(
+            start < other_end and other_start < end for other_start, other_end in zip(*[iter(others)] * 2, strict=True)
+        ):
+            return at
+    return count
+
+
 def _covered(
     run: "array[int]", count: int, marks: bytearray, touched: bytearray, region_shift: int, group_shift: int, /
 ) -> int:
@@ -162,6 +174,7 @@ try:
     from lockstep.disk import _runs as _native
 except ImportError:
     aligned = _aligned
+    apart = _apart
     covered = _covered
     write_run = _write_run
     write_together = _write_together
@@ -174,6 +187,7 @@ except ImportError:
     same = _same
 else:
     aligned = _native.aligned
+    apart = _native.apart
     covered = _native.covered
     write_run = _native.write_run
     write_together = _native.write_together

@@ -12,8 +12,9 @@ import asyncio
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain
 
-from lockstep.disk.runs import WORDS
+from lockstep.disk.runs import apart, run_of
 
 Extents = Sequence[tuple[int, int]]
 
@@ -21,22 +22,18 @@ Extents = Sequence[tuple[int, int]]
 class Turn:
     """Somebody's turn, on all `extents` at once."""
 
-    __slots__ = ("ahead", "behind", "end", "extents", "ready", "start")
+    __slots__ = ("ahead", "behind", "bounds", "ready")
 
     def __init__(self, extents: Extents) -> None:
         """Of these [start, end), at least one."""
-        self.extents = extents
-        self.start = min(start for start, _ in extents)
-        self.end = max(end for _, end in extents)
+        self.bounds = array("Q", chain.from_iterable(extents))
         self.ahead = 0  # turns that must end before this one begins
         self.behind: list[Turn] = []
         self.ready: asyncio.Future[None] | None = None
 
     def meets(self, start: int, end: int) -> bool:
         """Whether it is about any part of [start, end)."""
-        if end <= self.start or self.end <= start:
-            return False
-        return any(start < other_end and other_start < end for other_start, other_end in self.extents)
+        return not apart(run_of(start, end - start), 1, self.bounds)
 
 
 class Ranges:
@@ -51,15 +48,18 @@ class Ranges:
 
     def free_run(self, run: "array[int]", count: int) -> int:
         """On how many writes of a run, from the front, nobody works."""
-        if self._turns:
-            for at in range(count):
-                offset = run[WORDS * at]
-                if not self.free(offset, offset + run[WORDS * at + 1]):
-                    return at
+        for turn in self._turns:
+            count = apart(run, count, turn.bounds)
         return count
 
-    def begin(self, extents: Extents) -> Turn:
-        """Ask for the turn on all of these ranges; where they are free, it has begun. `end` is to be called."""
+    def take(self, extents: Extents) -> Turn:
+        """Have the turn on ranges that are known to be free, until `end`."""
+        turn = Turn(extents)
+        self._turns[turn] = None
+        return turn
+
+    def ask(self, extents: Extents) -> Turn:
+        """Ask for the turn on all of these ranges, after all who asked before; `end` is to be called."""
         turn = Turn(extents)
         for other in self._turns:
             if any(other.meets(start, end) for start, end in extents):
@@ -79,7 +79,7 @@ class Ranges:
     @asynccontextmanager
     async def hold(self, extents: Extents) -> AsyncIterator[None]:
         """Wait for the turn on all of these ranges, and have it until the block ends."""
-        turn = self.begin(extents)
+        turn = self.ask(extents)
         try:
             if turn.ahead:
                 turn.ready = asyncio.get_running_loop().create_future()

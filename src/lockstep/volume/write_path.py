@@ -131,7 +131,7 @@ class WritePath:
         if self.filling is not None or self._free(user, run, count) < count:
             return self._write(user, data, run, count, durable)
         update = self._begin([(mirror, data, run, count) for mirror in self.mirrors], data, run, count, durable)
-        return self._finish(update, self.ranges.begin([(at, at + length) for at, length in _extents(run, count)]))
+        return self._finish(update, self.ranges.take([(at, at + length) for at, length in _extents(run, count)]))
 
     async def _finish(self, update: _Update, turn: Turn) -> None:
         try:
@@ -292,7 +292,9 @@ class WritePath:
         return _Update(begun, target, data, run, count, durable)
 
     async def _settle(self, update: "_Update") -> None:
-        """Wait for both disks."""
+        """Wait for both disks; for the mirrors first, which encrypt and so come last as a rule."""
+        for mirror, copy, run, count in update.copies:
+            await mirror.settle(copy, run, count)
         try:
             await update.target
         except OSError as failure:
@@ -302,9 +304,6 @@ class WritePath:
                 for extent in _extents(update.run, update.count):
                     self._target_failed(failure, extent)
             raise
-        finally:
-            for mirror, copy, run, count in update.copies:
-                await mirror.settle(copy, run, count)
         if update.durable:
             await self._announce_faults()
             self.require_durability()
@@ -407,14 +406,13 @@ class WritePath:
         return self._settle_flush(copies, self._in_worker(self.target.flush_job()))
 
     async def _settle_flush(self, copies: "Sequence[tuple[MirrorLink, Asked | None]]", target: Awaitable[None]) -> None:
+        for mirror, copy in copies:
+            await mirror.flushed(copy)
         try:
             await target
         except OSError as failure:
             self._lose_durability(failure)
             raise
-        finally:
-            for mirror, copy in copies:
-                await mirror.flushed(copy)
         await self._announce_faults()
         self.require_durability()
 
