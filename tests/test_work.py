@@ -106,6 +106,21 @@ def test_what_was_not_begun_is_given_up_and_what_was_comes_back(kind: Kind) -> N
     crew.join()
 
 
+def test_what_is_given_up_at_once_is_not_begun(kind: Kind) -> None:
+    for _ in range(ENOUGH):
+        crew = Crew(kind.queue(), 1)
+        begun: list[int] = []
+        crew.queue.put(as_job(kind.call(begun.append, 1), "first"))
+        crew.ended(1)
+        crew.queue.put(as_job(kind.call(begun.append, 2), "never"))
+        if not crew.queue.give_up():  # a thread had it already
+            ((_future, _value, failure),) = crew.ended(1)
+            assert isinstance(failure, OSError)
+        crew.queue.close()
+        crew.join()
+        assert begun == [1]
+
+
 def test_threads_that_are_closed_do_first_what_they_were_asked(kind: Kind) -> None:
     queue = kind.queue()
     for number in range(ENOUGH):

@@ -261,11 +261,11 @@ cdef class Queue:
     cdef void _carry_out(self, void *job) noexcept nogil:
         cdef bint first, whole = not is_set(&self._given_up) and (<Job> job).perform(&self._given_up)
         if not whole:
-            if is_set(&self._given_up) and not (<Job> job).error:
-                (<Job> job).error = ECANCELED
             while not Py_IsInitialized():
                 pause()  # the process ends, and has nobody left who would want to know
             with gil:
+                if is_set(&self._given_up) and not (<Job> job).error:
+                    (<Job> job).error = ECANCELED
                 (<Job> job).end()
         pthread_mutex_lock(&self._lock)
         first = self._done == NULL

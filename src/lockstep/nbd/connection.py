@@ -92,8 +92,8 @@ class Export(Protocol):
     def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
         """Carry out as many writes of a run (frames.py) as can be at once; return how many, from the front."""
 
-    async def read(self, into: memoryview, run: "array[int]", count: int) -> None:
-        """Carry out the first `count` reads of a run."""
+    def read(self, into: memoryview, run: "array[int]", count: int) -> Awaitable[None]:
+        """Carry out the first `count` reads of a run, before what is returned ends."""
 
     def write(self, user: str, data: memoryview, run: "array[int]", count: int, *, durable: bool) -> Awaitable[None]:
         """Carry out the first `count` writes of a run, before what is returned ends; `durable` is FUA."""
@@ -449,7 +449,7 @@ class Connection(Securable):
             return False
         self._start += count * wire.REQUEST_BYTES
         self._pending += count
-        self._server.spawn(self._read_run(run, count, block))
+        self._server.spawn(self._read_run(self._export.read(block, run, count), run, count, block))
         return True
 
     def _serve_next(self) -> bool:
@@ -628,10 +628,10 @@ class Connection(Securable):
             return wire_error(failure.errno)
         return 0
 
-    async def _read_run(self, run: "array[int]", count: int, block: memoryview) -> None:
-        """Carry out a run; if that fails, its reads one by one, so that each gets the answer that is its own."""
+    async def _read_run(self, begun: Awaitable[None], run: "array[int]", count: int, block: memoryview) -> None:
+        """Wait for a run; if it fails, carry out its reads one by one, so that each gets an answer of its own."""
         try:
-            await self._export.read(block, run, count)
+            await begun
         except OSError as failure:
             for at in range(count):
                 await self._read_alone(rest_of(run, at, at + 1), block, failure if count == 1 else None)
@@ -662,10 +662,15 @@ class Connection(Securable):
             pack_data_headers(reply, run, 1, self._agreement.structured)
             self._reply(reply[position - self._header_bytes :])
 
-    async def _read(self, cookie: int, offset: int, block: memoryview, length: int) -> None:
-        data = block[:length]
+    def _read(self, cookie: int, offset: int, block: memoryview, length: int) -> Coroutine[Any, Any, None]:
+        begun = self._export.read(block[:length], run_of(offset, length), 1)
+        return self._answer_read(begun, cookie, offset, block, length)
+
+    async def _answer_read(
+        self, begun: Awaitable[None], cookie: int, offset: int, block: memoryview, length: int
+    ) -> None:
         try:
-            await self._export.read(data, run_of(offset, length), 1)
+            await begun
         except BaseException:
             self._give_block(block)
             raise

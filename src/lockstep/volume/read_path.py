@@ -1,10 +1,10 @@
 """Reads come from the target; where it cannot be read, from a mirror that is equal there (promise P6)."""
 
-import contextlib
 import logging
 import time
 from array import array
-from typing import Final
+from collections.abc import Awaitable, Coroutine
+from typing import Any, Final
 
 from lockstep.disk.runs import requests, run_of
 from lockstep.volume.workers import Workers
@@ -24,7 +24,7 @@ class ReadPath:
         self.error: str | None = None  # what became of the last of them
         self._updates = updates
         self._target = updates.target
-        self._in_worker = workers.run
+        self._in_worker = workers.begin
         self._reported_s = float("-inf")
 
     def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
@@ -32,27 +32,38 @@ class ReadPath:
         self._updates.requests += count
         return self._target.read_run(into, run, count)
 
-    async def read(self, into: memoryview, run: "array[int]", count: int) -> None:
+    def read(self, into: memoryview, run: "array[int]", count: int) -> Coroutine[Any, Any, None]:
         """Carry out a run, from the target, or from a mirror that is equal there.
 
-        Raises OSError when there is neither, for any of its reads.
+        The target has been asked when this returns, unless it is a new one. What is returned raises OSError when there
+        is neither, for any of its reads.
         """
         self._updates.requests += count
-        if count > 1 and self._updates.filling is None:
-            with contextlib.suppress(OSError):
-                await self._in_worker(self._target.read_job(into, run, count))
-                return
-        for offset, length, position in requests(run, 0, count):
-            await self._read(offset, into[position : position + length])
+        if self._updates.filling is not None:
+            return self._read_each(into, run, count)
+        return self._settle(self._in_worker(self._target.read_job(into, run, count)), into, run, count)
 
-    async def _read(self, offset: int, into: memoryview) -> None:
+    async def _settle(self, begun: Awaitable[None], into: memoryview, run: "array[int]", count: int) -> None:
         try:
+            await begun
+        except OSError as failure:
+            await self._read_each(into, run, count, failure if count == 1 else None)
+
+    async def _read_each(self, into: memoryview, run: "array[int]", count: int, failure: OSError | None = None) -> None:
+        for offset, length, position in requests(run, 0, count):
+            await self._read(offset, into[position : position + length], failure)
+
+    async def _read(self, offset: int, into: memoryview, failure: OSError | None) -> None:
+        """Read from the target, unless that is known to be a `failure`, or from a mirror."""
+        try:
+            if failure is not None:
+                raise failure
             if self._updates.filling is not None:
                 await self._updates.filling.fetch(offset, len(into))
             await self._in_worker(self._target.read_job(into, run_of(offset, len(into)), 1))
-        except OSError as failure:
+        except OSError as error:
             rescued = await self._read_mirror(offset, into)
-            self._report(offset, len(into), failure, rescued)
+            self._report(offset, len(into), error, rescued)
             if rescued is None:
                 raise
 

@@ -1,0 +1,59 @@
+"""Threads for what may block: what nobody waits for is done when there is time, once, and never when it is over."""
+
+import asyncio
+import functools
+import threading
+
+from lockstep.volume.workers import Workers
+
+PATIENCE_S = 10
+
+
+def test_a_hint_is_carried_out_unless_one_is_being_carried_out() -> None:
+    done: list[str] = []
+    go_on = threading.Event()
+
+    def first() -> None:
+        done.append("first")
+        go_on.wait(PATIENCE_S)
+
+    async def main() -> None:
+        workers = Workers("hinted", 2)
+        workers.hint(first)
+        workers.hint(functools.partial(done.append, "at the same time"))
+        assert not workers.at_rest
+        go_on.set()
+        while not workers.at_rest:
+            await asyncio.sleep(0.001)
+        workers.hint(functools.partial(done.append, "afterwards"))
+        while not workers.at_rest:
+            await asyncio.sleep(0.001)
+        workers.close()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+    assert done == ["first", "afterwards"]
+
+
+def test_a_hint_is_nothing_to_threads_that_were_told_to_end() -> None:
+    async def main() -> None:
+        for workers in (Workers("closed", 1), Workers("given-up", 1, 1)):
+            (workers.give_up if workers.patience_s else workers.close)()
+            workers.hint(lambda: None)
+            assert workers.at_rest
+
+    asyncio.run(main())
+
+
+def test_a_hint_that_fails_is_nobodys_failure() -> None:
+    def fail() -> None:
+        raise OSError
+
+    async def main() -> None:
+        workers = Workers("failing", 1)
+        workers.hint(fail)
+        while not workers.at_rest:
+            await asyncio.sleep(0.001)
+        assert await workers.run(int) == 0
+        workers.close()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
