@@ -6,10 +6,11 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.lab import MIB, Clients, Lab, Served, Volume, libnbd, loop_devices, needs, run, wait_until
+from tests.lab import MIB, Clients, Lab, Volume, libnbd, loop_devices, needs, run, wait_until
 
 pytestmark = needs("nbdkit", "nbdfuse", "fusermount3", "/dev/fuse", "qemu-io", root=True)
 
@@ -137,18 +138,12 @@ def test_a_write_that_the_target_fails_is_an_error_and_leaves_its_region_differe
     volume.assert_equal_disks()
 
 
-class TwoClients(Clients):
-    """Two connections, each of which waits for its answer."""
-
-    def __init__(self, served: Served) -> None:
-        super().__init__(served.uri, 2)
-
-    def error_of(self, request: Callable[..., object], *arguments: object) -> object:
-        try:
-            request(*arguments)
-        except self.nbd.Error as error:
-            return error.errno
-        return None
+def error_of(request: Callable[..., object], *arguments: object) -> object:
+    try:
+        request(*arguments)
+    except libnbd().Error as error:
+        return error.errno
+    return None
 
 
 @pytest.fixture
@@ -160,19 +155,24 @@ def cached(lab: Lab, target: Faulty, loop: Callable[..., str]) -> Volume:
     return Volume(lab, "vol", target.image, lab.home / "mirror", None)
 
 
+def lose_a_write(loser: Any, target: Faulty, request: Callable[..., object], *arguments: object) -> object:
+    """Have the target lose what `loser` wrote and was answered; return the error of the request that comes upon it."""
+    loser.pwrite(b"o" * 4096, MIB)
+    loser.flush()
+    with target.failing(target.writes):
+        loser.pwrite(b"n" * 4096, MIB)
+        return error_of(request, *arguments)
+
+
 def test_a_flush_that_failed_for_one_succeeds_for_nobody_until_somebody_has_looked(
     lab: Lab, cached: Volume, target: Faulty
 ) -> None:
     with cached.served() as served:
-        clients = TwoClients(served)
+        clients = Clients(served.uri, 2)
         one, other = clients.handles
-        other.pwrite(b"o" * 4096, MIB)
-        other.flush()
-        with target.failing(target.writes):
-            other.pwrite(b"n" * 4096, MIB)
-            assert clients.error_of(one.flush) == "EIO"
-        assert clients.error_of(other.flush) == "EIO", "it was told that its write is durable, which is lost"
-        assert clients.error_of(one.pwrite, b"f" * 4096, 2 * MIB, clients.nbd.CMD_FLAG_FUA) == "EIO"
+        assert lose_a_write(other, target, one.flush) == "EIO"
+        assert error_of(other.flush) == "EIO", "it was told that its write is durable, which is lost"
+        assert error_of(one.pwrite, b"f" * 4096, 2 * MIB, clients.nbd.CMD_FLAG_FUA) == "EIO"
         assert served.mirror_state() == "behind"
         assert "every flush fails from here on" in served.log.read_text()
         lab.lockstep("sync", "vol", "--wait").ok()
@@ -184,14 +184,10 @@ def test_a_flush_that_failed_for_one_succeeds_for_nobody_until_somebody_has_look
 
 def test_a_durable_write_that_fails_may_tell_of_the_writes_of_others(lab: Lab, cached: Volume, target: Faulty) -> None:
     with cached.served() as served:
-        clients = TwoClients(served)
+        clients = Clients(served.uri, 2)
         one, other = clients.handles
-        other.pwrite(b"o" * 4096, MIB)
-        other.flush()
-        with target.failing(target.writes):
-            other.pwrite(b"n" * 4096, MIB)
-            assert clients.error_of(one.pwrite, b"f" * 4096, 3 * MIB, clients.nbd.CMD_FLAG_FUA) == "EIO"
-        assert clients.error_of(other.flush) == "EIO"
+        assert lose_a_write(other, target, one.pwrite, b"f" * 4096, 3 * MIB, clients.nbd.CMD_FLAG_FUA) == "EIO"
+        assert error_of(other.flush) == "EIO"
         device = next(device for device, shown in loop_devices().items() if shown == str(target.disk))
         run("blockdev", "--flushbufs", device)
         lab.lockstep("sync", "vol", "--wait").ok()

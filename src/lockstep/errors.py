@@ -819,7 +819,7 @@ class CipherSelfTestFailed(LuksError):
 
     happened = "The encryption self-test failed: {kernel} gave a wrong answer for {case}."
     cause = "The library that encrypts or the processor does not compute AES-XTS correctly, or the memory is faulty."
-    next_step = "Do not write mirrors on this machine. Update libgcrypt, test the memory, then run this again."
+    next_step = "Do not write mirrors on this machine. Update that library, test the memory, then run this again."
 
 
 class CryptsetupMissing(LuksError):

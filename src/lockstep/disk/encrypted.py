@@ -37,7 +37,6 @@ class EncryptedDisk:
         self._direct = DirectFile.of(fd)
         self._in_turn = writes_take_turns(fd)
         self._promptness = Promptness(fd)
-        self._written_back = self._promptness.unknown  # neither memory, nor past the page cache
         self._stopped = False
         self._encrypt_into = cipher.encrypt_into
         self._encrypt_to = cipher.encrypt_to
@@ -164,7 +163,7 @@ class EncryptedDisk:
 
     def write_back_job(self) -> Callable[[], None] | None:
         """Return what a thread does to have less to wait for in the next flush; None where none waits for writing."""
-        return write_back_job(self._fd) if self._written_back else None
+        return write_back_job(self._fd) if self._promptness.cached else None
 
     def forget_cache(self, offset: int, length: int) -> None:
         """Have the range read from the medium next time, as far as it was flushed."""

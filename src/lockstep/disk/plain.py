@@ -15,7 +15,7 @@ from typing import Final, Self
 from lockstep.disk.direct import DirectFile, copy_from, require_direct
 from lockstep.disk.lock import lock_exclusive
 from lockstep.disk.probe import Disk, open_disk
-from lockstep.disk.runs import fetch_job, flush_job, read_run, requests, write_back_job, write_job, write_run
+from lockstep.disk.runs import fetch_job, flush_job, places, read_run, requests, write_back_job, write_job, write_run
 from lockstep.disk.transfer import Promptness, cached_read_flag, read_all, write_all, writes_take_turns
 
 _FALLOC_FL_KEEP_SIZE: Final = 0x01  # linux/falloc.h
@@ -40,7 +40,6 @@ class PlainDisk:
         self._in_turn = writes_take_turns(fd)
         self._nowait = cached_read_flag(fd)
         self._promptness = Promptness(fd)
-        self._written_back = self._promptness.unknown  # neither memory, nor past the page cache
 
     @classmethod
     def claim(cls, disk: Disk, size_bytes: int | None = None, *, direct: bool = False) -> Self:
@@ -85,9 +84,7 @@ class PlainDisk:
     def read_job(self, into: memoryview, run: "array[int]", count: int) -> Callable[[], None]:
         """Return what a thread does to read a run, from the medium if need be: all of it at the same time."""
         used_bytes = self._used_bytes
-        if used_bytes is not None and any(
-            at + length > used_bytes for at, length, _position in requests(run, 0, count)
-        ):
+        if used_bytes is not None and any(at + length > used_bytes for at, length in places(run, count)):
             return functools.partial(self._read_each, into, run, count, 0)
         if self._direct is not None:
             return functools.partial(self._read_direct, into, run, count)
@@ -169,7 +166,7 @@ class PlainDisk:
 
     def write_back_job(self) -> Callable[[], None] | None:
         """Return what a thread does to have less to wait for in the next flush; None where none waits for writing."""
-        return write_back_job(self._fd) if self._written_back else None
+        return write_back_job(self._fd) if self._promptness.cached else None
 
     def resize(self, size_bytes: int) -> None:
         """Empty a file and give it a size: all of it reads as zeroes then."""

@@ -29,6 +29,11 @@ def requests(run: "array[int]", first: int, count: int) -> Iterator[tuple[int, i
     return zip(words[::WORDS], words[1::WORDS], words[2::WORDS], strict=True)
 
 
+def places(run: "array[int]", count: int) -> list[tuple[int, int]]:
+    """Offset and length of the first `count` requests."""
+    return [(offset, length) for offset, length, _position in requests(run, 0, count)]
+
+
 def _aligned(run: "array[int]", count: int, mask: int, /) -> int:
     """How many writes, from the front, begin and end on a multiple of `mask` + 1 bytes."""
     return next((at for at in range(count) if (run[WORDS * at] | run[WORDS * at + 1]) & mask), count)
@@ -36,12 +41,9 @@ def _aligned(run: "array[int]", count: int, mask: int, /) -> int:
 
 def _apart(run: "array[int]", count: int, others: "array[int]", /) -> int:
     """How many requests, from the front, touch none of `others`: pairs of numbers, [start, end) each, in bytes."""
-    for at in range(count):
-        start = run[WORDS * at]
-        end = start + run[WORDS * at + 1]
-        if any(
-            start < other_end and other_start < end for other_start, other_end in zip(*[iter(others)] * 2, strict=True)
-        ):
+    bounds = list(zip(others[::2], others[1::2], strict=True))
+    for at, (offset, length) in enumerate(places(run, count)):
+        if any(offset < end and start < offset + length for start, end in bounds):
             return at
     return count
 

@@ -40,12 +40,12 @@ class Promptness:
 
     `flags` are what pwritev2(2) then needs: none where the file system is memory; RWF_NOWAIT where it keeps its word,
     and fails with EAGAIN instead of waiting. None means that writes may block: ext4, FUSE, older kernels, and direct
-    I/O anywhere.
+    I/O anywhere. `cached` is whether a flush may find something left to write out: neither in memory, nor direct.
     """
 
     def __init__(self, fd: int) -> None:
         self.flags = _flag_in_memory(fd)
-        self.unknown = self.flags is None and not is_direct(fd)
+        self.cached = self.unknown = self.flags is None and not is_direct(fd)
 
     def learn(self, write: Callable[[int], int]) -> None:
         """Find out by a write that is about to happen anyway: `write` is given the flags to try."""

@@ -276,7 +276,7 @@ class MirrorSession:
             header = await self._opener.run(self._reopen, self.link.let_go(), opened)
         except (LockstepError, OSError) as failure:
             self._attempt = None
-            _close_all(opened)  # it may have come at the last moment
+            _close_left(opened)  # it may have come at the last moment
             if str(failure) != self._last_failure:
                 self._last_failure = str(failure)
                 log.warning("mirror %s cannot be followed again yet: %s", self.mirror.path, failure)
@@ -347,7 +347,7 @@ class MirrorSession:
         header, disk = self._open()
         opened.append(disk)
         if self._attempt is not opened:  # nobody waits for it any more
-            _close_all(opened)
+            _close_left(opened)
         return header
 
     def _open(self) -> tuple[luks.Header, EncryptedDisk]:
@@ -364,11 +364,10 @@ class MirrorSession:
         return Workers("lockstep-mirror", MIRROR_THREADS, self._patience_s)
 
 
-def _close_all(opened: list[EncryptedDisk]) -> None:
-    """Close what nobody has taken out before, whichever thread looks first."""
+def _close_left(opened: list[EncryptedDisk]) -> None:
+    """Close the disk that was opened, unless another thread has taken it out."""
     with contextlib.suppress(IndexError):
-        while True:
-            opened.pop().close()
+        opened.pop().close()
 
 
 def _require_token(volume: VolumeRecord, mirror: MirrorRecord, header: luks.Header) -> None:

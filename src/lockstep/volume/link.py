@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from lockstep.disk.encrypted import EncryptedDisk
+from lockstep.disk.runs import places
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import IntentBitmap
 from lockstep.volume.progress import SyncProgress
@@ -258,8 +259,8 @@ class MirrorLink:
     async def settle(self, asked: Asked | None, run: "array[int]", count: int) -> None:
         """Wait for an update; a failure drops the mirror and is not the writer's."""
         if not await self._succeeds("writing", asked):
-            for at in range(count):
-                self.regions.mark(run[4 * at], run[4 * at + 1])
+            for offset, length in places(run, count):
+                self.regions.mark(offset, length)
 
     async def clear(self, offset: int, length: int) -> None:
         """Carry zeroes to the mirror, whole sectors; failures as in `settle`."""

@@ -31,10 +31,6 @@ class Turn:
         self.behind: list[Turn] = []
         self.ready: asyncio.Future[None] | None = None
 
-    def meets(self, start: int, end: int) -> bool:
-        """Whether it is about any part of [start, end)."""
-        return not apart(run_of(start, end - start), 1, self.bounds)
-
 
 class Ranges:
     """The byte ranges [start, end) on which somebody works."""
@@ -44,7 +40,7 @@ class Ranges:
 
     def free(self, start: int, end: int) -> bool:
         """Whether nobody works on, or waits for, any part of the range."""
-        return not any(turn.meets(start, end) for turn in self._turns)
+        return self.free_run(run_of(start, end - start), 1) == 1
 
     def free_run(self, run: "array[int]", count: int) -> int:
         """On how many writes of a run, from the front, nobody works."""
@@ -60,9 +56,9 @@ class Ranges:
 
     def ask(self, extents: Extents) -> Turn:
         """Ask for the turn on all of these ranges, after all who asked before; `end` is to be called."""
-        turn = Turn(extents)
+        turn, run = Turn(extents), array("Q", chain.from_iterable((start, end - start, 0, 0) for start, end in extents))
         for other in self._turns:
-            if any(other.meets(start, end) for start, end in extents):
+            if apart(run, len(extents), other.bounds) < len(extents):
                 other.behind.append(turn)
                 turn.ahead += 1
         self._turns[turn] = None

@@ -52,18 +52,24 @@ class Workers:
             self._under_way[future] = time.monotonic()
             if self._timer is None:
                 self._timer = loop.call_later(self.patience_s / _CHECKS, self._check)
-        job = work if isinstance(work, Job) else Call(work, *args)
-        job.future = future
-        self._put(job, loop)
+        self._put(loop, future, work, *args)
         return future
 
     def hint(self, work: Callable[[], None]) -> None:
         """Have a thread do what nobody waits for, unless one still does what was hinted at last."""
         if not (self._at_hint or self._closed):
             self._at_hint = True
-            self._put(work if isinstance(work, Job) else Call(work), asyncio.get_running_loop())
+            self._put(asyncio.get_running_loop(), None, work)
 
-    def _put(self, job: Any, loop: asyncio.AbstractEventLoop) -> None:
+    def _put(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        future: "asyncio.Future[Result] | None",
+        work: Callable[..., Result],
+        *args: Any,
+    ) -> None:
+        job = work if isinstance(work, Job) else Call(work, *args)
+        job.future = future
         if self._loop is not loop:
             self._loop = loop
             loop.add_reader(self._queue.fd, self._collect)

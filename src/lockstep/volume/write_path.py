@@ -47,7 +47,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.runs import WORDS, aligned, requests, run_of
+from lockstep.disk.runs import WORDS, aligned, places, run_of
 from lockstep.volume.filling import Filling
 from lockstep.volume.gate import UPDATE, Gate, Ruling
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW
@@ -131,7 +131,7 @@ class WritePath:
         if self.filling is not None or self._free(user, run, count) < count:
             return self._write(user, data, run, count, durable)
         update = self._begin([(mirror, data, run, count) for mirror in self.mirrors], data, run, count, durable)
-        return self._finish(update, self.ranges.take([(at, at + length) for at, length in _extents(run, count)]))
+        return self._finish(update, self.ranges.take([(at, at + length) for at, length in places(run, count)]))
 
     async def _finish(self, update: _Update, turn: Turn) -> None:
         try:
@@ -148,7 +148,7 @@ class WritePath:
         while at < count:
             rest = run[WORDS * at :]
             number = max(1, aligned(rest, count - at, self._sector_mask))
-            async with self._hold(user, _extents(rest, number)) as mirrors:
+            async with self._hold(user, places(rest, number)) as mirrors:
                 await self._update(mirrors, data, rest, number, durable)
             at += number
 
@@ -301,7 +301,7 @@ class WritePath:
             if update.durable and await self._takes(update):
                 self._lose_durability(failure)
             else:
-                for extent in _extents(update.run, update.count):
+                for extent in places(update.run, update.count):
                     self._target_failed(failure, extent)
             raise
         if update.durable:
@@ -448,8 +448,3 @@ class WritePath:
     def _target_failed(self, failure: OSError, extent: tuple[int, int] | None = None) -> None:
         for mirror in self.mirrors:
             mirror.target_failed(failure, extent)
-
-
-def _extents(run: "array[int]", count: int) -> list[tuple[int, int]]:
-    """Offset and length of the first `count` writes of a run."""
-    return [(offset, length) for offset, length, _position in requests(run, 0, count)]
