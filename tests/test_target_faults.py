@@ -81,6 +81,7 @@ def test_reads_that_the_target_fails_are_served_from_the_mirror_and_reported(
             run("qemu-io", "-f", "raw", "-c", "read 1001 77", served.uri)
             status = served.status()
             assert "of the target at offset" in status["target"]["error"]
+            assert "of the target at offset" in " ".join(lab.lockstep("status", "vol").ok().split())
             assert "vol" not in status["target"]["error"] or str(volume.mirror) in status["target"]["error"]
         assert "Reads that the target has failed so far" in served.log.read_text()
         assert served.mirror_state() == "in-sync"
@@ -175,7 +176,10 @@ def test_a_flush_that_failed_for_one_succeeds_for_nobody_until_somebody_has_look
         assert error_of(one.pwrite, b"f" * 4096, 2 * MIB, clients.nbd.CMD_FLAG_FUA) == "EIO"
         assert served.mirror_state() == "behind"
         assert "every flush fails from here on" in served.log.read_text()
+        assert "every flush fails from here on" in served.status()["target"]["error"]
+        assert "every flush fails from here on" in " ".join(lab.lockstep("status", "vol").ok().split())
         lab.lockstep("sync", "vol", "--wait").ok()
+        assert served.status()["target"]["error"] is None
         other.pwrite(b"n" * 4096, MIB)
         other.flush()
         clients.close()

@@ -79,17 +79,24 @@ def _render(gathered: dict[str, Any]) -> RenderableType:
     return Group(*(_render_volume(volume) for volume in volumes))
 
 
+def _render_target(target: dict[str, Any]) -> Iterator[RenderableType]:
+    if target["error"]:
+        yield Text(target["error"], "red")
+    if restore := target["restore"]:
+        yield Text("being restored from a mirror", "cyan")
+        yield _render_progress(restore)
+        if restore["error"]:
+            yield Text(restore["error"], "red")
+
+
 def _render_volume(volume: dict[str, Any]) -> RenderableType:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column()
     table.add_column(overflow="fold")
     table.add_row(Text(volume["name"], "bold"), human_bytes(volume["size_bytes"]))
     table.add_row("  target", volume["target"]["path"])
-    if restore := volume["target"]["restore"]:
-        table.add_row("", Text("being restored from a mirror", "cyan"))
-        table.add_row("", _render_progress(restore))
-        if restore["error"]:
-            table.add_row("", Text(restore["error"], "red"))
+    for row in _render_target(volume["target"]):
+        table.add_row("", row)
     table.add_row("  serving", volume["uri"] or "no")
     for client in volume["clients"]:
         table.add_row("  client", plain(f"{client['user']} ({client['verdict']}): {client['reason']}"))

@@ -428,10 +428,16 @@ class WritePath:
         """The target did not make durable what it had taken: rule 8."""
         self.durability_lost = failure
         self._target_failed(failure)
-        log.error(
-            "the target failed to make durable what was written to it: %s. What was lost is not known, so every flush"
-            " fails from here on. See to the target, then `lockstep sync`.",
-            failure.strerror or failure,
+        log.error("%s", self.error)
+
+    @property
+    def error(self) -> str | None:
+        """That the target failed to make something durable, in words."""
+        if self.durability_lost is None:
+            return None
+        return (
+            f"the target failed to make durable what was written to it: {self.durability_lost.strerror}. What was lost"
+            " is not known, so every flush fails from here on. See to the target, then `lockstep sync`."
         )
 
     def require_durability(self) -> None:
