@@ -65,9 +65,9 @@ from lockstep.nbd.transmission import (
 log = logging.getLogger(__name__)
 
 RECEIVE_BYTES: Final = 256 << 10  # fits the second-level cache; larger payloads get a pool block of their own
-# Replies leave after this much data has moved, in either direction: a client with many requests in flight then
-# prepares the next ones while the rest of the batch is being served, instead of the two waiting for each other.
-REPLY_BATCH_BYTES: Final = 32 << 10
+# Replies leave after this much data has moved, in either direction: what has arrived together is answered together,
+# since a client that is woken up costs as much as a write of 4 KiB.
+REPLY_BATCH_BYTES: Final = 256 << 10
 INLINE_READ_BYTES: Final = 128 << 10  # a longer copy would delay other clients
 SOCKET_BUFFER_BYTES: Final = 1 << 20
 MAX_PENDING: Final = 64
