@@ -6,6 +6,7 @@ What makes it fast, on one event loop:
   it is served before control goes back to the loop; their replies leave in one system call.
 - Plain reads and writes are taken by runs (frames.py): as many as have arrived. What can be done at once of a run
   costs a few calls for all of it: no task, no future, no log line.
+- Before the loop goes to sleep, it looks for a short while whether the client asks again (busy_poll.py).
 - Only what can block becomes a task, a whole run one task. Its payload moves to a block of the shared pool, because the
   receive buffer is about to be reused.
 
@@ -134,6 +135,9 @@ class Host(Protocol):
     def entered(self, connection: "Connection") -> None:
         """Note that a connection has finished its handshake."""
 
+    def idle(self) -> None:
+        """Everything that a connection asked is answered, and it may ask more."""
+
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` as a task of the server's."""
 
@@ -163,6 +167,7 @@ class Connection(Securable):
     def __init__(self, server: Host, tls: ssl.SSLContext | None = None) -> None:
         """Serve the export of `server`; with `tls`, to nobody before TLS is established on those terms."""
         self.user = self.origin = ""
+        self.fd = -1  # of its socket
         self.since_s = time.monotonic()
         self._server = server
         self._export = server.export
@@ -206,6 +211,7 @@ class Connection(Securable):
         self._transport.set_write_buffer_limits(high=0, low=0)
         sock = transport.get_extra_info("socket")
         _tune(sock)
+        self.fd = sock.fileno()
         peer = peer_of(sock, tls=self._tls is not None)
         self.user, self.origin = peer.user, peer.origin
         security = Security.AWAITED if self._tls else Security.NONE
@@ -354,8 +360,10 @@ class Connection(Securable):
             self._send_replies()
         if self._ending:
             self._finish()
-        else:
-            self._read_while(self._may_serve())
+            return
+        self._read_while(self._may_serve())
+        if self._reading and not self._pending:
+            self._server.idle()
 
     def _read_while(self, wanted: bool) -> None:
         if wanted != self._reading:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any, Final, Protocol
 
+from lockstep.nbd.busy_poll import BusyPoll
 from lockstep.nbd.connection import CONTENDED_STALL_S, Connection, Export
 from lockstep.nbd.payload import SMALL_BLOCK_BYTES, SMALL_LIMIT_BYTES, SMALL_SHARE_BYTES, PayloadPool
 
@@ -57,6 +58,7 @@ class NbdServer:
         self._connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._listeners: list[asyncio.Server] = []
+        self._busy_poll = BusyPoll()
         self._draining = False
         self.accepting = False
         self._empty = asyncio.Event()
@@ -119,6 +121,7 @@ class NbdServer:
         for connection in list(self._connections):
             connection.abort("it did not take its replies while the server was stopping")
         self._patrol.cancel()
+        self._busy_poll.close()
 
     def clients(self) -> list[str]:
         """Return the user of each connection that has finished its handshake."""
@@ -143,8 +146,10 @@ class NbdServer:
         """Count a closed connection out."""
         self._connections.discard(connection)
         entered = self._entered.pop(connection, None)
-        if entered is not None and self._watcher is not None:
-            self._watcher.disconnected(entered)
+        if entered is not None:
+            self._busy_poll.forget(connection.fd)
+            if self._watcher is not None:
+                self._watcher.disconnected(entered)
         if not self._connections:
             self._empty.set()
 
@@ -152,8 +157,14 @@ class NbdServer:
         """Note that a connection has finished its handshake."""
         log.info("%s connected (%s)", connection.user, connection.origin)
         self._entered[connection] = next(self._ids)
+        self._busy_poll.watch(connection.fd)
         if self._watcher is not None:
             self._watcher.connected(self._entered[connection], connection.user, connection.origin)
+
+    def idle(self) -> None:
+        """A connection has nothing more to do now; if none has, the loop is about to sleep."""
+        if not self._tasks:
+            self._busy_poll.wait()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` as a task that `drain` waits for."""
