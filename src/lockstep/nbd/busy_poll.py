@@ -43,7 +43,3 @@ class BusyPoll:
             if time.perf_counter() > until_s:
                 self._skip = SKIPPED
                 return
-
-    def close(self) -> None:
-        """Give back what it takes of the system."""
-        self._epoll.close()

@@ -121,7 +121,6 @@ class NbdServer:
         for connection in list(self._connections):
             connection.abort("it did not take its replies while the server was stopping")
         self._patrol.cancel()
-        self._busy_poll.close()
 
     def clients(self) -> list[str]:
         """Return the user of each connection that has finished its handshake."""
