@@ -51,9 +51,8 @@ def _measure(results: Results, lockstep: Lockstep, number: int) -> None:
     floors = {
         "read_bytes_s": _rate(lockstep.size_bytes, _read, lockstep.target),
         "xts_bytes_s": _rate(lockstep.size_bytes, _encrypt, lockstep.size_bytes, lockstep.sector_bytes),
-        "write_bytes_s": _rate(lockstep.size_bytes, _writer(lockstep.home / "written", lockstep.size_bytes, made=True)),
+        "write_bytes_s": _write_rate(lockstep, made=True),
     }
-    anew = {"write_bytes_s": _rate(lockstep.size_bytes, _writer(lockstep.home / "written", lockstep.size_bytes))}
 
     def rate(row: str, bytes_s: float | None, steps: dict[str, float] = floors) -> None:
         if bytes_s is None:
@@ -71,7 +70,7 @@ def _measure(results: Results, lockstep: Lockstep, number: int) -> None:
     start_up_s = min(_seconds(lockstep.lockstep, "list") for _ in range(3))
     rate("verify", lockstep.size_bytes / (_seconds(_verify, lockstep) - start_up_s))
     lockstep.stop()
-    rate("restore", _restored(lockstep), floors | anew)
+    rate("restore", _restored(lockstep), floors | {"write_bytes_s": _write_rate(lockstep, made=False)})
 
 
 def _copied(lockstep: Lockstep) -> float | None:
@@ -130,7 +129,13 @@ def _encrypt(size_bytes: int, sector_bytes: int) -> None:
         cipher.encrypt_into(offset // 512, plain, secret)
 
 
-def _writer(path: Path, size_bytes: int, *, made: bool = False) -> Callable[[], None]:
+def _write_rate(lockstep: Lockstep, *, made: bool) -> float:
+    """The second of two attempts: at the first a virtual machine gets memory from its host, which is nobody's rate."""
+    writers = (_writer(lockstep.home / "written", lockstep.size_bytes, made=made) for _ in range(2))
+    return [_rate(lockstep.size_bytes, writer) for writer in writers][1]
+
+
+def _writer(path: Path, size_bytes: int, *, made: bool) -> Callable[[], None]:
     """A function that writes a new file, or one whose space is there already, as the mirror's is; and flushes it."""
     with path.open("wb") as file:
         if made:

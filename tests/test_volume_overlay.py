@@ -134,13 +134,13 @@ class PowerCuts:
         self._path = path
         self._synced = path.read_bytes()
         self._pending: list[tuple[int, bytes]] = []
-        self._data_offset = overlay._data._data_offset
+        self._base = overlay._data._base
         disk: Any = overlay._data
         write, flush = disk.write, disk.flush
 
         def noted_write(offset: int, data: memoryview) -> None:
             write(offset, data)
-            self._note(self._data_offset + offset, len(data))
+            self._note(self._base + offset, len(data))
 
         def noted_write_all(fd: int, data: bytes, offset: int) -> None:
             write_all(fd, data, offset)

@@ -15,28 +15,25 @@ from typing import Final
 
 from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.luks import Segment
-from lockstep.disk.direct import DirectFile, Fill
-from lockstep.disk.runs import WORDS, flush_job, requests, write_back_job
-from lockstep.disk.transfer import Promptness, cached_read_flag, read_all, writes_take_turns
+from lockstep.disk.direct import Fill
+from lockstep.disk.file import DiskFile
+from lockstep.disk.runs import WORDS, requests
+from lockstep.disk.transfer import read_all
 
 # One piece is encrypted and written while it is still in the processor's cache.
 PIECE_BYTES: Final = 256 << 10
 _ZEROES: Final = bytes(PIECE_BYTES)
 
 
-class EncryptedDisk:
+class EncryptedDisk(DiskFile):
     """`size_bytes` of plaintext, a multiple of the sector, at `segment` of the volume open as `fd`."""
 
     def __init__(self, fd: int, segment: Segment, cipher: XtsCipher, size_bytes: int) -> None:
         """Take over `fd`; it must allow whatever will be asked (reading, writing)."""
+        super().__init__(fd, segment.offset_bytes)
         self.size_bytes = size_bytes
         self.sector_bytes = segment.sector_bytes
-        self._fd = fd
-        self._data_offset = segment.offset_bytes
         self._first_iv = segment.iv_offset
-        self._direct = DirectFile.of(fd)
-        self._in_turn = writes_take_turns(fd)
-        self._promptness = Promptness(fd)
         self._stopped = False
         self._encrypt_into = cipher.encrypt_into
         self._encrypt_to = cipher.encrypt_to
@@ -45,18 +42,9 @@ class EncryptedDisk:
         self._decrypt_into = cipher.decrypt_into
         self._decrypt_job = cipher.decrypt_job
 
-    def close(self) -> None:
-        """Close the descriptor, which also gives up its locks."""
-        os.close(self._fd)
-
     def stop(self) -> None:
         """Have what is under way in other threads end at its next system call, with an OSError."""
         self._stopped = True
-
-    @property
-    def prompt(self) -> bool:
-        """Whether `write_run` may be called where nothing may block."""
-        return self._promptness.flags is not None
 
     def write_run(self, data: memoryview, run: "array[int]", count: int) -> int:
         """Encrypt and write a run of whole sectors without ever waiting; return how many writes, from the front.
@@ -65,7 +53,7 @@ class EncryptedDisk:
         """
         flags = self._promptness.flags
         assert flags is not None
-        return self._encrypt_run(self._fd, self._data_offset, self._first_iv, data, run, count, flags)
+        return self._encrypt_run(self._fd, self._base, self._first_iv, data, run, count, flags)
 
     def write_job(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> Callable[[], None]:
         """Return what a thread does to encrypt and write a run of whole sectors."""
@@ -74,7 +62,7 @@ class EncryptedDisk:
             return functools.partial(self._write_direct, data, run, count, durable)
         if self._promptness.unknown:
             return functools.partial(rest, 0)
-        where, flags = (self._fd, self._data_offset, self._first_iv), os.RWF_DSYNC if durable else 0
+        where, flags = (self._fd, self._base, self._first_iv), os.RWF_DSYNC if durable else 0
         # The kernel lets the next one in while the medium is waited for; and long ones are encrypted meanwhile.
         in_turn = self._in_turn and not durable and sum(run[1 : WORDS * count : WORDS]) <= PIECE_BYTES
         return self._encrypt_job(*where, data, run, count, flags, rest, in_turn)
@@ -83,7 +71,7 @@ class EncryptedDisk:
         assert self._direct is not None
         done = 0
         if not self._stopped:
-            fill, base = self._encrypt_from(data), self._data_offset
+            fill, base = self._encrypt_from(data), self._base
             done = self._direct.write_run(run, count, fill, base=base, durable=durable)
         self._write_each(data, run, count, durable, done)
 
@@ -106,7 +94,7 @@ class EncryptedDisk:
 
     def _write_piece(self, offset: int, piece: memoryview, durable: bool) -> int:
         """Encrypt a piece and write it; return how much of it, which without direct I/O may be less than all."""
-        at, iv = self._data_offset + offset, self._first_iv + (offset >> 9)
+        at, iv = self._base + offset, self._first_iv + (offset >> 9)
         if self._direct is not None:
             self._direct.write_filled(at, len(piece), lambda into: self._encrypt_into(iv, piece, into), durable=durable)
             return len(piece)
@@ -128,9 +116,9 @@ class EncryptedDisk:
     def read(self, offset: int, into: memoryview) -> None:
         """Read and decrypt, filling `into`."""
         if self._direct is None:
-            read_all(self._fd, into, self._data_offset + offset)
+            read_all(self._fd, into, self._base + offset)
         else:
-            self._direct.read(self._data_offset + offset, into)
+            self._direct.read(self._base + offset, into)
         self._decrypt_into(self._first_iv + (offset >> 9), into, into)
 
     def read_job(self, offset: int, into: memoryview, *, from_medium: bool = False) -> Callable[[], None]:
@@ -138,7 +126,7 @@ class EncryptedDisk:
         rest = functools.partial(self.read, offset, into)
         if self._direct is not None:
             return rest
-        at, iv = self._data_offset + offset, self._first_iv + (offset >> 9)
+        at, iv = self._base + offset, self._first_iv + (offset >> 9)
         return self._decrypt_job(self._fd, at, iv, into, from_medium, rest)
 
     def read_cached(self, offset: int, into: memoryview) -> bool:
@@ -146,29 +134,9 @@ class EncryptedDisk:
         if self._nowait is None or (offset | len(into)) % self.sector_bytes:
             return False
         try:
-            if os.preadv(self._fd, (into,), self._data_offset + offset, self._nowait) != len(into):
+            if os.preadv(self._fd, (into,), self._base + offset, self._nowait) != len(into):
                 return False
         except BlockingIOError:
             return False
         self._decrypt_into(self._first_iv + (offset >> 9), into, into)
         return True
-
-    def flush(self) -> None:
-        """Make every completed write durable."""
-        os.fdatasync(self._fd)
-
-    def flush_job(self) -> Callable[[], None]:
-        """Return what a thread does to flush."""
-        return flush_job(self._fd)
-
-    def write_back_job(self) -> Callable[[], None] | None:
-        """Return what a thread does to have less to wait for in the next flush; None where none waits for writing."""
-        return write_back_job(self._fd) if self._promptness.cached else None
-
-    def forget_cache(self, offset: int, length: int) -> None:
-        """Have the range read from the medium next time, as far as it was flushed."""
-        os.posix_fadvise(self._fd, self._data_offset + offset, length, os.POSIX_FADV_DONTNEED)
-
-    @functools.cached_property
-    def _nowait(self) -> int | None:
-        return cached_read_flag(self._fd)

@@ -12,11 +12,12 @@ from array import array
 from collections.abc import Callable, Iterator
 from typing import Final, Self
 
-from lockstep.disk.direct import DirectFile, copy_from, require_direct
+from lockstep.disk.direct import copy_from, require_direct
+from lockstep.disk.file import DiskFile
 from lockstep.disk.lock import lock_exclusive
 from lockstep.disk.probe import Disk, open_disk
-from lockstep.disk.runs import fetch_job, flush_job, places, read_run, requests, write_back_job, write_job, write_run
-from lockstep.disk.transfer import Promptness, cached_read_flag, read_all, write_all, writes_take_turns
+from lockstep.disk.runs import fetch_job, places, read_run, requests, write_job, write_run
+from lockstep.disk.transfer import read_all, write_all
 
 _FALLOC_FL_KEEP_SIZE: Final = 0x01  # linux/falloc.h
 _FALLOC_FL_PUNCH_HOLE: Final = 0x02
@@ -27,19 +28,15 @@ _ZEROES: Final = bytes(1 << 20)
 _UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.ENOTTY})
 
 
-class PlainDisk:
+class PlainDisk(DiskFile):
     """An open disk: the target, or the output of a restore."""
 
     def __init__(self, disk: Disk, fd: int, size_bytes: int | None = None) -> None:
         """Take over `fd`, an open descriptor of `disk`, of which only the first `size_bytes` are used if given."""
+        super().__init__(fd)
         self.disk = disk
         self.size_bytes = disk.size_bytes if size_bytes is None else size_bytes
         self._used_bytes = size_bytes  # what lies behind them is another's, and reads as zeroes
-        self._fd = fd
-        self._direct = DirectFile.of(fd)
-        self._in_turn = writes_take_turns(fd)
-        self._nowait = cached_read_flag(fd)
-        self._promptness = Promptness(fd)
 
     @classmethod
     def claim(cls, disk: Disk, size_bytes: int | None = None, *, direct: bool = False) -> Self:
@@ -61,10 +58,6 @@ class PlainDisk:
     def block_bytes(self) -> int:
         """What writes have to themselves, though they be smaller: more than a byte only with direct I/O."""
         return 1 if self._direct is None else self._direct.block_bytes
-
-    def close(self) -> None:
-        """Close the descriptor, which also gives up its locks."""
-        os.close(self._fd)
 
     def read(self, offset: int, into: memoryview) -> None:
         """Fill `into` from `offset`; it may lie past the end, where zeroes are read."""
@@ -109,11 +102,6 @@ class PlainDisk:
         if durable or os.pwrite(self._fd, data, offset) != len(data):
             write_all(self._fd, data, offset, durable=durable)
 
-    @property
-    def prompt(self) -> bool:
-        """Whether `write_run` may be called where nothing may block."""
-        return self._promptness.flags is not None
-
     def write_run(self, data: memoryview, run: "array[int]", count: int) -> int:
         """Write a run without ever waiting; return how many of its writes, from the front. Only on a prompt disk."""
         flags = self._promptness.flags
@@ -156,26 +144,10 @@ class PlainDisk:
                 piece = min(len(_ZEROES), offset + length - position)
                 self.write(position, memoryview(_ZEROES)[:piece])
 
-    def flush(self) -> None:
-        """Make every completed write durable."""
-        os.fdatasync(self._fd)
-
-    def flush_job(self) -> Callable[[], None]:
-        """Return what a thread does to flush."""
-        return flush_job(self._fd)
-
-    def write_back_job(self) -> Callable[[], None] | None:
-        """Return what a thread does to have less to wait for in the next flush; None where none waits for writing."""
-        return write_back_job(self._fd) if self._promptness.cached else None
-
     def resize(self, size_bytes: int) -> None:
         """Empty a file and give it a size: all of it reads as zeroes then."""
         os.ftruncate(self._fd, 0)
         os.ftruncate(self._fd, size_bytes)
-
-    def forget_cache(self, offset: int, length: int) -> None:
-        """Have the range read from the medium next time, as far as it was flushed."""
-        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def prefetch(self, offset: int, length: int) -> None:
         """Start reading the range into the page cache."""

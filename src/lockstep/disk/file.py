@@ -1,0 +1,46 @@
+"""The open file or device below a disk, whatever its content: how it takes writes, and what makes them durable."""
+
+import os
+from collections.abc import Callable
+
+from lockstep.disk.direct import DirectFile
+from lockstep.disk.runs import flush_job, write_back_job
+from lockstep.disk.transfer import Promptness, cached_read_flag, writes_take_turns
+
+
+class DiskFile:
+    """A descriptor whose content begins at `base` bytes. Any thread may call; failures are OSErrors."""
+
+    def __init__(self, fd: int, base: int = 0) -> None:
+        """Take over `fd`; it must allow whatever will be asked (reading, writing)."""
+        self._fd = fd
+        self._base = base
+        self._direct = DirectFile.of(fd)
+        self._in_turn = writes_take_turns(fd)
+        self._nowait = cached_read_flag(fd)
+        self._promptness = Promptness(fd)
+
+    def close(self) -> None:
+        """Close the descriptor, which also gives up its locks."""
+        os.close(self._fd)
+
+    @property
+    def prompt(self) -> bool:
+        """Whether `write_run` may be called where nothing may block."""
+        return self._promptness.flags is not None
+
+    def flush(self) -> None:
+        """Make every completed write durable."""
+        os.fdatasync(self._fd)
+
+    def flush_job(self) -> Callable[[], None]:
+        """Return what a thread does to flush."""
+        return flush_job(self._fd)
+
+    def write_back_job(self) -> Callable[[], None] | None:
+        """Return what a thread does to have less to wait for in the next flush; None where none waits for writing."""
+        return write_back_job(self._fd) if self._promptness.cached else None
+
+    def forget_cache(self, offset: int, length: int) -> None:
+        """Have the range read from the medium next time, as far as it was flushed; 0 bytes mean up to the end."""
+        os.posix_fadvise(self._fd, self._base + offset, length, os.POSIX_FADV_DONTNEED)
