@@ -58,6 +58,8 @@ def test_whatever_is_written_both_devices_are_equal(
     chance, model = random.Random(), bytearray(SIZE_BYTES)
     with volume.served("--direct") as served:
         assert opened_direct(served) == {target, mirror}
+        assert served.status()["target"]["direct"]
+        assert f"{target} (direct I/O)" in lab.lockstep("status").ok()
         clients = Clients(served.uri, 3)
         for number in range(ROUNDS):
             overlapping = number % 2

@@ -251,6 +251,12 @@ MIRROR = {
     "header": (str, type(None)),
     "header_backup": (str, type(None)),
 }
+TARGET = {
+    "path": str,
+    "direct": bool,
+    "error": (str, type(None)),
+    "restore": (dict, type(None)),
+}
 VOLUME = {
     "name": str,
     "size_bytes": int,
@@ -276,7 +282,7 @@ def status_conforms(text: str) -> list[dict[str, Any]]:
     volumes: list[dict[str, Any]] = document["volumes"]
     for volume in volumes:
         conforms(volume, VOLUME)
-        conforms(volume["target"], {"path": str, "error": (str, type(None)), "restore": (dict, type(None))})
+        conforms(volume["target"], TARGET)
         assert volume["serving"] == (volume["uri"] is not None)
         for client in volume["clients"]:
             conforms(client, CLIENT)

@@ -94,7 +94,8 @@ def _render_volume(volume: dict[str, Any]) -> RenderableType:
     table.add_column()
     table.add_column(overflow="fold")
     table.add_row(Text(volume["name"], "bold"), human_bytes(volume["size_bytes"]))
-    table.add_row("  target", volume["target"]["path"])
+    past_cache = " (direct I/O)" if volume["target"]["direct"] else ""
+    table.add_row("  target", plain(volume["target"]["path"] + past_cache))
     for row in _render_target(volume["target"]):
         table.add_row("", row)
     table.add_row("  serving", volume["uri"] or "no")

@@ -25,6 +25,11 @@ class DiskFile:
         os.close(self._fd)
 
     @property
+    def direct(self) -> bool:
+        """Whether it goes past the page cache."""
+        return self._direct is not None
+
+    @property
     def prompt(self) -> bool:
         """Whether `write_run` may be called where nothing may block."""
         return self._promptness.flags is not None

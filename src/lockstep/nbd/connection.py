@@ -70,6 +70,7 @@ RECEIVE_BYTES: Final = 256 << 10  # fits the second-level cache; larger payloads
 # since a client that is woken up costs as much as a write of 4 KiB.
 REPLY_BATCH_BYTES: Final = 256 << 10
 INLINE_READ_BYTES: Final = 128 << 10  # a longer copy would delay other clients
+SLOW_READ_BYTES: Final = 64 << 10  # more of them together would all wait for the slowest
 SOCKET_BUFFER_BYTES: Final = 1 << 20
 MAX_PENDING: Final = 64
 MAX_STATUS_EXTENTS: Final = 512
@@ -451,7 +452,9 @@ class Connection(Securable):
         return (wire.OFFSET_DATA if self._agreement.structured else wire.SIMPLE_REPLY).size
 
     def _begin_reads(self, run: "array[int]", count: int) -> bool:
-        """Have a run of reads that may block carried out; False when there is no memory for it now."""
+        """Have reads that may block carried out, some of a run; False when there is no memory for it now."""
+        while count > 1 and end_of(run, count) > SLOW_READ_BYTES:
+            count = (count + 1) // 2
         block = self._take_block(end_of(run, count))
         if block is None:
             return False

@@ -35,6 +35,7 @@ class ServedVolume:
         record, filling = self.session.record, self.session.filling
         restore = status.of_filling(filling, record.size_bytes) if filling else None
         described = status.of_volume(record, mirrors, uri=uri, clients=clients, restore=restore)
+        described["target"]["direct"] = self.session.writes.target.direct
         described["target"]["error"] = self.session.writes.error or self.session.reads.error
         return described
 

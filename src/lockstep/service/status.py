@@ -31,7 +31,7 @@ def of_volume(
     return {
         "name": volume.name,
         "size_bytes": volume.size_bytes,
-        "target": {"path": volume.target_path, "error": None, "restore": restore},
+        "target": {"path": volume.target_path, "direct": False, "error": None, "restore": restore},
         "serving": uri is not None,
         "uri": uri,
         "clients": clients or [],
