@@ -98,9 +98,11 @@ class Background:
 
         Raises MayNotRelease.
         """
-        if include_held and self._gate(actor.user) is not UPDATE:
-            reason = self._trail.error or self._gate.verdict(actor.user).reason
-            raise MayNotRelease(user=actor.user, volume=self._volume_name, reason=reason)
+        if include_held:
+            await self._session.workers.run(self._read_grants)  # who has just lost the right releases nothing
+            if self._gate(actor.user) is not UPDATE:
+                reason = self._trail.error or self._gate.verdict(actor.user).reason
+                raise MayNotRelease(user=actor.user, volume=self._volume_name, reason=reason)
         released = 0
         self._path.durability_lost = None  # somebody looked at the target, and says that it is right
         for link in self._path.mirrors:
