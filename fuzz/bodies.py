@@ -116,6 +116,8 @@ class MemoryExport:
 
     FAILURES = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.ENODEV, errno.ETIMEDOUT)
 
+    half_done = False
+
     def __init__(self, size: int, choices: Choices) -> None:
         flags = nbd.HAS_FLAGS | nbd.SEND_FLUSH | nbd.SEND_FUA | nbd.SEND_TRIM | nbd.SEND_WRITE_ZEROES
         self.info = ExportInfo("vol", size, flags | nbd.SEND_FAST_ZERO | nbd.SEND_CACHE)

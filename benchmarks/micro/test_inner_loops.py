@@ -78,6 +78,7 @@ class _Export:
 
     info = ExportInfo("vol", GIB, wire.HAS_FLAGS)
     taken = 0
+    half_done = False
 
     def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
         self.taken += count

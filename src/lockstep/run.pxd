@@ -7,3 +7,8 @@ cdef struct Write:
     uint64_t length  # bytes
     uint64_t position  # where its data begins in the buffer
     uint64_t cookie  # what the client calls it, in the byte order of the wire
+
+
+cdef inline bint is_inside(uint64_t position, uint64_t length, uint64_t size) noexcept nogil:
+    """Whether so many bytes from there lie within a buffer of `size`; no sum that could overflow."""
+    return length <= size and position <= size - length

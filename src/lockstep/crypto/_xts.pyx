@@ -33,13 +33,13 @@ from cython cimport no_gc_clear
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_SetFromErrno
 from cpython.number cimport PyNumber_Index
-from libc.errno cimport EINTR, EIO, errno
+from libc.errno cimport EINTR, EIO, ENOMEM, errno
 from libc.stdint cimport UINT64_MAX, int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove, memset
 
 from lockstep._work cimport Job, is_set
-from lockstep.run cimport Write
+from lockstep.run cimport Write, is_inside
 
 
 cdef extern from "sys/uio.h" nogil:
@@ -149,10 +149,12 @@ cdef struct Run:
 cdef void _write_run(Run *run, const int *given_up) noexcept nogil:
     cdef Write *write = <Write *> run.writes.buf
     cdef unsigned char *encrypted = <unsigned char *> malloc(min(run.longest, <Py_ssize_t> PIECE_BYTES) + 1)
-    if encrypted != NULL:
-        while run.done < run.count and _write_one(run, &write[run.done], encrypted, given_up):
-            run.done += 1
-        free(encrypted)
+    if encrypted == NULL:
+        run.error = ENOMEM
+        return
+    while run.done < run.count and _write_one(run, &write[run.done], encrypted, given_up):
+        run.done += 1
+    free(encrypted)
 
 
 cdef bint _write_one(Run *run, Write *write, unsigned char *encrypted, const int *given_up) noexcept nogil:
@@ -339,7 +341,7 @@ cdef class Xts:
         for at in range(run.count):
             if (write[at].length | write[at].offset) % self._sector_bytes:
                 raise ValueError("the length must be a multiple of the sector size")
-            if write[at].position + write[at].length > <uint64_t> run.source.len:
+            if not is_inside(write[at].position, write[at].length, run.source.len):
                 raise ValueError("the data lies outside of the buffer")
             run.longest = max(run.longest, <Py_ssize_t> write[at].length)
         run.sector_bytes = self._sector_bytes

@@ -11,7 +11,7 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcmp, memset
 
 from lockstep._work cimport Job, is_set
-from lockstep.run cimport Write
+from lockstep.run cimport Write, is_inside
 
 
 cdef extern from "sys/uio.h" nogil:
@@ -74,7 +74,7 @@ cdef Py_ssize_t _checked(Py_buffer *run, Py_ssize_t count) except -1:
 cdef int _require_inside(Write *request, Py_ssize_t count, Py_buffer *data) except -1:
     cdef Py_ssize_t at
     for at in range(count):
-        if request[at].position + request[at].length > <uint64_t> data.len:
+        if not is_inside(request[at].position, request[at].length, data.len):
             raise ValueError("the data lies outside of the buffer")
     return 0
 
@@ -164,7 +164,7 @@ cdef Py_ssize_t _moved(
     cdef ssize_t moved
     cdef iovec part
     while at < count and not is_set(given_up):
-        if request[at].position + request[at].length > <uint64_t> data.len:
+        if not is_inside(request[at].position, request[at].length, data.len):
             break
         part.iov_base = <char *> data.buf + request[at].position
         part.iov_len = request[at].length

@@ -104,6 +104,8 @@ class EncryptedDisk(DiskFile):
 
     def _encrypt_from(self, data: memoryview) -> Fill:
         def fill(offset: int, position: int, into: memoryview) -> None:
+            if self._stopped:  # the data may be another's by now
+                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
             self._encrypt_into(self._first_iv + (offset >> 9), data[position : position + len(into)], into)
 
         return fill

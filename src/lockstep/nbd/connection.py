@@ -94,6 +94,10 @@ class Export(Protocol):
     def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
         """Carry out as many writes of a run (frames.py) as can be at once; return how many, from the front."""
 
+    @property
+    def half_done(self) -> bool:
+        """Whether what `write_run` did not carry out may be begun, and so has to be given to `write`."""
+
     def read(self, into: memoryview, run: "array[int]", count: int) -> Awaitable[None]:
         """Carry out the first `count` reads of a run, before what is returned ends."""
 
@@ -404,6 +408,10 @@ class Connection(Securable):
             self._begin_gathered(self._gathered)
         if self._gathered is None:
             block = self._take_block(max(end - self._start, min(self._end - self._start, REPLY_BATCH_BYTES)))
+            if (
+                block is None and self._export.half_done
+            ):  # no more than once: before there is room, nothing more is served
+                block = self._take_block(end - self._start, beyond=True)
             if block is None:
                 return False
             self._gathered = _Gathered(block, self._start)
@@ -529,13 +537,14 @@ class Connection(Securable):
 
     # --- payloads that need a block of the pool ---
 
-    def _take_block(self, length: int) -> memoryview | None:
+    def _take_block(self, length: int, *, beyond: bool = False) -> memoryview | None:
+        """Return a block; or None, and nothing is served before there is room. `beyond` takes it all the same."""
         pool = self._server.pool_for(length)
         held = self._held_bytes[pool]
-        if held and held + block_bytes(length) > pool.share_bytes:
+        if held and held + block_bytes(length) > pool.share_bytes and not beyond:
             self._sated = True
             return None
-        block = pool.take(length)
+        block = pool.take(length, beyond=beyond)
         if block is not None:
             self._held_bytes[pool] += len(block)
         elif not self._waiting:

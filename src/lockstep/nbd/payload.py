@@ -45,17 +45,22 @@ class PayloadPool:
         """Whether somebody waits for memory that others hold."""
         return bool(self._waiting)
 
-    def take(self, length: int) -> memoryview | None:
-        """Return a block of at least `length` bytes, at most MAX_PAYLOAD_BYTES; None when there is no room now."""
+    def take(self, length: int, *, beyond: bool = False) -> memoryview | None:
+        """Return a block of at least `length` bytes, at most MAX_PAYLOAD_BYTES; None when there is no room now.
+
+        `beyond` takes it all the same.
+        """
         size = block_bytes(length)
-        if self._used_bytes + size > self._limit_bytes:
+        if self._used_bytes + size > self._limit_bytes and not beyond:
             return None
-        self._used_bytes += size
         kept = self._kept.get(size)
         if kept:
+            block = kept.pop()
             self._kept_bytes -= size
-            return kept.pop()
-        return page_aligned(size)
+        else:
+            block = page_aligned(size)
+        self._used_bytes += size
+        return block
 
     def give(self, block: memoryview) -> None:
         """Hand back a block that `take` returned; those who wait are told, in the order in which they came."""

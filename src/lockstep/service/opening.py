@@ -155,6 +155,8 @@ def _close_overlay(overlay: Overlay, path: str) -> None:
 class OpenedExport:
     """Joins an opened mirror to the NBD server. Requests to an overlay take turns where they overlap."""
 
+    half_done = False  # what is written goes to one place
+
     def __init__(self, view: Opened, workers: Workers) -> None:
         flags = _READ_ONLY if view.overlay is None else _WRITABLE
         self.info = ExportInfo(view.name, view.size_bytes, flags, f"Lockstep mirror of {view.name}")

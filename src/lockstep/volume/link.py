@@ -22,6 +22,7 @@ rest, so a late completion changes nothing that counts.
 """
 
 import asyncio
+import errno
 import functools
 import logging
 from array import array
@@ -90,6 +91,7 @@ class MirrorLink:
         self._keeper = keeper
         self.sync: SyncProgress | None = None
         self.error: str | None = "the mirror is away"  # why it is not followed
+        self.admissions = 0
         self.silent = False  # it was dropped because it did not answer: nobody should ask it anything more
         self.target_error: str | None = None  # why the target cannot be copied from
         self.waiting = held.frozen_since_s is not None  # nothing may be copied now
@@ -109,6 +111,7 @@ class MirrorLink:
         assert disk.sector_bytes <= self.sector_bytes
         self._disk, self._workers = disk, workers
         self.error, self.silent = None, False
+        self.admissions += 1
 
     def drop(self, doing: str, failure: OSError) -> None:
         """Stop following: nothing is asked of the mirror any more, and all that is marked counts as different."""
@@ -178,14 +181,19 @@ class MirrorLink:
         """What the mirror says of itself, for whoever restores from it alone."""
         return FROZEN if self.state == BEHIND and self.consistent else self.state
 
-    async def forget(self, regions: list[int]) -> None:
+    async def forget(self, regions: list[int], admissions: int) -> None:
         """Clear the marks of regions that are equal and flushed, unless somebody asked to write there meanwhile.
 
-        Raises OSError, and then clears nothing, when the mirror cannot be given a new generation.
+        Not if the mirror failed since `admissions` was taken, before the flush: what its cache lost is not equal, even
+        if it is back. Raises OSError, and then clears nothing, when the mirror cannot be given a new generation.
         """
-        if regions and self.error is None and self.target_error is None:
+        if regions and self._steady(admissions):
             await self._keeper.advance()
-            await self.intent.clear(regions)
+            if self._steady(admissions):
+                await self.intent.clear(regions)
+
+    def _steady(self, admissions: int) -> bool:
+        return self.error is None and self.target_error is None and self.admissions == admissions
 
     async def announce(self, state: str | None = None) -> None:
         """Have the mirror itself say how it stands, so that a restore from it alone knows."""
@@ -295,7 +303,11 @@ class MirrorLink:
     def _ask(self, what: Callable[[EncryptedDisk], Callable[[], None]]) -> Asked | None:
         if self.error is not None or self._workers is None or self._disk is None:
             return None
-        return Asked(self._workers, self._workers.begin(what(self._disk)))
+        try:
+            return Asked(self._workers, self._workers.begin(what(self._disk)))
+        except (OSError, MemoryError) as failure:  # the target has to be given its write all the same
+            self.drop("asking", failure if isinstance(failure, OSError) else OSError(errno.ENOMEM, "no memory is left"))
+            return None
 
     async def _succeeds(self, doing: str, asked: Asked | None) -> bool:
         if asked is None:

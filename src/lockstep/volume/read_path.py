@@ -70,10 +70,10 @@ class ReadPath:
     async def _read_mirror(self, offset: int, into: memoryview) -> str | None:
         """Fill `into` from a mirror, and return which; nobody writes there meanwhile."""
         start, end = self._updates.sectors(offset, len(into))
-        whole = memoryview(bytearray(end - start))
         async with self._updates.ranges.hold([(start, end)]):
             for mirror in self._updates.mirrors:
                 equal = mirror.error is None and mirror.regions.equal(offset, len(into))
+                whole = memoryview(bytearray(end - start))  # each its own: one that was given up may still fill it
                 if equal and await mirror.read(start, whole):
                     into[:] = whole[offset - start : offset - start + len(into)]
                     return mirror.path

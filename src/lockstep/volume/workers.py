@@ -10,6 +10,7 @@ The threads are daemons: a process ends though one of them hangs. concurrent.fut
 
 import asyncio
 import errno
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -139,6 +140,8 @@ class Workers:
                 continue
             if failure is None:
                 future.set_result(value)
+            elif isinstance(failure, MemoryError):  # of a thread; whoever waits knows what to do about a disk's errors
+                future.set_exception(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
             else:
                 future.set_exception(failure)
         self._forget_if_over()

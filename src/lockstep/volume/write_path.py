@@ -98,13 +98,17 @@ class WritePath:
         self._in_worker = workers.begin
         self._hint = workers.hint
         self._early_bytes = 0  # left of EARLY_BYTES
+        self._half_done: set[tuple[int, int]] = set()  # (offset, length) of writes that mirrors may have, alone
         self._flushes = Rounds(self._flush_all, at_once=True)
         self._tidying = asyncio.Lock()
 
     # --- 101/501/601: what arrives ---
 
     def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
-        """Carry out at once as many writes of a run as can be; return how many, from the front."""
+        """Carry out at once as many writes of a run as can be; return how many, from the front.
+
+        Where that leaves something `half_done`, the rest has to be given to `write`, come what may.
+        """
         if not self.target.prompt:
             return 0
         for mirror in self.mirrors:
@@ -113,13 +117,21 @@ class WritePath:
         count = self._free(user, run, count)
         if not count:
             return 0
+        asked = count
         for mirror in self.mirrors:
             count = mirror.write_run(data, run, count)  # 102/503, 103/504
         done = self.target.write_run(data, run, count)  # 103/505
+        if done < asked and self.mirrors:
+            self._half_done.update(places(run, asked)[done:])
         self.requests += done
         if self._early_bytes > 0:
             self._write_back(run, done)
         return done
+
+    @property
+    def half_done(self) -> bool:
+        """Whether a mirror may have what the target has not been given yet."""
+        return bool(self._half_done)
 
     def write(
         self, user: str, data: memoryview, run: "array[int]", count: int, *, durable: bool
@@ -130,6 +142,7 @@ class WritePath:
         """
         if self.filling is not None or self._free(user, run, count) < count:
             return self._write(user, data, run, count, durable)
+        self._half_done.difference_update(places(run, count) if self._half_done else ())
         update = self._begin([(mirror, data, run, count) for mirror in self.mirrors], data, run, count, durable)
         return self._finish(update, self.ranges.take([(at, at + length) for at, length in places(run, count)]))
 
@@ -145,12 +158,22 @@ class WritePath:
         One that is no whole sectors is merged with what the ones before it wrote, so it is carried out by itself.
         """
         at = 0
-        while at < count:
-            rest = run[WORDS * at :]
-            number = max(1, aligned(rest, count - at, self._sector_mask))
-            async with self._hold(user, places(rest, number)) as mirrors:
-                await self._update(mirrors, data, rest, number, durable)
-            at += number
+        try:
+            while at < count:
+                rest = run[WORDS * at :]
+                number = max(1, aligned(rest, count - at, self._sector_mask))
+                async with self._hold(user, places(rest, number)) as mirrors:
+                    await self._update(mirrors, data, rest, number, durable)
+                at += number
+        finally:
+            self._settle_half_done(places(run, count), at)
+
+    def _settle_half_done(self, writes: Extents, done: int) -> None:
+        """Have what is half done of these writes count as different, where it was not `done` whole in the end."""
+        for offset, length in self._half_done.intersection(writes[done:]):
+            for mirror in self.mirrors:
+                mirror.regions.mark(offset, length)
+        self._half_done.difference_update(writes)
 
     async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool, fast: bool) -> None:
         """Write zeroes; `allocate` keeps the space; `fast` fails with ENOTSUP when a mirror makes it slow."""
@@ -206,9 +229,10 @@ class WritePath:
         idle = {mirror: [r for r in mirror.intent.idle() if self._at_rest(mirror, r)] for mirror in self.mirrors}
         if not any(idle.values()):
             return
+        admissions = {mirror: mirror.admissions for mirror in self.mirrors}
         await self.flush()
         for mirror, regions in idle.items():
-            await mirror.forget(regions)
+            await mirror.forget(regions, admissions[mirror])
 
     def _at_rest(self, mirror: MirrorLink, region: int) -> bool:
         """Whether a region is equal on both disks, and no write to it is under way."""
@@ -284,11 +308,12 @@ class WritePath:
     ) -> "_Update":
         """Have threads write a run; what is returned goes to `_settle`."""
         self.requests += count
+        job = self.target.write_job(data, run, count, durable)  # first, for once a mirror has begun, nothing may fail
         begun = [
             (mirror, mirror.begin_update(sectors, whole, number, durable=durable), whole, number)  # 102/503, 103/504
             for mirror, sectors, whole, number in copies
         ]
-        target = self._in_worker(self.target.write_job(data, run, count, durable))  # 103/505
+        target = self._in_worker(job)  # 103/505
         return _Update(begun, target, data, run, count, durable)
 
     async def _settle(self, update: "_Update") -> None:
@@ -313,10 +338,10 @@ class WritePath:
     async def _clear(self, mirrors: Mirrors, offset: int, length: int, allocate: bool) -> None:
         """Like `_update`, for zeroes, which have no payload to encrypt."""
         self.requests += 1
-        for mirror in mirrors:
-            for start, count in await self._in_worker(self._data_within, mirror, offset, length):
-                await self._clear_mirror(mirror, start, count)  # 102/503, 103/504
         try:
+            for mirror in mirrors:
+                for start, count in await self._in_worker(self._data_within, mirror, offset, length):
+                    await self._clear_mirror(mirror, start, count)  # 102/503, 103/504
             await self._in_worker(functools.partial(self.target.zero, offset, length, allocate=allocate))  # 103/505
         except OSError as failure:
             self._target_failed(failure, (offset, length))

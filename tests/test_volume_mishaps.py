@@ -1,0 +1,254 @@
+"""P1, P3: whatever goes wrong between the disks, what differs is marked. The real paths, with faults put in by hand."""
+
+import asyncio
+import errno
+import os
+import threading
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from lockstep.crypto.cipher import XtsCipher
+from lockstep.crypto.luks import CIPHER, Segment
+from lockstep.disk.encrypted import EncryptedDisk
+from lockstep.disk.plain import PlainDisk
+from lockstep.disk.probe import inspect
+from lockstep.disk.runs import run_of
+from lockstep.volume.gate import UPDATE, Gate, Ruling
+from lockstep.volume.held import HeldRecord
+from lockstep.volume.intent import Identity, IntentBitmap
+from lockstep.volume.link import IN_SYNC, Keeper, MirrorLink
+from lockstep.volume.read_path import ReadPath
+from lockstep.volume.regions import RegionMap
+from lockstep.volume.workers import Workers
+from lockstep.volume.write_path import WritePath
+from tests.lab import MIB, wait_until
+
+SIZE_BYTES = 4 * MIB
+REGION_BYTES = 64 << 10
+DATA = b"N" * REGION_BYTES
+
+
+class Desk:
+    """Keeps nothing: nobody looks at the mirror's header here."""
+
+    async def announce(self, state: str) -> None: ...
+    async def advance(self) -> None: ...
+    async def disown(self) -> None: ...
+
+
+class Doorkeeper:
+    """Lets pass what `ruling` says."""
+
+    ruling = UPDATE
+
+    def __call__(self, user: str) -> Ruling:
+        return self.ruling
+
+    def anyone(self) -> bool:
+        return True
+
+    def denied(self, *_: object) -> None: ...
+
+
+class World:
+    """A target and mirrors, all of zeroes and equal; the first MiB is in the hot set."""
+
+    def __init__(self, home: Path, mirrors: int = 1, patience_s: float = 5.0) -> None:
+        self.workers = Workers("target", 4)
+        self.target = PlainDisk.claim(inspect(_image(home / "target")))
+        self.gate = Doorkeeper()
+        self.disks: list[EncryptedDisk] = []
+        self.links: list[MirrorLink] = []
+        for number in range(mirrors):
+            self._add_mirror(home, number, patience_s)
+        self.path = WritePath(self.target, tuple(self.links), cast(Gate, self.gate), 512, self.workers)
+        self.reads = ReadPath(self.path, self.workers)
+
+    def _add_mirror(self, home: Path, number: int, patience_s: float) -> None:
+        path, unmarked = _image(home / f"mirror{number}"), bytes(SIZE_BYTES // REGION_BYTES)
+        segment = Segment(offset_bytes=0, sector_bytes=512, iv_offset=0, cipher=CIPHER, length_bytes=None)
+        disk = EncryptedDisk(os.open(path, os.O_RDWR), segment, XtsCipher(bytearray(range(64)), 512), SIZE_BYTES)
+        disk.zero(0, SIZE_BYTES)
+        identity = Identity(str(uuid.uuid4()), str(uuid.uuid4()), SIZE_BYTES)
+        intent = IntentBitmap(f"{path}.intent", identity, self.workers.run)
+        intent.claim(1, 1, unmarked)
+        held = HeldRecord(path, identity, self.workers.run, expected=False)
+        held.claim()
+        regions = RegionMap(SIZE_BYTES, unmarked, bytes(len(unmarked)))
+        link = MirrorLink(path, identity.luks_uuid, regions, intent, held, cast(Keeper, Desk()))
+        link.admit(disk, Workers(f"mirror{number}", 4, patience_s))
+        self.disks.append(disk)
+        self.links.append(link)
+
+    async def write(self, offset: int, data: bytes = DATA) -> None:
+        await self.path.write("someone", memoryview(data), run_of(offset, len(data)), 1, durable=False)
+
+    def differing(self, number: int = 0) -> set[int]:
+        """Which regions differ, read from both disks."""
+        target, mirror = memoryview(bytearray(SIZE_BYTES)), memoryview(bytearray(SIZE_BYTES))
+        self.target.read(0, target)
+        self.disks[number].read(0, mirror)
+        starts = range(0, SIZE_BYTES, REGION_BYTES)
+        return {at // REGION_BYTES for at in starts if target[at : at + REGION_BYTES] != mirror[at : at + REGION_BYTES]}
+
+    def assert_marked(self, number: int = 0) -> None:
+        """Whatever differs is known to differ, and is on record."""
+        link = self.links[number]
+        for region in self.differing(number):
+            assert not link.regions.clean(region), region
+            assert link.intent.marked()[region], region
+
+
+def _image(path: Path) -> str:
+    with path.open("wb") as file:
+        file.truncate(SIZE_BYTES)
+    return str(path)
+
+
+def played(scene: Callable[[World], Awaitable[None]], home: Path, **how: Any) -> None:
+    async def play() -> None:
+        world = World(home, **how)
+        await world.write(0)
+        await scene(world)
+
+    asyncio.run(asyncio.wait_for(play(), 30))
+
+
+def failing(failure: BaseException) -> Callable[..., Callable[..., None]]:
+    def job(*_: object) -> None:
+        raise failure
+
+    return lambda *_, **__: job
+
+
+def test_what_only_the_mirror_took_at_once_is_marked_when_it_is_refused_afterwards(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        for disk in (world.target, *world.disks):
+            disk._promptness.flags = 0
+        world.target.write_run = lambda *_: 0  # type: ignore[method-assign]
+        data, run = memoryview(DATA), run_of(0, len(DATA))
+        data = memoryview(b"Z" * len(DATA))
+        assert world.path.write_run("someone", data, run, 1) == 0
+        assert world.path.half_done
+        world.gate.ruling = Ruling.REFUSE
+        with pytest.raises(PermissionError):
+            await world.path.write("someone", data, run, 1, durable=False)
+        assert world.differing() == {0}
+        world.assert_marked()
+        assert not world.path.half_done
+
+    played(scene, tmp_path)
+
+
+def test_zeroes_whose_edge_cannot_be_read_leave_marks(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        world.target.read = failing(OSError(errno.EIO, "bad sector"))()  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="bad sector"):
+            await world.path.zero("someone", 0, len(DATA) - 100, durable=False, allocate=False, fast=False)
+        del world.target.read
+        assert world.differing() == {0}
+        world.assert_marked()
+        assert world.links[0].state != IN_SYNC
+        await world.path.tidy()
+        await world.path.tidy()
+        world.assert_marked()
+
+    played(scene, tmp_path)
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), OSError(errno.EIO, "broken")], ids=["memory", "disk"])
+def test_a_thread_of_the_mirror_that_fails_does_not_let_go_of_what_the_target_still_writes(
+    tmp_path: Path, failure: Exception
+) -> None:
+    async def scene(world: World) -> None:
+        world.disks[0].write_job = failing(failure)  # type: ignore[method-assign]
+        go, real = threading.Event(), world.target.write_job
+        world.target.write_job = lambda *a, **k: lambda: (go.wait(), real(*a, **k)())[1]  # type: ignore[method-assign]
+        writing = asyncio.ensure_future(world.write(0, b"Z" * REGION_BYTES))
+        while world.links[0].error is None:
+            await asyncio.sleep(0.01)
+        assert not writing.done(), "the target has its data still to be given"
+        go.set()
+        await writing
+        assert world.differing() == {0}
+        world.assert_marked()
+
+    played(scene, tmp_path)
+
+
+def test_a_mirror_that_cannot_even_begin_is_dropped_and_the_write_goes_on(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        def refuse(*_: object, **__: object) -> Callable[[], None]:
+            raise OSError(errno.EIO, "libgcrypt has no context")
+
+        world.disks[1].write_job = refuse  # type: ignore[method-assign]
+        await world.write(0, b"Z" * REGION_BYTES)
+        assert (world.differing(0), world.differing(1)) == (set(), {0})
+        assert world.links[0].state == IN_SYNC
+        world.assert_marked(1)
+
+    played(scene, tmp_path, mirrors=2)
+
+
+def test_marks_stay_where_the_mirror_failed_and_came_back_while_they_were_to_be_cleared(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        (link,), (disk,) = world.links, world.disks
+        link.intent.idle()  # nobody has written for a while
+        real, slow, go = disk.flush_job, world.target.flush_job, threading.Event()
+
+        def lost() -> None:
+            disk.zero(0, REGION_BYTES)  # what its cache has lost
+            raise OSError(errno.EIO, "lost")
+
+        disk.flush_job = lambda: lost  # type: ignore[method-assign]
+        world.target.flush_job = lambda: lambda: (go.wait(), slow()())[1]  # type: ignore[method-assign]
+        tidying = asyncio.ensure_future(world.path.tidy())
+        while not (link.error and link.at_rest):
+            await asyncio.sleep(0.01)
+        disk.flush_job = real  # type: ignore[method-assign]
+        assert link.let_go() is disk
+        disk._stopped = False
+        link.admit(disk, Workers("again", 4, 5.0))
+        go.set()
+        await tidying
+        assert world.differing() == {0}
+        world.assert_marked()
+
+    played(scene, tmp_path)
+
+
+def test_a_mirror_that_answers_too_late_does_not_spoil_what_another_gave(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        world.target.read_job = failing(OSError(errno.EIO, "bad sector"))  # type: ignore[method-assign]
+        late, came, given = threading.Event(), threading.Event(), world.disks[1].read_job
+
+        def hanging(_offset: int, into: memoryview, **_: object) -> Callable[[], None]:
+            def job() -> None:
+                late.wait()
+                into[:] = b"?" * len(into)
+                came.set()
+
+            return job
+
+        def prompt(*arguments: Any, **how: Any) -> Callable[[], None]:
+            real = given(*arguments, **how)
+
+            def job() -> None:
+                real()
+                late.set()
+                came.wait()
+
+            return job
+
+        world.disks[0].read_job = hanging  # type: ignore[method-assign, assignment]
+        world.disks[1].read_job = prompt  # type: ignore[method-assign]
+        into = memoryview(bytearray(len(DATA)))
+        await world.reads.read(into, run_of(0, len(DATA)), 1)
+        assert bytes(into) == DATA
+        wait_until(came.is_set, "the mirror that was given up to answer")
+
+    played(scene, tmp_path, mirrors=2, patience_s=0.3)
