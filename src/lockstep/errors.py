@@ -830,6 +830,14 @@ class CryptsetupMissing(LuksError):
     next_step = "Debian, Ubuntu: `apt install cryptsetup-bin`. Fedora: `dnf install cryptsetup`. Then run this again."
 
 
+class CryptsetupNotStarted(LuksError):
+    """The system did not start cryptsetup. Data: action, path, reason."""
+
+    happened = "cryptsetup could not be started to {action} {path}: {reason}."
+    cause = "The machine is short of memory or processes, or the program was being replaced at this moment."
+    next_step = "See to the memory and to the limits (`ulimit -u`, `TasksMax=` of systemd), then run this again."
+
+
 class CryptsetupFailed(LuksError):
     """Cryptsetup failed in a way that has no class of its own."""
 

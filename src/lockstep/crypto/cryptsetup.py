@@ -20,7 +20,7 @@ import shutil
 import subprocess
 from typing import TYPE_CHECKING, Final
 
-from lockstep.errors import CryptsetupFailed, CryptsetupHung, CryptsetupMissing
+from lockstep.errors import CryptsetupFailed, CryptsetupHung, CryptsetupMissing, CryptsetupNotStarted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -49,8 +49,8 @@ def run(
 ) -> Completed:
     """Run `cryptsetup COMMAND ARGUMENTS PATH AFTER` to its end; the exit code is the caller's to judge.
 
-    It inherits the descriptors `fds`. CryptsetupMissing, CryptsetupHung. A process that even SIGKILL cannot end (a disk
-    that never answers) keeps the caller waiting for the kernel.
+    It inherits the descriptors `fds`. CryptsetupMissing, CryptsetupNotStarted, CryptsetupHung. A process that even
+    SIGKILL cannot end (a disk that never answers) keeps the caller waiting for the kernel.
     """
     # Absolute, so that no path can be taken for an option.
     argv = [*_program(), command, *arguments, "--batch-mode", os.path.abspath(path), *after]
@@ -69,6 +69,8 @@ def run(
         except subprocess.TimeoutExpired:
             # "from None": the cause holds what the child had printed so far.
             raise CryptsetupHung(action=action, path=path, timeout_s=TIMEOUT_S) from None
+        except OSError as error:
+            raise CryptsetupNotStarted(action=action, path=path, reason=error.strerror or str(error)) from error
         if not result.returncode or _OVERTAKEN not in result.stderr or attempt == ATTEMPTS - 1:
             break
     return result

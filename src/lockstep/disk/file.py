@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 
 from lockstep.disk.direct import DirectFile
+from lockstep.disk.probe import leads_elsewhere, node_of
 from lockstep.disk.runs import flush_job, write_back_job
 from lockstep.disk.transfer import Promptness, cached_read_flag, writes_take_turns
 
@@ -23,6 +24,10 @@ class DiskFile:
     def close(self) -> None:
         """Close the descriptor, which also gives up its locks."""
         os.close(self._fd)
+
+    def left(self, path: str) -> bool:
+        """Whether `path` leads here no more: the file was renamed, taken away, or replaced by another."""
+        return leads_elsewhere(path, node_of(self._fd))
 
     @property
     def direct(self) -> bool:

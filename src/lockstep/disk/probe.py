@@ -129,6 +129,19 @@ def open_disk(disk: Disk, *, writable: bool, direct: bool = False) -> int:
     return fd
 
 
+def node_of(where: str | int) -> "Node":
+    """Which disk a path leads to, or a descriptor. Raises OSError."""
+    return _identity(os.stat(where))
+
+
+def leads_elsewhere(path: str, node: "Node") -> bool:
+    """Whether the path leads to another disk by now, or to none. In doubt it does not."""
+    try:
+        return node_of(path) != node
+    except OSError as error:
+        return error.errno in {errno.ENOENT, errno.ENOTDIR}
+
+
 def _require_disk(path: str, mode: int) -> None:
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise NotADisk(path=path, kind=next((kind for is_kind, kind in _KINDS if is_kind(mode)), "special file"))

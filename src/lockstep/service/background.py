@@ -67,6 +67,7 @@ class Background:
         self._trail.note("serve", SERVER, f"the volume {self._volume_name} is being served")
         work = [
             self._repeat(self._announce, TOKEN_INTERVAL_S),
+            self._repeat(self._session.look_after_target, TOKEN_INTERVAL_S),
             self._repeat(self._path.tidy, TIDY_INTERVAL_S),
             self._repeat(self._look, GRANTS_INTERVAL_S),
             self._repeat(self._warn, WARNING_INTERVAL_S),
@@ -150,14 +151,17 @@ class Background:
         """
         link, delay_s, back_s = session.link, FIRST_RETURN_S, 0.0
         while not self._stopping.is_set():
+            away = link.error is not None
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._retry.wait(), delay_s if link.error else WATCH_INTERVAL_S)
+                await asyncio.wait_for(self._retry.wait(), delay_s if away else WATCH_INTERVAL_S)
             if self._stopping.is_set():
                 return
             if link.error is None:
                 if time.monotonic() - back_s > STEADY_S:
                     delay_s = FIRST_RETURN_S
-            elif await session.come_back():
+            elif not (away or self._retry.is_set()):
+                pass  # it failed just now
+            elif await _comes_back(session):
                 back_s = time.monotonic()
                 delay_s = min(delay_s * 2, LAST_RETURN_S)
                 resync.wake()
@@ -166,8 +170,9 @@ class Background:
             self._retry.clear()
 
     async def _announce(self) -> None:
-        for link in self._path.mirrors:
-            await link.announce()
+        for session in self._session.mirrors:
+            await session.look()
+            await session.link.announce()
 
     async def _warn(self) -> None:
         for sentence in self._warnings():
@@ -209,10 +214,22 @@ class Background:
 
     async def _repeat(self, work: Callable[[], Awaitable[None]], interval_s: float) -> None:
         while not self._stopping.is_set():
-            with contextlib.suppress(OSError):  # of a disk: whoever met it has said so, and the state shows it
+            try:
                 await work()
+            except OSError:  # of a disk: whoever met it has said so, and the state shows it
+                pass
+            except Exception:
+                log.exception("something in the background failed, and is tried again")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), interval_s)
+
+
+async def _comes_back(session: MirrorSession) -> bool:
+    try:
+        return await session.come_back()
+    except Exception:
+        log.exception("mirror %s cannot be followed again yet", session.mirror.path)
+        return False
 
 
 async def _reported(work: Coroutine[Any, Any, None]) -> None:

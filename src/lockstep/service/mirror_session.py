@@ -25,6 +25,7 @@ import contextlib
 import errno
 import logging
 import secrets
+import threading
 import time
 from dataclasses import replace
 from typing import Final
@@ -34,9 +35,10 @@ from lockstep.crypto.unlock import Unlock
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.mirror import open_mirror
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import inspect
+from lockstep.disk.probe import inspect, leads_elsewhere, node_of
 from lockstep.errors import (
     DiskBusy,
+    DiskChanged,
     DiskMissing,
     DiskUnreadable,
     LockstepError,
@@ -52,7 +54,7 @@ from lockstep.service.state import State
 from lockstep.volume import intent
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import IntentBitmap
-from lockstep.volume.link import BEHIND, DEGRADED, FROZEN, IN_SYNC, MirrorLink
+from lockstep.volume.link import BEHIND, DEGRADED, FROZEN, IN_SYNC, SYNCING, WHOLE, MirrorLink
 from lockstep.volume.pages import union
 from lockstep.volume.regions import RegionMap
 from lockstep.volume.workers import Workers
@@ -102,6 +104,8 @@ class MirrorSession:
         self._attempt: object = None  # the attempt to come back that somebody waits for
         self._last_failure = ""
         self._disowned = False
+        self._unsaid: str | None = None  # what could not be written to the header of a mirror that was dropped
+        self._header_node = (0, 0)
         self._advancing = asyncio.Lock()  # two at once would give the bitmap a generation, and the mirror another
         self._rekeyed = False  # while it was away, as far as is known
         header, disk, away = self._open_unless_away()
@@ -177,14 +181,37 @@ class MirrorSession:
 
         One that does not answer is dropped, and after that not asked any more.
         """
-        if self._token.state == state or self.link.silent or self._token_id is None:
+        said = self._token.state == state and self._scribe.at_rest  # nor is another about to be said
+        if said or self.link.silent or self._token_id is None or self._unsaid == state:
             return
         if state == IN_SYNC and not await self.link.flush():
             return
         try:
             await self._scribe.run(self._write_state, state)
+        except LockstepError as failure:
+            self._unsaid = state
+            log.warning("the header of mirror %s could not be updated: %s", self.mirror.path, failure)
+            self.link.drop("updating the header of", OSError(errno.EIO, str(failure).removesuffix(".")))
         except TimeoutError as failure:
             self.link.drop("updating the header of", failure)
+
+    async def look(self) -> None:
+        """Drop the mirror where nobody would find it: its path, or its header's, leads elsewhere by now."""
+        if self.link.error is not None:
+            return
+        try:
+            lost = await self._scribe.run(self._lost)
+        except TimeoutError as failure:
+            self.link.drop("looking after", failure)
+            return
+        if lost:
+            self.link.drop("looking after", OSError(errno.ESTALE, f"{lost} leads to another file by now, or to none"))
+
+    def _lost(self) -> str | None:
+        """The path that leads elsewhere."""
+        if self.link.left():
+            return self.mirror.path
+        return self._header_path if leads_elsewhere(self._header_path, self._header_node) else None
 
     async def advance(self) -> None:
         """Give mirror and bitmap a new generation: copies of the mirror from before are none of it."""
@@ -198,7 +225,10 @@ class MirrorSession:
         try:
             await self._scribe.run(self._write_generation, following)
         except LockstepError as error:
-            raise OSError(errno.EIO, str(error)) from error
+            failure = OSError(errno.EIO, str(error).removesuffix("."))
+            if isinstance(error, DiskChanged):
+                self.link.drop("looking after", failure)
+            raise failure from error
         except TimeoutError as failure:
             self.link.drop("updating the header of", failure)
             raise
@@ -218,13 +248,8 @@ class MirrorSession:
             self._intent.ignore()
 
     def _write_state(self, state: str) -> None:
-        if self._token.state == state:
-            return
-        try:
+        if self._token.state != state:
             self._write_token(self._token.generation, state)
-        except LockstepError as error:
-            self._token = replace(self._token, state=state)  # once is enough to say it
-            log.warning("the header of mirror %s could not be updated: %s", self.mirror.path, error)
 
     def _write_generation(self, generation: int) -> None:
         self._write_token(generation, self._token.state)  # as it is by now: a state may have been waiting to be written
@@ -233,9 +258,20 @@ class MirrorSession:
         return self._token.generation + 1 + secrets.randbits(31)
 
     def _write_token(self, generation: int, state: str) -> None:
+        self._require_same_mirror()
         token = replace(self._token, generation=generation, state=state)
         luks.write_token(self._header_path, token, token_id=self._token_id)
         self._token = token
+
+    def _require_same_mirror(self) -> None:
+        """Raise DiskChanged unless the header is that of this mirror as it was left, whatever its path leads to by now.
+
+        An older copy of it would be given a generation that vouches for what it does not hold.
+        """
+        found = luks.read_header(self._header_path)
+        known = (self._token.generation, *self._generations)
+        if found.uuid != self.mirror.luks_uuid or found.token is None or found.token.generation not in known:
+            raise DiskChanged(path=self._header_path)
 
     # --- being away, and coming back ---
 
@@ -252,12 +288,16 @@ class MirrorSession:
         deadline_s = time.monotonic() + self._patience_s
         while not self._at_rest:
             if time.monotonic() > deadline_s:
+                self.link.stay_away("it did not answer when it was to be let go")
                 raise busy
             await asyncio.sleep(REST_INTERVAL_S)
         try:
             if self._token_id is not None:
                 await self._scribe.run(self._write_state, left_as)
+        except LockstepError as failure:  # it can be used all the same, whatever it says
+            log.warning("the header of mirror %s could not be updated: %s", self.mirror.path, failure)
         except TimeoutError:
+            self.link.stay_away("it did not answer when it was to be let go")
             raise busy from None
         disk = self.link.let_go()
         if disk is not None:
@@ -270,9 +310,9 @@ class MirrorSession:
         """
         if self.link.error is None or not self._at_rest:
             return False
-        self._opener = Workers("lockstep-opener", 1, OPENING_PATIENCE_S)
         opened = self._attempt = list[EncryptedDisk]()
         try:
+            self._opener = Workers("lockstep-opener", 1, OPENING_PATIENCE_S)
             header = await self._opener.run(self._reopen, self.link.let_go(), opened)
         except (LockstepError, OSError) as failure:
             self._attempt = None
@@ -284,8 +324,6 @@ class MirrorSession:
         finally:
             self._opener.close()
         disk = opened.pop()
-        self._scribe.close()
-        self._scribe = Workers("lockstep-header", 1, self._patience_s)
         assert header.token is not None
         if disk.sector_bytes > self.link.sector_bytes:
             log.error("mirror %s has larger sectors than before: serve the volume anew", self.mirror.path)
@@ -293,15 +331,19 @@ class MirrorSession:
             return False
         self._token, self._token_id = header.token, header.token_id
         try:
+            self._scribe.close()
+            self._scribe = Workers("lockstep-header", 1, self._patience_s)
+            workers = self._new_workers()
             await self._recognise(header.token.generation)
             if self._rekeyed:
                 await self.advance()
-        except OSError as failure:
+            await self._own_up()
+        except (LockstepError, OSError) as failure:
             log.warning("mirror %s cannot be followed again yet: %s", self.mirror.path, failure)
             disk.close()
             return False
-        self._last_failure, self._rekeyed = "", False
-        self.link.admit(disk, self._new_workers())
+        self._last_failure, self._rekeyed, self._unsaid = "", False, None
+        self.link.admit(disk, workers)
         log.info("mirror %s is back; %d bytes are to be copied", self.mirror.path, self.link.regions.dirty_bytes)
         return True
 
@@ -323,12 +365,24 @@ class MirrorSession:
         self._held.frozen_since_s = None
         self._generations = (generation, generation)
 
+    async def _own_up(self) -> None:
+        """Have a mirror that misses something say so before anything is written to it.
+
+        Raises LockstepError, TimeoutError.
+        """
+        missing = self.link.regions.dirty_bytes or self.link.regions.held_bytes
+        if missing and self._token.state in WHOLE and self._held.frozen_since_s is None:
+            await self._scribe.run(self._write_state, SYNCING)
+
     @property
     def _at_rest(self) -> bool:
         """Whether nothing that was asked of the mirror, or of its header, is still under way."""
         return self.link.at_rest and self._scribe.at_rest and self._opener.at_rest
 
     def _open_unless_away(self) -> tuple[luks.Header | None, EncryptedDisk | None, str]:
+        if not self._answers():
+            log.error("mirror %s does not answer, the target goes on alone", self.mirror.path)
+            return None, None, f"it did not answer for {self._patience_s:g} s"
         try:
             inspect(self.mirror.path)
         except (DiskMissing, DiskUnreadable) as failure:
@@ -340,6 +394,18 @@ class MirrorSession:
             self._rekeyed = True
             log.error("mirror %s is not followed, the target goes on alone: %s", self.mirror.path, failure)
             return None, None, str(failure)
+
+    def _answers(self) -> bool:
+        """Whether the mirror can be looked at in time: one that hangs must not keep its volume from serving."""
+        looking = threading.Thread(target=self._look_at, name="lockstep-look", daemon=True)
+        looking.start()
+        looking.join(self._patience_s)
+        return not looking.is_alive()
+
+    def _look_at(self) -> None:
+        with contextlib.suppress(LockstepError):
+            inspect(self.mirror.path)
+            luks.read_uuid(self._header_path)
 
     def _reopen(self, former: EncryptedDisk | None, opened: list[EncryptedDisk]) -> luks.Header:
         if former is not None:
@@ -356,6 +422,7 @@ class MirrorSession:
             if free is None:
                 raise MirrorBorrowed(path=mirror.path)
             header = luks.read_header(self._header_path)
+            self._header_node = node_of(self._header_path)
             _require_token(self._volume, mirror, header)
             where = (mirror.path, mirror.header_path, header)
             return header, open_mirror(*where, self._unlock, size_bytes, writable=True, direct=self._direct)

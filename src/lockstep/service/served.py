@@ -36,7 +36,8 @@ class ServedVolume:
         restore = status.of_filling(filling, record.size_bytes) if filling else None
         described = status.of_volume(record, mirrors, uri=uri, clients=clients, restore=restore)
         described["target"]["direct"] = self.session.writes.target.direct
-        described["target"]["error"] = self.session.writes.error or self.session.reads.error
+        errors = (self.session.writes.error, self.session.target_error, self.session.reads.error)
+        described["target"]["error"] = next(filter(None, errors), None)
         return described
 
     async def sync(self, actor: Actor, *, include_held: bool, compare: bool) -> None:

@@ -70,6 +70,7 @@ class VolumeSession:
         self.resyncs = tuple(
             Resync(self.writes, session.link, gate, workers, compare=session.mirror.compare) for session in mirrors
         )
+        self.target_error: str | None = None  # that its path leads elsewhere, in words
         self._state = state
         self.filling = self.writes.filling = self._filling(record, target)
 
@@ -84,6 +85,19 @@ class VolumeSession:
             reason = source.error or "it, or the new target, was changed since, or its intent bitmap is gone"
             raise FillingImpossible(path=target.disk.path, volume=record.name, mirror=source.path, reason=reason)
         return filling
+
+    async def look_after_target(self) -> None:
+        """See whether the target can still be found by its path: the next start looks for it there."""
+        path = self.target.disk.path
+        lost = await self.workers.run(self.target.left, path)
+        if lost and self.target_error is None:
+            self.target_error = (
+                f"{path} leads to another file by now, or to none. What is written goes to the one that was opened; the"
+                " next start would take the other for the target. Put the right one back."
+            )
+            log.error("%s", self.target_error)
+        elif not lost:
+            self.target_error = None
 
     def note_filled(self) -> None:
         """Note, durably, that the new target has everything; then it is one like any other. Blocks.

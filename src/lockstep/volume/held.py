@@ -112,19 +112,30 @@ class HeldRecord:
     async def hold(self, start: int, end: int, user: str, kind: str, *, equal: bool) -> None:
         """Return when it is on record that `user` writes to [start, end), not empty, without updating the mirror.
 
-        `equal`: up to now the mirror was equal to the target, and is on its medium. Raises OSError.
+        `equal`: up to now the mirror was equal to the target, and is on its medium. Raises OSError; then nothing may be
+        written, and nothing is held for it.
         """
-        if (user, kind) not in self._known:
-            now_s = time.time()
-            if equal:
-                self.frozen_since_s = now_s
-            self.writers.setdefault((user, kind), now_s)
-            await self._saves.join()
-            self._known.add((user, kind))
+        key, new = (user, kind), (user, kind) not in self.writers
         offset = self._second if kind == NO_RIGHT else 0
         first, after = offset + (start >> self._shift), offset + ((end - 1) >> self._shift) + 1
-        while 0 in self._pages.durable[first:after]:
-            await self._pages.mark(range(first, after))
+        try:
+            if key not in self._known:
+                now_s = time.time()
+                if equal:
+                    self.frozen_since_s = now_s
+                self.writers.setdefault(key, now_s)
+                await self._saves.join()
+                self._known.add(key)
+            while 0 in self._pages.durable[first:after]:
+                await self._pages.mark(range(first, after))
+        except OSError:
+            self._pages.unmark(range(first, after))
+            if new and not any(self.regions(kind)):
+                self.writers.pop(key, None)
+                self._known.discard(key)
+            if equal:
+                self.frozen_since_s = None
+            raise
 
     async def thaw(self) -> None:
         """Note, durably, that the mirror is about to be written, and so no more frozen. Raises OSError."""

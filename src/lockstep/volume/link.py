@@ -59,7 +59,10 @@ class Keeper(Protocol):
     """Who keeps what is written about a mirror, on the mirror and beside it."""
 
     async def announce(self, state: str) -> None:
-        """Write the state on the mirror, if it is not there yet and can be; in bounded time, and never an error."""
+        """Write the state on the mirror, if it is not there yet; in bounded time, and never an error.
+
+        A mirror that is followed and cannot be written to is dropped.
+        """
 
     async def advance(self) -> None:
         """Give the mirror a new generation, so that no older copy is taken for it. Raises OSError."""
@@ -92,11 +95,13 @@ class MirrorLink:
         self.sync: SyncProgress | None = None
         self.error: str | None = "the mirror is away"  # why it is not followed
         self.admissions = 0
+        self.timeouts = 0  # how often it was dropped because it did not answer
         self.silent = False  # it was dropped because it did not answer: nobody should ask it anything more
         self.target_error: str | None = None  # why the target cannot be copied from
         self.waiting = held.frozen_since_s is not None  # nothing may be copied now
         self.as_left = True  # whether it is the mirror as it was when it was last followed
-        self._first_hold = asyncio.Lock()
+        self._freezing = asyncio.Lock()
+        self._thawing = False
         self._disk: EncryptedDisk | None = None
         self._workers: Workers | None = None
 
@@ -119,6 +124,7 @@ class MirrorLink:
             return
         self._part(f"{doing} the mirror failed: {failure.strerror or failure}")
         self.silent = isinstance(failure, TimeoutError)
+        self.timeouts += self.silent
         log.error("mirror %s is degraded: %s. The target goes on alone.", self.path, self.error)
 
     def step_aside(self, reason: str) -> None:
@@ -144,6 +150,11 @@ class MirrorLink:
         assert self.at_rest
         disk, self._workers = self._disk if self._workers is not None else None, None
         return disk
+
+    def left(self) -> bool:
+        """Whether the mirror that is followed has lost its path, by which anybody would look for it. Blocks."""
+        disk = self._disk
+        return self.error is None and disk is not None and disk.left(self.path)
 
     @property
     def at_rest(self) -> bool:
@@ -174,7 +185,8 @@ class MirrorLink:
     @property
     def consistent(self) -> bool:
         """Whether the mirror alone is the whole disk as it was at one moment: now, or when it was frozen."""
-        return self.error is None and (self.state == IN_SYNC or self.held.frozen_since_s is not None)
+        frozen = self.held.frozen_since_s is not None and not self._thawing
+        return self.error is None and (self.state == IN_SYNC or frozen)
 
     @property
     def token_state(self) -> str:
@@ -206,10 +218,10 @@ class MirrorLink:
         the next start would take it for equal.
         """
         try:
-            await self.held.thaw()
+            await self._thaw()
             await self.intent.mark(extents)
         except OSError as failure:
-            self.drop("recording the writes to", failure)
+            self.drop("recording, in the state directory, the writes to", failure)
             await self._keeper.disown()
 
     async def hold(self, start: int, end: int, user: str, kind: str) -> None:
@@ -218,17 +230,38 @@ class MirrorLink:
         Raises OSError when it cannot be: such a write must not reach the target, since nothing would keep it from
         being copied.
         """
-        async with self._first_hold:  # others wait until it is on record whether the mirror was equal
-            if self.state == IN_SYNC:
-                self.regions.hold(start, end - start)
-                await self.flush()
-                await self.held.hold(start, end, user, kind, equal=self.error is None)
-        self.regions.hold(start, end - start)
-        await self.held.hold(start, end, user, kind, equal=False)
+        others = self.regions.held(start, end - start)
+        try:
+            async with self._freezing:  # others wait until it is on record whether the mirror was equal
+                if self.state == IN_SYNC:
+                    self.regions.hold(start, end - start)
+                    await self.flush()
+                    await self.held.hold(start, end, user, kind, equal=self.error is None)
+            self.regions.hold(start, end - start)
+            await self.held.hold(start, end, user, kind, equal=False)
+        except OSError:
+            if not others:
+                self.regions.let_go(start, end - start)
+            raise
+        self.regions.hold(start, end - start)  # somebody else's may have failed
+
+    async def _thaw(self) -> None:
+        """Have it on the mirror, and on record, that it is frozen no more: before anything is written to it.
+
+        Raises OSError.
+        """
+        async with self._freezing:
+            if self.held.frozen_since_s is not None:
+                self._thawing = True
+                try:
+                    await self.announce(BEHIND)
+                    await self.held.thaw()
+                finally:
+                    self._thawing = False
 
     async def release(self, regions: bytes) -> None:
         """Have these regions, a byte each, copied, as far as they are held. Raises OSError."""
-        await self.held.thaw()
+        await self._thaw()
         self.regions.release(regions)
         self.waiting = False
 

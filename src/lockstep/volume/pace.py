@@ -15,6 +15,7 @@ from typing import Final
 
 PIECE_BYTES: Final = 1 << 20
 LARGEST_PIECE_BYTES: Final = 2 << 20  # larger ones no longer fit the processor's cache, several at a time
+GENTLE_PIECE_BYTES: Final = 128 << 10
 QUICK_S: Final = 0.01
 FLOOR_BYTES_S: Final = 8 << 20
 GIVE_WAY: Final = 8.0
@@ -23,14 +24,17 @@ GIVE_WAY: Final = 8.0
 class Pace:
     """The pace of one piece of work, which `stopping` ends."""
 
-    def __init__(self, requests: Callable[[], int], stopping: asyncio.Event) -> None:
-        """`requests` counts what clients have asked so far."""
+    def __init__(self, requests: Callable[[], int], stopping: asyncio.Event, *, gently: bool = False) -> None:
+        """`requests` counts what clients have asked so far; `gently` keeps pieces small, for a disk that is slow."""
         self._requests = requests
         self._stopping = stopping
         self._seen = requests()
         self._since_s = time.monotonic()
         self._factor = 0.0
-        self.piece_bytes = PIECE_BYTES  # how large the next piece may be
+        self._least_bytes, self._most_bytes = (
+            (GENTLE_PIECE_BYTES, GENTLE_PIECE_BYTES) if gently else (PIECE_BYTES, LARGEST_PIECE_BYTES)
+        )
+        self.piece_bytes = self._least_bytes  # how large the next piece may be
 
     def begin(self) -> None:
         """A piece begins."""
@@ -41,7 +45,8 @@ class Pace:
         """A piece of `count` bytes has ended: let clients have the disks, if they want them."""
         took_s = time.monotonic() - self._since_s
         idle = self._requests() == self._seen
-        self.piece_bytes = min(2 * self.piece_bytes, LARGEST_PIECE_BYTES) if idle and took_s < QUICK_S else PIECE_BYTES
+        quick = idle and took_s < QUICK_S
+        self.piece_bytes = min(2 * self.piece_bytes, self._most_bytes) if quick else self._least_bytes
         if idle:
             self._factor = 0.0
             return

@@ -148,6 +148,12 @@ class PagedBits:
                 self._marks.add(number)
         await self._rounds.join()
 
+    def unmark(self, numbers: Iterable[int]) -> None:
+        """Take back marks that could not be made durable; who waits for them marks again."""
+        for number in numbers:
+            if not self.durable[number]:
+                self._bits[number >> 3] &= ~(1 << (number & 7))
+
     async def clear(self, numbers: Iterable[int]) -> None:
         """Clear bits; they count as cleared at once, unless somebody marks them meanwhile. Raises OSError."""
         for number in numbers:

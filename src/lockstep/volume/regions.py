@@ -20,6 +20,7 @@ _CLEAN, _DIRTY, _COPYING, _HELD = 0, 1, 2, 3
 _AS_DIRTY: Final = bytes([0, 1, 1, 0]).ljust(256, b"\1")
 _COPIED: Final = bytes([_CLEAN, _DIRTY, _CLEAN, _HELD]).ljust(256, b"\1")
 _NOT_COPIED: Final = bytes([_CLEAN, _DIRTY, _DIRTY, _HELD]).ljust(256, b"\1")
+_LET_GO: Final = bytes([_CLEAN, _DIRTY, _COPYING, _DIRTY]).ljust(256, b"\1")
 _MARKED: Final = bytes([_DIRTY, _DIRTY, _DIRTY, _HELD]).ljust(256, b"\1")
 
 
@@ -75,6 +76,11 @@ class RegionMap:
         """Keep this range from being copied, also where it is being copied already."""
         part = self._slice(offset, length)
         self._states[part] = bytes([_HELD]) * (part.stop - part.start)
+
+    def let_go(self, offset: int, length: int) -> None:
+        """Have this range copied, as far as it is held."""
+        part = self._slice(offset, length)
+        self._states[part] = self._states[part].translate(_LET_GO)
 
     def held(self, offset: int, length: int) -> bool:
         """Whether any of this range is held."""

@@ -49,6 +49,7 @@ class Resync:
     ) -> None:
         """`workers` read the target."""
         self.compare = compare  # whether to look first what is equal already, and leave that as it is, until in sync
+        self._gently = False  # it did not answer in time to as much as is usual
         self._path = path
         self._link = link
         self._gate = gate
@@ -85,10 +86,14 @@ class Resync:
         if not self._may_go_on():
             return
         link.sync = SyncProgress(link.regions.dirty_bytes)
+        await link.announce()  # before the first piece: half a copy is no disk of any moment
+        timeouts = link.timeouts
         log.info("copying %d bytes to mirror %s", link.sync.total_bytes, link.path)
         while link.regions.dirty_bytes and self._may_go_on():
             until_s = time.monotonic() + TURN_S
-            await asyncio.gather(*(self._copy_regions(link.sync, number, until_s) for number in range(HANDS)))
+            hands = range(1 if self._gently else HANDS)
+            await asyncio.gather(*(self._copy_regions(link.sync, number, until_s) for number in hands))
+        self._gently = self._gently or link.timeouts > timeouts
         if not link.regions.dirty_bytes and await link.flush():
             with contextlib.suppress(OSError):  # of a record, or of the target: both are seen again
                 await self._finish()
@@ -100,7 +105,7 @@ class Resync:
         await link.forget_released()
         if not link.regions.held_bytes:
             await link.announce(IN_SYNC)
-            self.compare = False
+            self.compare = self._gently = False
             log.info("mirror %s is in sync", link.path)
             await self._path.tidy()
 
@@ -120,7 +125,7 @@ class Resync:
         All hands but the first end theirs as soon as clients are at work.
         """
         regions = self._link.regions
-        pace = Pace(lambda: self._path.requests, self._stopping)
+        pace = Pace(lambda: self._path.requests, self._stopping, gently=self._gently)
         buffers = page_aligned(LARGEST_PIECE_BYTES), page_aligned(LARGEST_PIECE_BYTES)
         while self._may_go_on() and time.monotonic() < until_s and not (number and pace.gives_way):
             taken = regions.begin_copy(pace.piece_bytes)

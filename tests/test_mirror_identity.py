@@ -1,0 +1,170 @@
+"""D2, P3, P4: a mirror is the one that was opened, as it was left; and it never says that it is whole while it is not."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lockstep.crypto import luks
+from tests.lab import MIB, Lab, Served, Volume, needs, run, wait_until
+
+pytestmark = needs("qemu-io")
+
+SIZE_BYTES = 16 * MIB
+
+
+def write(served: Served, *commands: str) -> None:
+    """Have qemu-io write, and flush."""
+    run("qemu-io", "-f", "raw", *(word for command in (*commands, "flush") for word in ("-c", command)), served.uri)
+
+
+def told(path: Path) -> str:
+    """What a mirror's token says of it."""
+    token = luks.read_header(str(path)).token
+    assert token is not None
+    return token.state
+
+
+def older_copy(volume: Volume) -> Path:
+    """A copy of the mirror as it was before the last write."""
+    old = volume.mirror.with_name("old")
+    with volume.served() as served:
+        write(served, "write -P 1 0 1M")
+    shutil.copyfile(volume.mirror, old)
+    with volume.served() as served:
+        write(served, "write -P 2 4M 1M")
+    return old
+
+
+def await_degraded(served: Served, why: str) -> None:
+    """Wait for the server to see what has become of the mirror."""
+    wait_until(lambda: why in (served.mirror()["error"] or ""), f"the mirror to be degraded: {why}")
+
+
+def test_an_older_copy_that_takes_the_mirrors_place_is_copied_to_as_a_whole(lab: Lab) -> None:
+    volume = lab.volume("vol", SIZE_BYTES)
+    old = older_copy(volume)
+    with volume.served() as served:
+        write(served, "write -P 3 8M 1M")
+        old.rename(volume.mirror)
+        await_degraded(served, "leads to another file by now")
+        write(served, "write -P 4 9M 1M")
+        wait_until(lambda: served.mirror_state() == "in-sync", "the copy to be brought in sync")
+        assert f"copying {SIZE_BYTES} bytes" in served.log.read_text()
+    volume.assert_equal_disks()
+
+
+def test_an_older_copy_that_is_not_noticed_before_the_end_is_not_vouched_for(lab: Lab) -> None:
+    """The path is looked at each second; a server that stops before that must not give it the new generation."""
+    volume = lab.volume("vol", SIZE_BYTES)
+    old = older_copy(volume)
+    with volume.served() as served:
+        write(served, "write -P 3 8M 1M")
+        old.rename(volume.mirror)
+        served.stop()
+    with volume.served() as served:
+        assert f"copying {SIZE_BYTES} bytes" in served.log.read_text()
+    volume.assert_equal_disks()
+
+
+def test_what_was_written_over_the_mirror_is_found_when_its_header_is_due(lab: Lab) -> None:
+    volume = lab.volume("vol", SIZE_BYTES)
+    old = older_copy(volume)
+    with volume.served() as served:
+        write(served, "write -P 3 8M 1M")
+        with volume.mirror.open("r+b") as mirror:
+            mirror.write(old.read_bytes())
+    with volume.served():
+        pass
+    volume.assert_equal_disks()
+
+
+def test_another_volumes_mirror_is_not_given_this_ones_token(lab: Lab) -> None:
+    volume, other = lab.volume("vol", SIZE_BYTES), lab.volume("other", SIZE_BYTES)
+    before = other.mirror.read_bytes()
+    aside = volume.mirror.with_name("aside")
+    with volume.served() as served:
+        write(served, "write -P 3 8M 1M")
+        volume.mirror.rename(aside)
+        other.mirror.rename(volume.mirror)
+        await_degraded(served, "leads to another file by now")
+        write(served, "write -P 4 9M 1M")
+    assert volume.mirror.read_bytes() == before
+    volume.mirror.rename(other.mirror)
+    aside.rename(volume.mirror)
+    with volume.served():
+        pass
+    volume.assert_equal_disks()
+
+
+@pytest.mark.parametrize("which", ["mirror", "header"])
+def test_a_mirror_that_nobody_could_find_is_not_called_in_sync(lab: Lab, which: str) -> None:
+    volume = lab.volume("vol", SIZE_BYTES, header=which == "header")
+    lost = volume.header if which == "header" else volume.mirror
+    assert lost is not None
+    aside = lost.with_name("aside")
+    with volume.served() as served:
+        write(served, "write -P 3 8M 1M")
+        lost.rename(aside)
+        await_degraded(served, "leads to another file by now, or to none")
+        write(served, "write -P 4 9M 1M")
+        aside.rename(lost)
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be back")
+    volume.assert_equal_disks()
+
+
+def test_a_target_whose_path_leads_elsewhere_is_reported(lab: Lab) -> None:
+    volume = lab.volume("vol", SIZE_BYTES)
+    aside = volume.target.with_name("aside")
+    with volume.served() as served:
+        volume.target.rename(aside)
+        wait_until(lambda: served.now()["target"]["error"] is not None, "the target to be missed")
+        assert "Put the right one back" in served.now()["target"]["error"]
+        aside.rename(volume.target)
+        wait_until(lambda: served.now()["target"]["error"] is None, "the target to be found again")
+
+
+def freeze(served: Served) -> None:
+    """Take the writer's right away, and have the mirror freeze."""
+    volume = served.volume
+    volume.lab.lockstep("revoke", "vol", "root").ok()
+
+    def frozen() -> bool:
+        write(served, "write -P 1 0 16M")
+        return served.mirror()["frozen_since"] is not None
+
+    wait_until(frozen, "the mirror to be frozen")
+    wait_until(lambda: told(volume.mirror) == "frozen", "the mirror to say so")
+
+
+def test_a_frozen_mirror_says_that_it_is_so_no_more_before_it_is_written(lab: Lab) -> None:
+    volume = lab.volume("vol", SIZE_BYTES)
+    with volume.served() as served:
+        freeze(served)
+        before = volume.decrypted()
+        volume.grant("root")
+
+        def is_written() -> bool:
+            run("qemu-io", "-f", "raw", "-c", "write -P 2 8M 64k", served.uri)
+            return volume.decrypted() != before
+
+        wait_until(is_written, "the grant to be in effect")
+        served.kill()
+        assert told(volume.mirror) == "behind"
+    volume.restore(lab.home / "out").failed(1, "--incomplete")
+
+
+def test_what_is_being_copied_to_is_not_called_a_frozen_disk(lab: Lab) -> None:
+    volume = lab.volume("vol", SIZE_BYTES)
+    with volume.served() as served:
+        freeze(served)
+        volume.grant("root")
+        lab.lockstep("sync", "vol", "--include-held").ok()
+        with volume.mirror.open("rb") as mirror:  # the token is read first: what it says must hold for what follows
+            state, data = told(volume.mirror), mirror.read()
+        while served.mirror_state() != "in-sync":
+            with volume.mirror.open("rb") as mirror:
+                said, now = told(volume.mirror), mirror.read()[luks.INLINE_DATA_OFFSET_BYTES :]
+            if now != data[luks.INLINE_DATA_OFFSET_BYTES :]:
+                assert told(volume.mirror) != "frozen", (state, said)
+    volume.assert_equal_disks()
