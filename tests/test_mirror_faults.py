@@ -1,6 +1,7 @@
 """P5: a mirror that fails never fails a client; what it missed, and no more, is copied when it is back."""
 
 import contextlib
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -126,4 +127,39 @@ def test_a_mirror_whose_file_system_is_full_is_dropped_and_the_target_goes_on(la
         wait_until(lambda: served.mirror_state() == "degraded", "the mirror to be full again")
         run("mount", "-o", f"remount,size={SIZE_BYTES + 32 * MIB}", str(small_disk))
         wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to come back by itself")
+    volume.assert_equal_disks()
+
+
+@needs("qemu-io")
+@pytest.mark.parametrize("broken", ["#!/nowhere\n", "#!/bin/sh\nexit 1\n"], ids=["not started", "fails"])
+def test_a_mirror_whose_header_cannot_be_written_is_not_written_to_while_it_says_that_it_is_whole(
+    lab: Lab, tmp_path: Path, broken: str
+) -> None:
+    volume = lab.volume("vol", SIZE_BYTES)
+    real = shutil.which("cryptsetup", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    program = tmp_path / "replaced" / "cryptsetup"
+    program.parent.mkdir()
+    program.symlink_to(str(real))
+    lab.environment["PATH"] = f"{program.parent}:{os.environ['PATH']}"
+    with volume.served() as served:
+        lab.lockstep("revoke", "vol", "root").ok()
+
+        def frozen() -> bool:
+            write(served, "write -P 1 0 64k")
+            return served.mirror()["frozen_since"] is not None and b'"frozen"' in volume.mirror.read_bytes()[:MIB]
+
+        wait_until(frozen, "the mirror to be frozen, and to say so")
+        before = volume.decrypted()
+        program.unlink()
+        program.write_text(broken)
+        program.chmod(0o755)
+        volume.grant("root")
+        lab.lockstep("sync", "vol", "--include-held").ok()
+        wait_until(lambda: served.mirror_state() == "degraded", "the mirror to be dropped")
+        write(served, "write -P 2 4M 64k")
+        assert "updating the header of the mirror failed" in served.mirror()["error"]
+        assert volume.decrypted() == before
+        program.unlink()
+        program.symlink_to(str(real))
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to come back")
     volume.assert_equal_disks()

@@ -1,11 +1,10 @@
-"""D2, P3, P4: a mirror is the one that was opened, as it was left; and it never says that it is whole while it is not."""
+"""D2, P3, P4: a mirror is the one that was opened, as it was left, and where somebody would look for it."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
-from lockstep.crypto import luks
 from tests.lab import MIB, Lab, Served, Volume, needs, run, wait_until
 
 pytestmark = needs("qemu-io")
@@ -16,13 +15,6 @@ SIZE_BYTES = 16 * MIB
 def write(served: Served, *commands: str) -> None:
     """Have qemu-io write, and flush."""
     run("qemu-io", "-f", "raw", *(word for command in (*commands, "flush") for word in ("-c", command)), served.uri)
-
-
-def told(path: Path) -> str:
-    """What a mirror's token says of it."""
-    token = luks.read_header(str(path)).token
-    assert token is not None
-    return token.state
 
 
 def older_copy(volume: Volume) -> Path:
@@ -122,49 +114,3 @@ def test_a_target_whose_path_leads_elsewhere_is_reported(lab: Lab) -> None:
         assert "Put the right one back" in served.now()["target"]["error"]
         aside.rename(volume.target)
         wait_until(lambda: served.now()["target"]["error"] is None, "the target to be found again")
-
-
-def freeze(served: Served) -> None:
-    """Take the writer's right away, and have the mirror freeze."""
-    volume = served.volume
-    volume.lab.lockstep("revoke", "vol", "root").ok()
-
-    def frozen() -> bool:
-        write(served, "write -P 1 0 16M")
-        return served.mirror()["frozen_since"] is not None
-
-    wait_until(frozen, "the mirror to be frozen")
-    wait_until(lambda: told(volume.mirror) == "frozen", "the mirror to say so")
-
-
-def test_a_frozen_mirror_says_that_it_is_so_no_more_before_it_is_written(lab: Lab) -> None:
-    volume = lab.volume("vol", SIZE_BYTES)
-    with volume.served() as served:
-        freeze(served)
-        before = volume.decrypted()
-        volume.grant("root")
-
-        def is_written() -> bool:
-            run("qemu-io", "-f", "raw", "-c", "write -P 2 8M 64k", served.uri)
-            return volume.decrypted() != before
-
-        wait_until(is_written, "the grant to be in effect")
-        served.kill()
-        assert told(volume.mirror) == "behind"
-    volume.restore(lab.home / "out").failed(1, "--incomplete")
-
-
-def test_what_is_being_copied_to_is_not_called_a_frozen_disk(lab: Lab) -> None:
-    volume = lab.volume("vol", SIZE_BYTES)
-    with volume.served() as served:
-        freeze(served)
-        volume.grant("root")
-        lab.lockstep("sync", "vol", "--include-held").ok()
-        with volume.mirror.open("rb") as mirror:  # the token is read first: what it says must hold for what follows
-            state, data = told(volume.mirror), mirror.read()
-        while served.mirror_state() != "in-sync":
-            with volume.mirror.open("rb") as mirror:
-                said, now = told(volume.mirror), mirror.read()[luks.INLINE_DATA_OFFSET_BYTES :]
-            if now != data[luks.INLINE_DATA_OFFSET_BYTES :]:
-                assert told(volume.mirror) != "frozen", (state, said)
-    volume.assert_equal_disks()

@@ -155,3 +155,25 @@ def test_a_mirror_that_fails_at_a_rate_never_fails_a_client_and_is_equal_in_the_
         fuse.wait()
         nbdkit.terminate()
         nbdkit.wait()
+
+
+def test_a_mirror_that_hangs_from_the_start_does_not_keep_the_volume_from_being_served(
+    volume: Volume, storage: Storage
+) -> None:
+    with volume.served():
+        pass
+    with storage.stopped():
+        served = Served(volume, ["--mirror-timeout", TIMEOUT_S])
+        try:
+            served.await_ready()
+            clients = Clients(served.uri, 1)
+            latencies(clients, range(0, 8192, 4096), b"x")
+            assert "it did not answer for 1 s" in served.mirror()["error"]
+        except BaseException:
+            served.kill()
+            raise
+    wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to come")
+    clients.close()
+    served.stop()
+    served.kill()
+    volume.assert_equal_disks()

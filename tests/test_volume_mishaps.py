@@ -18,11 +18,12 @@ from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import inspect
 from lockstep.disk.runs import run_of
 from lockstep.volume.gate import UPDATE, Gate, Ruling
-from lockstep.volume.held import HeldRecord
+from lockstep.volume.held import NO_RIGHT, HeldRecord
 from lockstep.volume.intent import Identity, IntentBitmap
-from lockstep.volume.link import IN_SYNC, Keeper, MirrorLink
+from lockstep.volume.link import BEHIND, FROZEN, IN_SYNC, SYNCING, WHOLE, Keeper, MirrorLink
 from lockstep.volume.read_path import ReadPath
 from lockstep.volume.regions import RegionMap
+from lockstep.volume.resync import Resync
 from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
 from tests.lab import MIB, wait_until
@@ -33,9 +34,14 @@ DATA = b"N" * REGION_BYTES
 
 
 class Desk:
-    """Keeps nothing: nobody looks at the mirror's header here."""
+    """Keeps what the mirror's header would say."""
 
-    async def announce(self, state: str) -> None: ...
+    def __init__(self) -> None:
+        self.says = IN_SYNC
+
+    async def announce(self, state: str) -> None:
+        self.says = state
+
     async def advance(self) -> None: ...
     async def disown(self) -> None: ...
 
@@ -61,6 +67,7 @@ class World:
         self.workers = Workers("target", 4)
         self.target = PlainDisk.claim(inspect(_image(home / "target")))
         self.gate = Doorkeeper()
+        self.desk = Desk()  # of all mirrors
         self.disks: list[EncryptedDisk] = []
         self.links: list[MirrorLink] = []
         for number in range(mirrors):
@@ -79,7 +86,7 @@ class World:
         held = HeldRecord(path, identity, self.workers.run, expected=False)
         held.claim()
         regions = RegionMap(SIZE_BYTES, unmarked, bytes(len(unmarked)))
-        link = MirrorLink(path, identity.luks_uuid, regions, intent, held, cast(Keeper, Desk()))
+        link = MirrorLink(path, identity.luks_uuid, regions, intent, held, cast(Keeper, self.desk))
         link.admit(disk, Workers(f"mirror{number}", 4, patience_s))
         self.disks.append(disk)
         self.links.append(link)
@@ -252,3 +259,76 @@ def test_a_mirror_that_answers_too_late_does_not_spoil_what_another_gave(tmp_pat
         wait_until(came.is_set, "the mirror that was given up to answer")
 
     played(scene, tmp_path, mirrors=2, patience_s=0.3)
+
+
+def said_at_each_write(world: World) -> list[str]:
+    """What the mirror says of itself whenever a write to it begins."""
+    said: list[str] = []
+    real = world.disks[0].write_job
+
+    def write_job(*arguments: Any, **how: Any) -> Callable[[], None]:
+        said.append(world.desk.says)
+        return real(*arguments, **how)
+
+    world.disks[0].write_job = write_job  # type: ignore[method-assign]
+    return said
+
+
+def test_a_frozen_mirror_says_that_it_is_so_no_more_before_it_is_written(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        (link,), said = world.links, said_at_each_write(world)
+        await link.hold(0, REGION_BYTES, "bob", NO_RIGHT)
+        await link.announce()
+        assert (world.desk.says, link.consistent) == (FROZEN, True)
+        await asyncio.gather(*(world.write(number * MIB) for number in range(1, 4)))
+        assert said == [BEHIND] * 3
+        assert not link.consistent
+
+    played(scene, tmp_path)
+
+
+def test_a_mirror_that_is_being_copied_to_says_so_first(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        (link,), said = world.links, said_at_each_write(world)
+        link.regions.mark(0, MIB)
+        await link.intent.mark([(0, MIB)])
+        await Resync(world.path, link, cast(Gate, world.gate), world.workers).copy()
+        assert said
+        assert set(said) == {SYNCING}
+        assert (world.desk.says, link.state) == (IN_SYNC, IN_SYNC)
+
+    played(scene, tmp_path)
+
+
+def test_nothing_that_the_mirror_misses_is_durable_before_it_says_so(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        world.gate.ruling = Ruling.FALL_BEHIND
+        await world.write(0, b"Z" * REGION_BYTES)
+        await world.path.flush()
+        assert world.differing() == {0}
+        assert world.desk.says not in WHOLE
+
+    played(scene, tmp_path)
+
+
+def test_what_cannot_be_put_on_record_holds_nothing(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        (link,) = world.links
+        world.gate.ruling = Ruling.UNTIL_RELEASED
+        for fault in ("_write_writers", "_pages"):
+            full = failing(OSError(errno.ENOSPC, "full"))()
+            owner, name = (link.held, fault) if fault == "_write_writers" else (link.held._pages, "_write_pages")
+            setattr(owner, name, full)
+            with pytest.raises(OSError, match="full"):
+                await world.write(0, b"Z" * REGION_BYTES)
+            delattr(owner, name)
+            assert (world.differing(), link.regions.held_bytes, link.held.writers) == (set(), 0, {})
+            assert link.held.frozen_since_s is None
+            await Resync(world.path, link, cast(Gate, world.gate), world.workers).copy()
+            assert link.state == IN_SYNC
+        await world.write(0, b"Z" * REGION_BYTES)
+        assert world.differing() == {0}
+        assert link.regions.held(0, 1)
+        assert link.held.regions()[0]
+
+    played(scene, tmp_path)
