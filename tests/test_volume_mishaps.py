@@ -4,7 +4,9 @@ import asyncio
 import errno
 import os
 import threading
+import time
 import uuid
+from array import array
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +18,7 @@ from lockstep.crypto.luks import CIPHER, Segment
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import inspect
-from lockstep.disk.runs import run_of
+from lockstep.disk.runs import WORDS, run_of
 from lockstep.volume.gate import UPDATE, Gate, Ruling
 from lockstep.volume.held import NO_RIGHT, HeldRecord
 from lockstep.volume.intent import Identity, IntentBitmap
@@ -332,3 +334,29 @@ def test_what_cannot_be_put_on_record_holds_nothing(tmp_path: Path) -> None:
         assert link.held.regions()[0]
 
     played(scene, tmp_path)
+
+
+def test_a_mirror_that_is_too_slow_for_large_pieces_is_copied_to_in_small_ones(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        (link,), (disk,) = world.links, world.disks
+        real = disk.write_job
+
+        def write_job(data: memoryview, run: "array[int]", count: int, durable: bool = False) -> Callable[[], None]:
+            large = sum(run[1 : WORDS * count : WORDS]) > 128 << 10
+            return (lambda: time.sleep(1.0)) if large else real(data, run, count, durable)
+
+        disk.write_job = write_job  # type: ignore[method-assign]
+        resync = Resync(world.path, link, cast(Gate, world.gate), world.workers)
+        link.regions.mark_all()
+        await resync.copy()
+        assert link.error is not None
+        while not link.at_rest:
+            await asyncio.sleep(0.01)
+        assert link.let_go() is disk
+        disk._stopped = False
+        link.admit(disk, Workers("again", 4, 5.0))
+        await resync.copy()
+        assert link.state == IN_SYNC
+        assert world.differing() == set()
+
+    played(scene, tmp_path, patience_s=0.3)

@@ -105,9 +105,10 @@ class Resync:
         await link.forget_released()
         if not link.regions.held_bytes:
             await link.announce(IN_SYNC)
-            self.compare = self._gently = False
+            self.compare = False
             log.info("mirror %s is in sync", link.path)
             await self._path.tidy()
+            self._gently = self._gently and link.error is not None
 
     async def _release_what_may_be(self) -> None:
         """Have the regions copied that were held until windows opened which are open now."""
