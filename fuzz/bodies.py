@@ -26,7 +26,7 @@ from tests.nbd_client import Reply, ReplyParser, Request, pack_info, pack_option
 from lockstep.nbd import connection, server
 from lockstep.nbd.connection import Connection
 from lockstep.nbd.negotiation import MAX_OPTION_BYTES, Agreement, ExportInfo, Negotiation, Security, State
-from lockstep.nbd.payload import PayloadPool
+from lockstep.nbd.payload import Block, PayloadPool
 from lockstep.nbd.server import NbdServer
 
 # The export and the transport have the methods that others prescribe, with arguments that a model does not need.
@@ -303,8 +303,8 @@ class _ScribblingPool(PayloadPool):
     def used_bytes(self) -> int:
         return self._used_bytes
 
-    def give(self, block: memoryview) -> None:
-        block[:] = b"\xdd" * len(block)
+    def give(self, block: Block) -> None:
+        block.memory[:] = b"\xdd" * len(block.memory)
         super().give(block)
 
 

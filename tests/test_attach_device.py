@@ -165,6 +165,27 @@ def test_a_file_system_lives_on_the_device(server: Server, run_dir: str, mnt: st
 
 
 @needs_devices
+def test_a_loop_device_that_was_made_read_only_once_is_writable_again(server: Server, run_dir: str) -> None:
+    device = attach(server.socket, "vol", run_dir, 512).device
+    run("blockdev", "--setro", device)
+    detach(run_dir, "vol")
+    try:
+        for _ in range(5):  # others may take the first free one meanwhile
+            if (again := attach(server.socket, "vol", run_dir, 512).device) == device:
+                break
+            detach(run_dir, "vol")
+        assert again == device
+        assert run("blockdev", "--getro", device).strip() == "0"
+        with open(device, "r+b", buffering=0) as disk:
+            disk.write(b"w" * 4096)
+            os.fsync(disk.fileno())
+        detach(run_dir, "vol")
+    finally:
+        run("blockdev", "--setrw", device)
+    assert server.image.read_bytes()[:4096] == b"w" * 4096
+
+
+@needs_devices
 def test_attaching_twice_gives_the_same_device(server: Server, run_dir: str) -> None:
     first = attach(server.socket, "vol", run_dir, 512)
     assert attach(server.socket, "vol", run_dir, 512) == first

@@ -1,6 +1,7 @@
 """What a path is, as a disk; who uses it; what it shares; and the lock on it. On real files, loop devices, QEMU."""
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -400,6 +401,55 @@ def test_a_second_process_is_refused_and_told_by_whom(
         getattr(lock, f"lock_{wanted}")(fd, disk)
     assert_refused(refused.value, DiskLocked, path, f"(process {pid})")
     os.close(fd)
+
+
+@needs_loop
+@pytest.mark.parametrize(
+    ("held", "wanted", "allowed"),
+    [
+        ("exclusive", "exclusive", False),
+        ("exclusive", "shared", False),
+        ("shared", "exclusive", False),
+        ("shared", "shared", True),
+    ],
+)
+def test_a_lock_on_the_file_below_a_chain_of_loop_devices_is_respected(
+    image: Callable[..., str],
+    loop: Callable[..., str],
+    locker: Callable[[str, str], int],
+    held: str,
+    wanted: str,
+    allowed: bool,
+) -> None:
+    path = image()
+    disk = probe.inspect(loop(loop(path)))
+    pid = locker(path, held)
+    fd = probe.open_disk(disk, writable=True)
+    if allowed:
+        getattr(lock, f"lock_{wanted}")(fd, disk)
+    else:
+        with pytest.raises(DiskLocked) as refused:
+            getattr(lock, f"lock_{wanted}")(fd, disk)
+        assert_refused(refused.value, DiskLocked, disk.path, f"(process {pid})", path)
+        again = os.open(disk.path, os.O_RDWR)
+        lock._set(again, fcntl.F_WRLCK, lock._EVERYTHING)  # what was refused holds nothing
+        os.close(again)
+    os.close(fd)
+
+
+@needs_loop
+def test_a_lock_of_our_own_on_the_file_below_does_not_count(
+    image: Callable[..., str], loop: Callable[..., str]
+) -> None:
+    path = image()
+    below = probe.inspect(path)
+    file = probe.open_disk(below, writable=True)
+    lock.lock_exclusive(file, below)
+    disk = probe.inspect(loop(path))
+    fd = probe.open_disk(disk, writable=True)
+    lock.lock_exclusive(fd, disk)
+    os.close(fd)
+    os.close(file)
 
 
 def test_readers_share_and_other_descriptors_do_not_drop_the_lock(

@@ -189,6 +189,22 @@ def test_a_queue_of_greedy_clients_does_not_come_before_everybody(served: Served
         assert time.monotonic() - began_s < SOON_S
 
 
+def test_a_write_that_has_arrived_waits_for_nobody_who_takes_no_replies(served: Served) -> None:
+    """Eight fill the memory for small replies, and are cut off after a while; then the next eight do so."""
+    with contextlib.ExitStack() as clients:
+        holder = clients.enter_context(served.hold())
+        hogs = [clients.enter_context(served.client()) for _ in range(8 * math.ceil(2 * SOON_S / STALL_S))]
+        for hog in hogs:
+            hog.send(b"".join(pack_request(nbd.READ, n, 0, MIB) for n in range(40)))
+        other = clients.enter_context(served.client())
+        began_s = time.monotonic()
+        for _ in range(20):
+            other.write(0, b"w" * 4096, nbd.FUA)
+        assert time.monotonic() - began_s < SOON_S
+        wait_until(lambda: any(isinstance(said, int) for said in served.seen), "the server to take its memory back")
+        assert not is_closed(holder), "for its memory nobody waits"
+
+
 @pytest.mark.usefixtures("short_handshakes")
 def test_a_handshake_that_does_not_end_is_ended(served: Served) -> None:
     with contextlib.ExitStack() as clients:

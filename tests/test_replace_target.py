@@ -275,6 +275,39 @@ def test_the_mirror_dies_meanwhile_and_comes_back(lab: Lab) -> None:
     Volume(lab, "vol", new, held, None).assert_equal_disks()
 
 
+@needs(root=True)
+def test_a_new_target_whose_file_system_is_full_is_named_so_and_filled_when_there_is_room(lab: Lab) -> None:
+    content, room = noise(), lab.home / "room"
+    volume = lab.volume("vol", SIZE_BYTES, content=content)
+    with volume.served():
+        pass
+    volume.target.unlink()
+    room.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(room))
+    try:
+        replaced(volume, room / "new").ok()
+        with on(volume, room / "new").served(in_sync=False) as served:
+            full = "the file system of the new target is full"
+            wait_until(lambda: full in str((restoring(served) or {})["error"]), "the new target to be full")
+            handle = connected(served)
+            assert handle.pread(5, SIZE_BYTES - 5) == content[-5:]
+            with pytest.raises(libnbd().Error, match="No space left"):
+                handle.pwrite(b"never", SIZE_BYTES - 5)
+            handle.shutdown()
+            said = served.log.read_text()
+            assert f"{full}. What is missing is read from the mirror, and cannot be written. Make room there." in said
+            assert (
+                f"({full}): the mirror {volume.mirror} answered. Reads that the target has failed so far: 1. Make"
+                in said
+            )
+            assert "Replace it" not in said
+            run("mount", "-o", "remount,size=40m", str(room))
+            await_restored(served)
+        assert (room / "new").read_bytes() == content
+    finally:
+        run("umount", str(room))
+
+
 def test_a_frozen_mirror_gives_back_its_moment_and_others_are_compared(lab: Lab) -> None:
     content, new = noise(), lab.home / "new"
     volume = lab.volume("vol", SIZE_BYTES, content=content)

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sqlite3
 import stat
 import struct
@@ -44,7 +45,7 @@ from lockstep.errors import (
     VolumeNameInvalid,
 )
 from tests.forks import ForkLab
-from tests.lab import MIB, PASSPHRASE, Result, run
+from tests.lab import MIB, PASSPHRASE, Result, Volume, run
 from tests.test_service_refusals import assert_error, everything_below, holder, mounted, used_by_qemu
 
 SIZE_BYTES = 2 * MIB
@@ -338,6 +339,32 @@ def test_the_mirror_is_the_target(bench: Bench, loop: Callable[..., str], force:
     how = f"{device} is a loop device over {bench.target}"
     bench.refuses(MirrorIsTarget(path=device, target=bench.target, how=how), *force, mirror=device)
     bench.refuses(MirrorIsTarget(path=bench.target, target=device, how=how), *force, target=device, mirror=bench.target)
+
+
+@needs_devices
+def test_a_loop_device_over_what_another_server_has_is_as_locked_as_its_file(
+    bench: Bench, loop: Callable[..., str]
+) -> None:
+    """The other one has another state directory: neither registry knows of the other's volumes."""
+    bench.mirrored().ok()
+    volume = Volume(bench, "vol", bench.target, bench.mirror, None)
+    elsewhere, made = ("--state-dir", bench.home / "elsewhere"), ("--force", "--key-file", bench.key)
+    with volume.served():
+        pass
+    copy = shutil.copy(bench.mirror, bench.home / "copy")
+    with volume.served() as served:
+        mirror, target, who = loop(bench.mirror), loop(bench.target), f"process {served.process.pid}"
+        disks = ["--target", bench.disk("other", SIZE_BYTES), "--mirror", mirror]
+        bench.lockstep(*elsewhere, "create", "twin", "--target", target).ok()
+        tries = [
+            bench.lockstep(*elsewhere, "create", "vol", *disks, *made, environment=bench.quick_format()),
+            bench.lockstep(*elsewhere, "restore", copy, target, *made),
+            bench.lockstep(*elsewhere, "serve", "twin"),
+        ]
+        for path, tried in zip((mirror, target, target), tries, strict=True):
+            tried.failed(1, f"{path} is locked by", who)
+        run("qemu-io", "-f", "raw", "-c", "write -P 7 0 4k", served.uri)
+    volume.assert_equal_disks()
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])

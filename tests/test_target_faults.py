@@ -139,6 +139,34 @@ def test_a_write_that_the_target_fails_is_an_error_and_leaves_its_region_differe
     volume.assert_equal_disks()
 
 
+@pytest.mark.parametrize("options", [[], ["--direct"]], ids=["cached", "direct"])
+def test_what_a_truncated_target_lacks_comes_from_the_mirror_and_is_no_zeroes(lab: Lab, options: list[str]) -> None:
+    volume = lab.volume("vol", SIZE_BYTES + 4096, content=random.Random(3).randbytes(SIZE_BYTES + 4096))
+    expected, allocated = volume.target.read_bytes(), list[int]()
+    with volume.served(*options) as served:
+        handle = libnbd().NBD()
+        handle.add_meta_context("base:allocation")
+        handle.connect_uri(served.uri)
+        os.truncate(volume.target, 2 * MIB + 77)
+        for offset, length in (
+            (0, 4096),
+            (2 * MIB, 4096),
+            (2 * MIB + 70, 9),
+            (5 * MIB + 1, 100_000),
+            (SIZE_BYTES, 4096),
+        ):
+            assert handle.pread(length, offset) == expected[offset : offset + length], offset
+        handle.block_status(SIZE_BYTES, 0, lambda _context, _offset, entries, _error: allocated.extend(entries[1::2]))
+        assert not any(allocated), "it tells of holes, which clients need not read"
+        assert "shorter than it was" in served.status()["target"]["error"]
+        assert served.mirror_state() == "in-sync"
+        os.truncate(volume.mirror, volume.mirror.stat().st_size // 2)  # within the data
+        with pytest.raises(libnbd().Error, match="Input/output error"):
+            handle.pread(4096, 7 * MIB)
+        assert served.mirror_state() != "in-sync"
+        handle.shutdown()
+
+
 def error_of(request: Callable[..., object], *arguments: object) -> object:
     try:
         request(*arguments)

@@ -3,7 +3,11 @@
 import asyncio
 import functools
 import threading
+from types import SimpleNamespace
 
+import pytest
+
+from lockstep.volume import workers as threads
 from lockstep.volume.workers import Workers
 
 PATIENCE_S = 10
@@ -57,3 +61,37 @@ def test_a_hint_that_fails_is_nobodys_failure() -> None:
         workers.close()
 
     asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+
+
+def test_time_in_which_the_process_stood_still_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is moved by hand: a pause makes the look at it late, and a silent disk does not."""
+    now_s = 1000.0
+    monkeypatch.setattr(threads, "time", SimpleNamespace(monotonic=lambda: now_s))
+    go_on = threading.Event()
+
+    async def main() -> None:
+        nonlocal now_s
+        workers = Workers("paused", 1, 10)
+        silent = workers.begin(go_on.wait)
+
+        def look(after_s: float) -> None:
+            nonlocal now_s
+            now_s += after_s
+            assert workers._timer is not None
+            workers._timer.cancel()
+            workers._check()
+
+        for _ in range(5):
+            look(after_s=1)
+        look(after_s=1000)  # a second of it is the disk's
+        for _ in range(3):
+            look(after_s=1)
+            assert not silent.done(), "a disk was given up that could not be heard"
+        look(after_s=1)
+        with pytest.raises(TimeoutError):
+            await silent
+
+    try:
+        asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+    finally:
+        go_on.set()

@@ -73,10 +73,10 @@ class DirectFile:
         raise failure
 
     def read(self, offset: int, into: memoryview) -> None:
-        """Fill `into`; past the end there are zeroes."""
+        """Fill `into`."""
         while into:
             lead, whole = self._blocks(offset, len(into))
-            read_all(self._fd, whole, offset - lead)
+            self._fetch(whole, offset - lead)
             length = min(len(into), len(whole) - lead)
             into[:length] = whole[lead : lead + length]
             offset, into = offset + length, into[length:]
@@ -106,9 +106,9 @@ class DirectFile:
             lead, whole = self._blocks(offset, len(data))
             start, length = offset - lead, min(len(data), len(whole) - lead)
             if lead:
-                read_all(self._fd, whole[:block], start)
+                self._fetch(whole[:block], start)
             if (lead + length) % block and (len(whole) > block or not lead):
-                read_all(self._fd, whole[-block:], start + len(whole) - block)
+                self._fetch(whole[-block:], start + len(whole) - block)
             whole[lead : lead + length] = data[:length]
             write_all(self._fd, whole, start, durable=durable)
             offset, data = offset + length, data[length:]
@@ -159,6 +159,9 @@ class DirectFile:
             together.extend((base + offset, length, used, 0))
             used += length
         return together
+
+    def _fetch(self, whole: memoryview, offset: int) -> None:
+        read_all(self._fd, whole, offset, block_bytes=self.block_bytes)
 
     def _blocks(self, offset: int, length: int) -> tuple[int, memoryview]:
         """Return how far `offset` lies in its block, and memory for whole blocks from there, as far as it goes."""

@@ -21,16 +21,25 @@ each permission n that it uses, on byte 200 + n for each that it does not let ot
 
 A lock ends with the last copy of the descriptor, also when the process is killed.
 
+A loop device has another inode than its file, and so has other locks. Whoever has taken his lock on a block device
+therefore looks at what lies below it, down to the first file (probe.stored_in), for a lock that contradicts his own;
+one of his own process does not count. The other way round, a file over which a loop device lies is refused by
+probe.users_of. The two miss each other only where the loop device is made between that look and the lock of the file.
+
 Not covered: another node for the same block device (`mknod`), whose inode is another one; there the kernel's O_EXCL
-(probe.open_disk) is the guard. Network file systems keep these locks between machines only where the server does.
+(probe.open_disk) is the guard. A file below that has no name here: it was deleted, or lies in another mount namespace.
+A file in a file system that itself lies on a locked one. Network file systems keep these locks between machines only
+where the server does.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
 import struct
+from collections.abc import Callable
 
-from lockstep.disk.probe import Disk, process_name
+from lockstep.disk.probe import Disk, process_name, stored_in
 from lockstep.errors import DiskForbidden, DiskLocked
 
 _EVERYTHING = ((0, 0),)  # start, length; 0 is infinity
@@ -44,14 +53,36 @@ _CONFLICT = {errno.EAGAIN, errno.EACCES}
 def lock_exclusive(fd: int, disk: Disk) -> None:
     """Lock the disk for the one writer, at once or not at all; `fd` must be open for writing. Raises DiskLocked."""
     _lock(fd, disk, fcntl.F_WRLCK, _EVERYTHING)
+    _refuse_below(fd, disk, lambda below: _is_locked(below, *_EVERYTHING[0]))
 
 
 def lock_shared(fd: int, disk: Disk) -> None:
     """Lock the disk for a reader, at once or not at all; `fd` must be open for reading. Raises DiskLocked."""
     _lock(fd, disk, fcntl.F_RDLCK, _READING)
-    if any(_is_locked(fd, start, length) for start, length in _QEMU_WRITES):
+    if _is_written(fd):
         _set(fd, fcntl.F_UNLCK, _EVERYTHING)
         raise DiskLocked(path=disk.path, holder=_holder(fd))
+    _refuse_below(fd, disk, lambda below: _is_locked(below, *_READING[0], to=fcntl.F_RDLCK) or _is_written(below))
+
+
+def _refuse_below(fd: int, disk: Disk, contradicts: Callable[[int], bool]) -> None:
+    """Give the lock up again, and raise DiskLocked, if somebody has one on what lies below that contradicts it."""
+    for path in stored_in(disk):
+        if holder := _holder_below(path, contradicts):
+            _set(fd, fcntl.F_UNLCK, _EVERYTHING)
+            raise DiskLocked(path=disk.path, holder=f"{holder}, which uses {path} below it")
+
+
+def _holder_below(path: str, contradicts: Callable[[int], bool]) -> str | None:
+    with contextlib.suppress(OSError):  # it is gone, or has no locks
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            found = os.fstat(fd)
+            if contradicts(fd) and not _has_lock(os.getpid(), found.st_ino, found.st_dev):
+                return _holder(fd)
+        finally:
+            os.close(fd)
+    return None
 
 
 def _lock(fd: int, disk: Disk, kind: int, ranges: tuple[tuple[int, int], ...]) -> None:
@@ -69,9 +100,13 @@ def _set(fd: int, kind: int, ranges: tuple[tuple[int, int], ...]) -> None:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
 
 
-def _is_locked(fd: int, start: int, length: int) -> bool:
-    """Whether anybody else has any lock there: a write lock is asked about, not taken."""
-    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+def _is_written(fd: int) -> bool:
+    return any(_is_locked(fd, start, length) for start, length in _QEMU_WRITES)
+
+
+def _is_locked(fd: int, start: int, length: int, to: int = fcntl.F_WRLCK) -> bool:
+    """Whether anybody else has a lock there that stands in the way of this one, which is not taken."""
+    asked = _FLOCK.pack(to, os.SEEK_SET, start, length, 0)
     return bool(_FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK)
 
 

@@ -32,11 +32,13 @@ class PlainDisk(DiskFile):
     """An open disk: the target, or the output of a restore."""
 
     def __init__(self, disk: Disk, fd: int, size_bytes: int | None = None) -> None:
-        """Take over `fd`, an open descriptor of `disk`, of which only the first `size_bytes` are used if given."""
+        """Take over `fd`, an open descriptor of `disk`, of which only the first `size_bytes` are used if given.
+
+        What lies behind them is another's, or not there, and reads as zeroes.
+        """
         super().__init__(fd)
         self.disk = disk
         self.size_bytes = disk.size_bytes if size_bytes is None else size_bytes
-        self._used_bytes = size_bytes  # what lies behind them is another's, and reads as zeroes
 
     @classmethod
     def claim(cls, disk: Disk, size_bytes: int | None = None, *, direct: bool = False) -> Self:
@@ -60,9 +62,12 @@ class PlainDisk(DiskFile):
         return 1 if self._direct is None else self._direct.block_bytes
 
     def read(self, offset: int, into: memoryview) -> None:
-        """Fill `into` from `offset`; it may lie past the end, where zeroes are read."""
-        if self._used_bytes is not None and offset + len(into) > self._used_bytes:
-            within = max(0, self._used_bytes - offset)
+        """Fill `into` from `offset`; it may lie past the end of the size, where zeroes are read.
+
+        EIO where the disk has become shorter than that.
+        """
+        if offset + len(into) > self.size_bytes:
+            within = max(0, self.size_bytes - offset)
             into[within:] = bytes(len(into) - within)
             into = into[:within]
         if self._direct is None:
@@ -76,8 +81,7 @@ class PlainDisk(DiskFile):
 
     def read_job(self, into: memoryview, run: "array[int]", count: int) -> Callable[[], None]:
         """Return what a thread does to read a run, from the medium if need be: all of it at the same time."""
-        used_bytes = self._used_bytes
-        if used_bytes is not None and any(at + length > used_bytes for at, length in places(run, count)):
+        if any(at + length > self.size_bytes for at, length in places(run, count)):
             return functools.partial(self._read_each, into, run, count, 0)
         if self._direct is not None:
             return functools.partial(self._read_direct, into, run, count)
@@ -148,6 +152,7 @@ class PlainDisk(DiskFile):
         """Empty a file and give it a size: all of it reads as zeroes then."""
         os.ftruncate(self._fd, 0)
         os.ftruncate(self._fd, size_bytes)
+        self.size_bytes = size_bytes
 
     def prefetch(self, offset: int, length: int) -> None:
         """Start reading the range into the page cache."""
@@ -160,10 +165,11 @@ class PlainDisk(DiskFile):
 
     def extents(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         """Split the range into (offset, length, whether it holds data); the rest are holes, read as zeroes."""
-        if self.disk.is_block:  # it does not tell
+        end = offset + length
+        shorter = not self.disk.is_block and os.fstat(self._fd).st_size < min(end, self.size_bytes)
+        if self.disk.is_block or shorter:  # it does not tell
             yield offset, length, True
             return
-        end = offset + length
         while offset < end:
             data = self._seek(offset, os.SEEK_DATA, end)
             if data > offset:

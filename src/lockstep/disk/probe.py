@@ -350,6 +350,18 @@ def _way_down(start: Node, goal: Node) -> tuple[str, ...] | None:
     return None
 
 
+def stored_in(disk: Disk) -> Iterator[str]:
+    """The paths of what a block device lies on, down to the first file on each way; none of what cannot be opened."""
+    nodes = [_node(disk)]
+    for device, inode in nodes:  # grows while it is walked: breadth first
+        found = () if inode else _beneath((device, inode))
+        for lower in (node for _, node in found if node not in nodes):
+            nodes.append(lower)
+            path = (_sysfs_text(device, "loop/backing_file") or "") if lower[1] else _block_path(lower[0])
+            if _identity_of(path) == lower:
+                yield path
+
+
 def _beneath(node: Node) -> Iterator[tuple[str, Node]]:
     device, inode = node
     if inode:

@@ -25,13 +25,15 @@ def write_all(fd: int, data: memoryview | bytes | bytearray, offset: int, *, dur
         rest = rest[written:]
 
 
-def read_all(fd: int, into: memoryview, offset: int) -> None:
-    """Fill `into` from `offset` (bytes); past the end of the disk there are zeroes."""
+def read_all(fd: int, into: memoryview, offset: int, *, block_bytes: int = 1) -> None:
+    """Fill `into` from `offset` (bytes), or raise an OSError: EIO where the disk ends, which is shorter than it was.
+
+    What belongs there is unknown: zeroes would be a wrong answer. A read that was cut short goes on at a block.
+    """
     while into:
         count = os.preadv(fd, (into,), offset)
-        if not count:
-            into[:] = bytes(len(into))
-            return
+        if not count or count % block_bytes:
+            raise OSError(errno.EIO, "it is shorter than it was")
         into, offset = into[count:], offset + count
 
 

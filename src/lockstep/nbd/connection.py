@@ -51,7 +51,7 @@ from lockstep.nbd.frames import (
 )
 from lockstep.nbd.identity import peer_of
 from lockstep.nbd.negotiation import Agreement, ExportInfo, Negotiation, Security, State
-from lockstep.nbd.payload import PayloadPool, block_bytes
+from lockstep.nbd.payload import Block, PayloadPool, block_bytes
 from lockstep.nbd.tls import Securable, TlsTransport
 from lockstep.nbd.transmission import (
     data_header,
@@ -125,11 +125,12 @@ class Host(Protocol):
 
     export: Export
     pools: tuple[PayloadPool, ...]
+    arrived: PayloadPool  # for writes that have arrived whole, which wait for the disks alone
     loop: asyncio.AbstractEventLoop
     now_s: float
 
     def pool_for(self, length: int) -> PayloadPool:
-        """Return the pool that blocks of `length` bytes come from and go back to."""
+        """Return the pool for what waits for a client: to send `length` bytes, or to take them."""
 
     def admit(self, connection: "Connection") -> bool:
         """Count a new connection in, unless there are too many."""
@@ -152,7 +153,7 @@ class _Gathered:
 
     __slots__ = ("block", "end", "run", "start")
 
-    def __init__(self, block: memoryview, start: int) -> None:
+    def __init__(self, block: Block, start: int) -> None:
         self.block = block
         self.start = self.end = start
         self.run = array("Q")
@@ -186,7 +187,7 @@ class Connection(Securable):
         self._buffer = page_aligned(RECEIVE_BYTES)
         self._start = self._end = 0
         self._skip = 0  # bytes of a refused payload that are still to be thrown away
-        self._block: memoryview | None = None
+        self._block: Block | None = None
         self._block_request = (0, 0, 0, 0)  # flags, cookie, offset, length
         self._block_filled = 0
         self._block_since_s = 0.0
@@ -194,7 +195,7 @@ class Connection(Securable):
         self._gathered: _Gathered | None = None
         self._out: list[bytes | bytearray] = []
         self._batch_bytes = 0  # moved since replies were last sent
-        self._undrained: list[memoryview] = []  # pool blocks whose data the socket has not taken yet
+        self._undrained: list[Block] = []  # pool blocks whose data the socket has not taken yet
         self._undrained_since_s = 0.0
         self._pending = 0
         self._reading = True
@@ -227,7 +228,7 @@ class Connection(Securable):
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 (the kernel's hint; our buffers are what they are)
         """Say where the next bytes go."""
         if self._block is not None:
-            return self._block[self._block_filled : self._block_request[3]]
+            return self._block.memory[self._block_filled : self._block_request[3]]
         if self._start == self._end:
             self._start = self._end = 0
         elif len(self._buffer) - self._end < len(self._buffer) // 4:
@@ -296,11 +297,12 @@ class Connection(Securable):
         self._transport.abort()
 
     def overdue(self, now_s: float) -> bool:
-        """Whether it has held shared memory for longer than a client needs that sends and reads, however slowly."""
+        """Whether it holds memory for which others wait, longer than it takes to send and read, however slowly."""
         if self._block is not None:
             allowed_s = CONTENDED_STALL_S + self._block_filled / SLOWEST_BYTES_S
-            return now_s - self._block_since_s > allowed_s
-        return bool(self._undrained) and now_s - self._undrained_since_s > CONTENDED_STALL_S
+            return self._block.pool.contended and now_s - self._block_since_s > allowed_s
+        wanted = any(block.pool.contended for block in self._undrained)
+        return wanted and now_s - self._undrained_since_s > CONTENDED_STALL_S
 
     @property
     def negotiating(self) -> bool:
@@ -404,14 +406,13 @@ class Connection(Securable):
         False when there is no memory for it now.
         """
         end = end_of(run, count)
-        if self._gathered is not None and end - self._gathered.start > len(self._gathered.block):
+        if self._gathered is not None and end - self._gathered.start > len(self._gathered.block.memory):
             self._begin_gathered(self._gathered)
         if self._gathered is None:
-            block = self._take_block(max(end - self._start, min(self._end - self._start, REPLY_BATCH_BYTES)))
-            if (
-                block is None and self._export.half_done
-            ):  # no more than once: before there is room, nothing more is served
-                block = self._take_block(end - self._start, beyond=True)
+            wanted = max(end - self._start, min(self._end - self._start, REPLY_BATCH_BYTES))
+            block = self._take_block(self._server.arrived, wanted)
+            if block is None and self._export.half_done:  # once: nothing more is served before there is room
+                block = self._take_block(self._server.arrived, end - self._start, beyond=True)
             if block is None:
                 return False
             self._gathered = _Gathered(block, self._start)
@@ -426,9 +427,9 @@ class Connection(Securable):
         """Begin with the writes that were gathered: their payload leaves the buffer, which is about to be reused."""
         self._gathered = None
         start, end, block = gathered.start, gathered.end, gathered.block
-        block[: end - start] = self._buffer[start:end]
+        block.memory[: end - start] = self._buffer[start:end]
         run, count = gathered.run, len(gathered.run) // WORDS
-        begun = self._export.write(self.user, block, run, count, durable=False)
+        begun = self._export.write(self.user, block.memory, run, count, durable=False)
         self._server.spawn(self._write_run(begun, run, count, block))
 
     def _serve_reads(self) -> bool:
@@ -463,12 +464,12 @@ class Connection(Securable):
         """Have reads that may block carried out, some of a run; False when there is no memory for it now."""
         while count > 1 and end_of(run, count) > SLOW_READ_BYTES:
             count = (count + 1) // 2
-        block = self._take_block(end_of(run, count))
+        block = self._take_block_for(end_of(run, count))
         if block is None:
             return False
         self._start += count * wire.REQUEST_BYTES
         self._pending += count
-        self._server.spawn(self._read_run(self._export.read(block, run, count), run, count, block))
+        self._server.spawn(self._read_run(self._export.read(block.memory, run, count), run, count, block))
         return True
 
     def _serve_next(self) -> bool:
@@ -512,10 +513,10 @@ class Connection(Securable):
             self._start = data
             self._reply(simple_reply(cookie))
             return True
-        block = self._take_block(length)
+        block = self._take_block(self._server.arrived, length)
         if block is None:
             return False
-        block[:length] = self._buffer[data:end]
+        block.memory[:length] = self._buffer[data:end]
         self._start = end
         self._begin(wire.CMD_WRITE, cookie, self._write(flags, cookie, offset, block, length))
         return True
@@ -524,7 +525,7 @@ class Connection(Securable):
         if not length:
             self._reply(empty_read(cookie, structured=self._agreement.structured))
             return
-        block = self._take_block(length)
+        block = self._take_block_for(length)
         if block is None:
             self._start -= wire.REQUEST_BYTES  # asked again when there is room
             return
@@ -537,27 +538,29 @@ class Connection(Securable):
 
     # --- payloads that need a block of the pool ---
 
-    def _take_block(self, length: int, *, beyond: bool = False) -> memoryview | None:
+    def _take_block_for(self, length: int) -> Block | None:
+        """Like `_take_block`, for what waits for the client."""
+        return self._take_block(self._server.pool_for(length), length)
+
+    def _take_block(self, pool: PayloadPool, length: int, *, beyond: bool = False) -> Block | None:
         """Return a block; or None, and nothing is served before there is room. `beyond` takes it all the same."""
-        pool = self._server.pool_for(length)
         held = self._held_bytes[pool]
         if held and held + block_bytes(length) > pool.share_bytes and not beyond:
             self._sated = True
             return None
         block = pool.take(length, beyond=beyond)
         if block is not None:
-            self._held_bytes[pool] += len(block)
+            self._held_bytes[pool] += len(block.memory)
         elif not self._waiting:
             self._waiting = True
             pool.wait(self._retry)
         return block
 
-    def _give_block(self, block: memoryview) -> None:
+    def _give_block(self, block: Block) -> None:
         """Hand a block back. Whoever calls this serves on afterwards, so being sated ends here."""
-        pool = self._server.pool_for(len(block))
-        self._held_bytes[pool] -= len(block)
+        self._held_bytes[block.pool] -= len(block.memory)
         self._sated = False
-        pool.give(block)
+        block.pool.give(block)
 
     def _retry(self) -> None:
         self._waiting = False
@@ -566,11 +569,11 @@ class Connection(Securable):
 
     def _start_block(self, flags: int, cookie: int, offset: int, length: int) -> bool:
         """Have the rest of this write's payload received straight into a block; always False: not here yet."""
-        block = self._take_block(length)
+        block = self._take_block_for(length)
         if block is not None:
             data = self._start + wire.REQUEST_BYTES
             self._block_filled = self._end - data
-            block[: self._block_filled] = self._buffer[data : self._end]
+            block.memory[: self._block_filled] = self._buffer[data : self._end]
             self._start = self._end = 0
             self._block = block
             self._block_since_s = self._server.now_s
@@ -608,19 +611,19 @@ class Connection(Securable):
             self._pending -= 1
             self._advance()
 
-    def _write(self, flags: int, cookie: int, offset: int, block: memoryview, length: int) -> Coroutine[Any, Any, None]:
+    def _write(self, flags: int, cookie: int, offset: int, block: Block, length: int) -> Coroutine[Any, Any, None]:
         durable = bool(flags & wire.FLAG_FUA)
-        begun = self._export.write(self.user, block, run_of(offset, length), 1, durable=durable)
+        begun = self._export.write(self.user, block.memory, run_of(offset, length), 1, durable=durable)
         return self._written(begun, cookie, block)
 
-    async def _written(self, begun: Awaitable[None], cookie: int, block: memoryview) -> None:
+    async def _written(self, begun: Awaitable[None], cookie: int, block: Block) -> None:
         try:
             await begun
         finally:
             self._give_block(block)
         self._reply(simple_reply(cookie))
 
-    async def _write_run(self, begun: Awaitable[None], run: "array[int]", count: int, block: memoryview) -> None:
+    async def _write_run(self, begun: Awaitable[None], run: "array[int]", count: int, block: Block) -> None:
         """Wait for a run; if it fails, carry out its writes one by one, so that each gets an answer of its own."""
         try:
             await begun
@@ -629,7 +632,7 @@ class Connection(Securable):
             for at in range(count):
                 error = wire_error(failure.errno)
                 if count > 1 and failure.errno != errno.EPERM:  # that is about who writes, not about where
-                    error = await self._error_of(rest_of(run, at, at + 1), block)
+                    error = await self._error_of(rest_of(run, at, at + 1), block.memory)
                 self._refuse(wire.CMD_WRITE, cookie_of(run, at), error)
         except Exception:
             log.exception("a run of writes failed in a way that Lockstep did not expect")
@@ -648,13 +651,13 @@ class Connection(Securable):
             return wire_error(failure.errno)
         return 0
 
-    async def _read_run(self, begun: Awaitable[None], run: "array[int]", count: int, block: memoryview) -> None:
+    async def _read_run(self, begun: Awaitable[None], run: "array[int]", count: int, block: Block) -> None:
         """Wait for a run; if it fails, carry out its reads one by one, so that each gets an answer of its own."""
         try:
             await begun
         except OSError as failure:
             for at in range(count):
-                await self._read_alone(rest_of(run, at, at + 1), block, failure if count == 1 else None)
+                await self._read_alone(rest_of(run, at, at + 1), block.memory, failure if count == 1 else None)
             self._give_block(block)
         except Exception:
             log.exception("a run of reads failed in a way that Lockstep did not expect")
@@ -662,33 +665,31 @@ class Connection(Securable):
                 self._refuse(wire.CMD_READ, cookie_of(run, at), wire.EIO)
             self._give_block(block)
         else:
-            pack_data_headers(block, run, count, self._agreement.structured)
+            pack_data_headers(block.memory, run, count, self._agreement.structured)
             self._send_block(block, end_of(run, count))
         finally:
             self._pending -= count
             self._advance()
 
-    async def _read_alone(self, run: "array[int]", block: memoryview, failure: OSError | None) -> None:
+    async def _read_alone(self, run: "array[int]", memory: memoryview, failure: OSError | None) -> None:
         """Answer one read of a run that failed: with that failure, or else with what comes of another attempt."""
         _offset, length, position = run[:3]
         try:
             if failure is not None:
                 raise failure
-            await self._export.read(block, run, 1)
+            await self._export.read(memory, run, 1)
         except OSError as error:
             self._refuse(wire.CMD_READ, cookie_of(run, 0), wire_error(error.errno))
         else:
-            reply = bytearray(block[: position + length])
+            reply = bytearray(memory[: position + length])
             pack_data_headers(reply, run, 1, self._agreement.structured)
             self._reply(reply[position - self._header_bytes :])
 
-    def _read(self, cookie: int, offset: int, block: memoryview, length: int) -> Coroutine[Any, Any, None]:
-        begun = self._export.read(block[:length], run_of(offset, length), 1)
+    def _read(self, cookie: int, offset: int, block: Block, length: int) -> Coroutine[Any, Any, None]:
+        begun = self._export.read(block.memory[:length], run_of(offset, length), 1)
         return self._answer_read(begun, cookie, offset, block, length)
 
-    async def _answer_read(
-        self, begun: Awaitable[None], cookie: int, offset: int, block: memoryview, length: int
-    ) -> None:
+    async def _answer_read(self, begun: Awaitable[None], cookie: int, offset: int, block: Block, length: int) -> None:
         try:
             await begun
         except BaseException:
@@ -697,9 +698,9 @@ class Connection(Securable):
         self._reply(data_header(cookie, offset, length, structured=self._agreement.structured))
         self._send_block(block, length)
 
-    def _send_block(self, block: memoryview, length: int) -> None:
+    def _send_block(self, block: Block, length: int) -> None:
         """Send what has been gathered, and so much of a block, which is handed back when the socket has taken it."""
-        self._send_replies(block[:length])
+        self._send_replies(block.memory[:length])
         if self._writable or self._lost:
             self._give_block(block)
         else:

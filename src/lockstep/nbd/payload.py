@@ -1,8 +1,10 @@
 """Memory for requests too large, or too slow, to stay in a connection's own receive buffer.
 
-Pools serve all connections, so that the sum is bounded however many clients send 32 MiB writes at once. There is
-one for small blocks and one for large ones, and no connection may hold more than a share of either: so a queue of
-greedy clients delays the others no longer than the first of them does.
+Pools serve all connections, so that the sum is bounded however many clients send 32 MiB writes at once, and no
+connection may hold more than a share of any. There are three. Small and large blocks for what waits for a client, to
+send the rest of a payload or to take a reply, are apart: who needs one may wait until those before it in the queue were
+served, or cut off because they stalled. Writes that have arrived whole wait for nobody but the disks, and have a pool
+of their own: no number of clients that stall delays them.
 
 A request takes its whole payload before its first byte is received: no set of half-received requests can then wait
 for each other. Freed blocks are kept for reuse, since the page faults of fresh memory cost as much as encrypting it.
@@ -29,6 +31,16 @@ def block_bytes(length: int) -> int:
     return max(SMALLEST_BYTES, 1 << (length - 1).bit_length())
 
 
+class Block:
+    """A piece of memory, and the pool that it goes back to."""
+
+    __slots__ = ("memory", "pool")
+
+    def __init__(self, memory: memoryview, pool: "PayloadPool") -> None:
+        self.memory = memory
+        self.pool = pool
+
+
 class PayloadPool:
     """At most `limit_bytes` of blocks, `share_bytes` for one connection; the loop's thread alone may call it."""
 
@@ -37,7 +49,7 @@ class PayloadPool:
         self._limit_bytes = max(limit_bytes, MAX_PAYLOAD_BYTES)
         self._used_bytes = 0
         self._kept_bytes = 0
-        self._kept: dict[int, list[memoryview]] = {}
+        self._kept: dict[int, list[Block]] = {}
         self._waiting: deque[Callable[[], None]] = deque()
 
     @property
@@ -45,7 +57,7 @@ class PayloadPool:
         """Whether somebody waits for memory that others hold."""
         return bool(self._waiting)
 
-    def take(self, length: int, *, beyond: bool = False) -> memoryview | None:
+    def take(self, length: int, *, beyond: bool = False) -> Block | None:
         """Return a block of at least `length` bytes, at most MAX_PAYLOAD_BYTES; None when there is no room now.
 
         `beyond` takes it all the same.
@@ -58,13 +70,13 @@ class PayloadPool:
             block = kept.pop()
             self._kept_bytes -= size
         else:
-            block = page_aligned(size)
+            block = Block(page_aligned(size), self)
         self._used_bytes += size
         return block
 
-    def give(self, block: memoryview) -> None:
+    def give(self, block: Block) -> None:
         """Hand back a block that `take` returned; those who wait are told, in the order in which they came."""
-        size = len(block)
+        size = len(block.memory)
         self._used_bytes -= size
         if self._kept_bytes + size <= KEEP_BYTES:
             self._kept.setdefault(size, []).append(block)

@@ -51,7 +51,8 @@ class NbdServer:
         self._entered: dict[Connection, int] = {}
         self._large = pool or PayloadPool()
         self._small = PayloadPool(SMALL_LIMIT_BYTES, SMALL_SHARE_BYTES)
-        self.pools: tuple[PayloadPool, ...] = (self._small, self._large)
+        self.arrived = PayloadPool(SMALL_LIMIT_BYTES, SMALL_SHARE_BYTES)
+        self.pools: tuple[PayloadPool, ...] = (self._small, self._large, self.arrived)
         self.loop = asyncio.get_running_loop()
         self.now_s = time.monotonic()
         self._max_connections = max_connections
@@ -129,7 +130,7 @@ class NbdServer:
     # --- what connections ask ---
 
     def pool_for(self, length: int) -> PayloadPool:
-        """The pool that blocks of this length come from and go back to."""
+        """The pool for what waits for a client: to send this much, or to take it."""
         return self._small if length <= SMALL_BLOCK_BYTES else self._large
 
     def admit(self, connection: Connection) -> bool:
@@ -178,7 +179,7 @@ class NbdServer:
             for connection in list(self._connections):
                 if connection.negotiating and self.now_s - connection.since_s > HANDSHAKE_S:
                     connection.abort("the handshake took too long")
-                elif any(pool.contended for pool in self.pools) and connection.overdue(self.now_s):
+                elif connection.overdue(self.now_s):
                     connection.abort("it stalled while holding memory for which others wait")
 
 

@@ -333,7 +333,10 @@ def _attach_fuse(socket: str, place: _Place, sector_bytes: int, undo: ExitStack)
         command.append(f"--sizelimit={usable_bytes}")
     undo.callback(_quietly, _release_loops, place)
     _run("losetup", [*command, place.file], READY_S)
-    return Attachment(_loops_over(place)[0], place.mountpoint, pid, place.export, place.user)
+    device = _loops_over(place)[0]
+    # A loop device that somebody made read-only while it had another use remains so.
+    _run("blockdev --setrw", ["blockdev", "--setrw", device], STEP_S)
+    return Attachment(device, place.mountpoint, pid, place.export, place.user)
 
 
 def _start_nbdfuse(socket: str, place: _Place) -> int:

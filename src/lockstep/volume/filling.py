@@ -43,6 +43,7 @@ PIECE_BYTES: Final = 1 << 20
 HANDS: Final = 3
 SETTLE_BYTES: Final = 64 << 20
 RETRY_S: Final = 0.5
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class NewTarget(PlainDisk):
@@ -247,13 +248,21 @@ class Filling:
                 raise OSError(errno.EIO, f"the mirror {self._source.path} is not as it was left")
             if not await self._source.read(start, data):
                 raise OSError(errno.EIO, f"the mirror {self._source.path} cannot be read: {self._source.error}")
-            await self._in_worker(self._target.put, start, data[:count])
+            try:
+                await self._in_worker(self._target.put, start, data[:count])
+            except OSError as failure:
+                if failure.errno in FULL:
+                    raise OSError(failure.errno, "the file system of the new target is full") from failure
+                raise
 
     def _note_failure(self, failure: OSError) -> None:
         error = f"the new target cannot be filled: {failure.strerror or failure}"
         if error != self.error:
             self.error = error
-            log.error("%s. What is missing can be neither read nor written until that works again.", error)
+            if failure.errno in FULL:
+                log.error("%s. What is missing is read from the mirror, and cannot be written. Make room there.", error)
+            else:
+                log.error("%s. What is missing can be neither read nor written until that works again.", error)
 
     async def _settle_fresh(self) -> None:
         """One round: rule 4."""

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Coroutine
 from typing import Any, Final
 
 from lockstep.disk.runs import requests, run_of
+from lockstep.volume.filling import FULL
 from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
 
@@ -86,4 +87,5 @@ class ReadPath:
         self.error = f"reading {length} bytes of the target at offset {offset} failed ({reason}): {answer}"
         if time.monotonic() - self._reported_s > REPORT_INTERVAL_S:
             self._reported_s = time.monotonic()
-            log.error("%s. Reads that the target has failed so far: %d. Replace it.", self.error, self.errors)
+            advice = "Make room there" if failure.errno in FULL else "Replace it"
+            log.error("%s. Reads that the target has failed so far: %d. %s.", self.error, self.errors, advice)

@@ -5,6 +5,9 @@ most `patience_s`: then everything that it was asked fails with ETIMEDOUT, and n
 begun is begun any more. What hangs goes on hanging, in its thread, until the disk answers or the process ends; only
 when the set is at rest is it certain that it does nothing more to the disk.
 
+Time in which this process itself stood still (SIGSTOP, a virtual machine that is paused) does not count: no answer
+could be taken meanwhile.
+
 The threads are daemons: a process ends though one of them hangs. concurrent.futures would wait for them.
 """
 
@@ -36,6 +39,7 @@ class Workers:
         self._at_hint = False
         self._given_up = self._closed = False
         self._timer: asyncio.TimerHandle | None = None
+        self._due_s = 0.0  # when it should fire
         for number in range(count):
             threading.Thread(target=self._queue.serve, name=f"{name}-{number}", daemon=True).start()
 
@@ -52,7 +56,7 @@ class Workers:
         if self.patience_s is not None:
             self._under_way[future] = time.monotonic()
             if self._timer is None:
-                self._timer = loop.call_later(self.patience_s / _CHECKS, self._check)
+                self._look_later(loop, self.patience_s / _CHECKS)
         self._put(loop, future, work, *args)
         return future
 
@@ -115,18 +119,25 @@ class Workers:
     def _silence(self) -> TimeoutError:
         return TimeoutError(errno.ETIMEDOUT, f"it did not answer for {self.patience_s:g} s")
 
+    def _look_later(self, loop: asyncio.AbstractEventLoop, in_s: float) -> None:
+        self._due_s = time.monotonic() + in_s
+        self._timer = loop.call_later(in_s, self._check)
+
     def _check(self) -> None:
-        """Look at the one who waits longest."""
+        """Look at the one who waits longest; but when this look itself comes late, let them wait that much longer."""
         assert self.patience_s is not None
         assert self._loop is not None
         self._timer = None
-        oldest_s = next(iter(self._under_way.values()), None)
-        if oldest_s is None:
+        if not self._under_way:
             return
-        if time.monotonic() - oldest_s >= self.patience_s:
+        now_s, step_s = time.monotonic(), self.patience_s / _CHECKS
+        late_s = now_s - self._due_s
+        if late_s > step_s:
+            self._under_way = {each: min(since_s + late_s, now_s) for each, since_s in self._under_way.items()}
+        elif now_s - next(iter(self._under_way.values())) >= self.patience_s:
             self.give_up()
-        else:
-            self._timer = self._loop.call_later(self.patience_s / _CHECKS, self._check)
+            return
+        self._look_later(self._loop, step_s)
 
     def _collect(self) -> None:
         """Pass on what has ended."""
