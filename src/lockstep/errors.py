@@ -750,6 +750,14 @@ class OutputIsMirror(DiskError):
     next_step = "Give a different output; nothing was changed."
 
 
+class OutputInState(DiskError):
+    """Data: path, state."""
+
+    happened = "{path} cannot be the output: it lies in the state directory {state}."
+    cause = "What is there is Lockstep's own: the registry, the records of what differs, the locks."
+    next_step = "Give an output elsewhere, best on another disk; nothing was changed."
+
+
 class MirrorIncomplete(DiskError):
     """Data: path, state."""
 
@@ -1036,8 +1044,8 @@ class BackupNotWritten(LuksError):
     """Data: path, reason."""
 
     happened = "The header backup {path} cannot be written: {reason}."
-    cause = "The directory does not exist or is full, or this account may not write to it."
-    next_step = "Choose another place; it must not lie on the target or on the mirror."
+    cause = "The directory does not exist or is full, this account may not write to it, or the name is in use."
+    next_step = "Choose another place, on another disk. With --force a header backup takes another one's place only."
 
 
 class BackupKeysDiffer(LuksError):

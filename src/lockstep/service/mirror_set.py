@@ -24,19 +24,15 @@ from lockstep.disk.mirror import SECTOR_SIZES, make_mirror, open_mirror, refuse_
 from lockstep.disk.probe import Disk, inspect, overlap
 from lockstep.errors import (
     HeaderDamaged,
-    HeaderTaken,
     HeaderUnreadable,
     MirrorKeysDiffer,
     MirrorOfAnotherVolume,
     MirrorsHoldBack,
-    MirrorTaken,
     NoKeySlots,
     NotLuks2,
-    RegistryError,
     SectorSizeInvalid,
     StillServed,
     TargetResized,
-    TargetTaken,
     TargetUnfinished,
     WrongPassphrase,
 )
@@ -133,10 +129,7 @@ def refuse_taken(registry: Registry, paths: list[str], *, but: str | None = None
     """
     wanted = [inspect(path) for path in paths if os.path.exists(path)]
     for volume in registry.volumes():
-        roles: list[tuple[str, type[RegistryError]]] = [(volume.target_path, TargetTaken)]
-        for mirror in volume.mirrors:
-            roles += [(mirror.path, MirrorTaken), (mirror.header_path or "", HeaderTaken)]
-        for path, taken in roles:
+        for path, taken in mirrors.roles(volume):
             if path != but and os.path.exists(path) and any(overlap(inspect(path), disk) for disk in wanted):
                 raise taken(path=path, volume=volume.name)
 
