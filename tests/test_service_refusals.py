@@ -48,6 +48,7 @@ from lockstep.errors import (
     TcpMissing,
     TlsDirUnusable,
     TlsRequired,
+    ValueEmpty,
     VolumeUnknown,
     WrongPassphrase,
 )
@@ -508,6 +509,21 @@ def test_a_state_directory_whose_path_is_too_long_for_a_socket(tmp_path: Path) -
     assert_error(result, SocketUnusable(path=lab.state / "run" / "vol.control", reason="AF_UNIX path too long"))
     assert not (tmp_path / "s").exists()
     assert "no" in lab.lockstep("status", "vol").ok(), "it is not served, and status must say so"
+
+
+def test_an_empty_value_is_another_thing_than_none(tmp_path: Path) -> None:
+    """Taken for none, it would serve the plaintext to everybody who reaches the address."""
+    lab = ForkLab(tmp_path)
+    lab.volume("vol", MIB)
+    tcp = ("--tcp", "127.0.0.1:0")
+    for options in (("--tls-dir", ""), ("--tls-dir", " "), ("--socket", ""), ("--socket-group", ""), ("--tcp", "")):
+        serve = ("serve", "vol", "--key-file", lab.key, *(tcp if options[0] == "--tls-dir" else ()), *options)
+        assert_error(lab.lockstep(*serve), ValueEmpty(option=options[0]))
+    for command in (("init",), ("client",), ("show",)):
+        name = ("alice",) if command == ("client",) else ()
+        assert_error(lab.lockstep("tls", *command, "", *name), ValueEmpty(option="DIR"))
+    assert_error(lab.lockstep("tls", "client", tmp_path, "alice", "--out", ""), ValueEmpty(option="--out"))
+    assert_error(lab.lockstep("open", lab.home / "vol.mirror", "--socket", ""), ValueEmpty(option="--socket"))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "::", "example.org"])

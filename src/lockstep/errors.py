@@ -54,6 +54,14 @@ class AddressInvalid(UsageError):
     next_step = "Give --tcp 127.0.0.1:10809, --tcp [::1]:10809, or with --tls-dir any address of this machine."
 
 
+class ValueEmpty(UsageError):
+    """Data: option."""
+
+    happened = "The value of {option} is empty."
+    cause = "It comes from a variable that is not set; to guess what it stands for could open what shall be closed."
+    next_step = "Give a value. To go without an option, leave out its name as well."
+
+
 class WindowInvalid(UsageError):
     """Data: window, reason."""
 

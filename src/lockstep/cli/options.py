@@ -18,7 +18,17 @@ from lockstep.errors import (
     KeySourcesConflict,
     PassphraseMissing,
     TimeInvalid,
+    ValueEmpty,
 )
+
+
+def not_empty(parameter: typer.CallbackParam, value: str | None) -> str | None:
+    """Refuse a value that is empty, or blank: it is another thing than none. Raises ValueEmpty."""
+    if value is not None and not value.strip():
+        is_option = parameter.opts[0].startswith("-")
+        raise ValueEmpty(option=parameter.opts[0] if is_option else parameter.metavar)
+    return value
+
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The volume's name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

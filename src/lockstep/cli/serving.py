@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 import typer
 
-from lockstep.cli.options import Credential, KeyFile, Name, TokenOnly, unlock_from
+from lockstep.cli.options import Credential, KeyFile, Name, TokenOnly, not_empty, unlock_from
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import NotAttached, TcpMissing
 from lockstep.service import attach as attaching
@@ -26,19 +26,30 @@ def serve(
     credential: Credential = None,
     token_only: TokenOnly = False,
     socket: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Unix socket for NBD clients. Default: STATE/run/NAME.sock.")
+        str | None,
+        typer.Option(
+            metavar="PATH", callback=not_empty, help="Unix socket for NBD clients. Default: STATE/run/NAME.sock."
+        ),
     ] = None,
     socket_group: Annotated[
-        str | None, typer.Option(metavar="GROUP", help="Members of GROUP may connect to the unix socket as well.")
+        str | None,
+        typer.Option(
+            metavar="GROUP", callback=not_empty, help="Members of GROUP may connect to the unix socket as well."
+        ),
     ] = None,
     tcp: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="Serve on this address as well: a loopback address, or with --tls-dir."),
+        typer.Option(
+            metavar="HOST:PORT",
+            callback=not_empty,
+            help="Serve on this address as well: a loopback address, or with --tls-dir.",
+        ),
     ] = None,
     tls_dir: Annotated[
         str | None,
         typer.Option(
             metavar="DIR",
+            callback=not_empty,
             help="Over TCP, serve only clients that have a certificate of this TLS directory (`lockstep tls init`).",
         ),
     ] = None,
@@ -61,13 +72,13 @@ def serve(
 ) -> None:
     """Serve a volume over NBD, in the foreground, until SIGTERM or Ctrl-C."""
     state = state_of(context, state_dir)
-    if tls_dir and not tcp:
+    if tls_dir is not None and tcp is None:
         raise TcpMissing
     listen = Listen(
-        os.path.abspath(socket) if socket else state.socket(name),
-        parse_tcp(tcp, tls=tls_dir is not None) if tcp else None,
-        _terms_of(tls_dir) if tls_dir else None,
-        group_id(socket_group) if socket_group else None,
+        state.socket(name) if socket is None else os.path.abspath(socket),
+        None if tcp is None else parse_tcp(tcp, tls=tls_dir is not None),
+        None if tls_dir is None else _terms_of(tls_dir),
+        None if socket_group is None else group_id(socket_group),
     )
     unlock = unlock_from(key_file, credential, token_only=token_only, what=f"the mirror of {name}")
     options = Options(mirror_patience_s=mirror_timeout, lock_memory=mlock, direct=direct)

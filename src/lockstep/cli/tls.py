@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from lockstep.cli.options import Json
+from lockstep.cli.options import Json, not_empty
 from lockstep.cli.output import print_json
 from lockstep.cli.screen import console
 from lockstep.service.certificates import (
@@ -17,7 +17,7 @@ from lockstep.service.certificates import (
     make_client,
 )
 
-Directory = Annotated[str, typer.Argument(metavar="DIR", help="The TLS directory.")]
+Directory = Annotated[str, typer.Argument(metavar="DIR", callback=not_empty, help="The TLS directory.")]
 Days = Annotated[
     int, typer.Option(metavar="N", min=1, max=36500, help="Lifetime of the certificate; none outlives its authority.")
 ]
@@ -52,7 +52,8 @@ def client(
     directory: Directory,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The user that the client will be.")],
     out: Annotated[
-        str | None, typer.Option(metavar="DIR2", help="Where the client's files go. Default: DIR/clients/NAME.")
+        str | None,
+        typer.Option(metavar="DIR2", callback=not_empty, help="Where its files go. Default: DIR/clients/NAME."),
     ] = None,
     days: Days = LEAF_DAYS,
 ) -> None:
