@@ -315,7 +315,7 @@ def test_an_interrupted_drill_leaves_nothing_behind(lab: Lab) -> None:
     volume = backed_up(lab, file_system(lab, 8 * MIB, *EXT4))
     mark = lab.home / "mark"
     command = f"cd {lab.home}; mount $LOCKSTEP_DEVICE content && umount content; echo $$ > mark; exec sleep 600"
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL):
         mark.write_text("")
         arguments = ["drill", "vol", "--key-file", str(lab.key), "--command", command]
         process = subprocess.Popen(

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 import lockstep
+from lockstep import signals
 from lockstep.cli.output import report_error
 from lockstep.crypto.cipher import KERNEL
 from lockstep.errors import LockstepError
@@ -122,13 +123,15 @@ def _global_options(
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    """SIGTERM ends a command like Ctrl-C, so that what it has made is cleaned up; `serve` has an end of its own."""
+    """SIGTERM and SIGHUP end a command like Ctrl-C, which cleans up what it has made; `serve` has an end of its own."""
     raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run a command; an error of the catalogue ends it with its sentences and its exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in signals.ending():
+        if number is not signal.SIGINT:  # that is Python's own, or ignored in the background of a shell
+            signal.signal(number, _interrupt)
     try:
         app()
     except LockstepError as error:

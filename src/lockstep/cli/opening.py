@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lockstep import signals
 from lockstep.cli.options import Credential, Header, Incomplete, KeyFile, Mirror, TokenOnly, not_empty, unlock_from
 from lockstep.cli.output import EARLIER, report_error
 from lockstep.errors import DetachRefused, NotAttached, OverlayUnwanted
@@ -69,13 +70,13 @@ def open_mirror(
 
 @contextlib.contextmanager
 def _signals() -> Iterator[Callable[[], object]]:
-    """Yield a function that waits for the next SIGTERM or Ctrl-C."""
+    """Yield a function that waits for the next SIGTERM or Ctrl-C, or the end of the terminal."""
     reader, writer = os.pipe()
 
     def told(_number: int, _frame: FrameType | None) -> None:
         os.write(writer, b".")
 
-    before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, told) for number in signals.ending()}
     try:
         yield lambda: os.read(reader, 1)
     finally:

@@ -14,7 +14,6 @@ import ipaddress
 import logging
 import os
 import resource
-import signal
 import stat
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from urllib.parse import quote
 
 import uvloop
 
+from lockstep import signals
 from lockstep.crypto.cipher import self_test
 from lockstep.crypto.unlock import Unlock
 from lockstep.errors import (
@@ -86,7 +86,7 @@ def serve(
     on_ready: Callable[[list[str]], None],
     options: Options,
 ) -> None:
-    """Serve a volume until SIGTERM or SIGINT.
+    """Serve a volume until SIGTERM, SIGINT, or SIGHUP when its terminal is closed.
 
     `unlock` is asked if there is a mirror; `on_ready` is given the URIs when clients may connect.
     Raises whatever keeps it from starting, or from stopping in order.
@@ -153,7 +153,7 @@ async def _serve(
     on_ready: Callable[[list[str]], None],
 ) -> None:
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in signals.ending():
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     name = session.record.name
     trail = Trail(registry, name, gate, session.workers.run)
