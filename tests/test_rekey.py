@@ -281,3 +281,15 @@ def test_a_passphrase_that_is_added_at_the_last_moment_is_not_lost(lab: Lab, mon
     lab.lockstep("key", "rekey", "vol", "--key-file", lab.key).failed(1, "key slot 1", "--drop-other-keys")
     assert [opens(volume.mirror, each) for each in (PASSPHRASE, NEW)] == [True, True]
     assert events(lab) == ["key-added"]
+
+
+def test_what_is_being_rekeyed_is_not_forgotten(lab: Lab) -> None:
+    volume = lab.volume(size_bytes=SIZE_BYTES)
+    with interrupted(lab) as (slow, began, go):
+        rekey = Rekey(volume, environment=slow)
+        wait_until(began.exists, "the data's turn")
+        for command in (("remove", "vol"), ("mirror", "remove", "vol", volume.mirror)):
+            lab.lockstep(*command).failed(1, "is being re-keyed")
+        go.touch()
+        rekey.ok()
+    lab.lockstep("remove", "vol").ok()

@@ -38,7 +38,7 @@ from lockstep.errors import (
 )
 from lockstep.registry.audit import Actor
 from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
-from lockstep.service import mirrors
+from lockstep.service import borrowing, mirrors
 from lockstep.service.control_client import ask, ask_status
 from lockstep.service.managing import manager
 from lockstep.service.memory import protect_memory
@@ -101,7 +101,7 @@ def add_mirror(state: State, name: str, plan: MirrorPlan) -> Added:
 def remove_mirror(state: State, name: str, path: str) -> MirrorRecord:
     """Forget a mirror, and what is on record about it; its disk is not touched.
 
-    Raises NotManager, StillServed, MirrorUnknown, NoMirror, TargetUnfinished.
+    Raises NotManager, StillServed, MirrorBorrowed, MirrorUnknown, NoMirror, TargetUnfinished.
     """
     actor = manager(state, f"remove a mirror from {name}")
     with state.registry() as registry, state.volume_lock(name) as mine:
@@ -111,8 +111,9 @@ def remove_mirror(state: State, name: str, path: str) -> MirrorRecord:
             raise StillServed(volume=name, action="parted from a mirror")
         if mirror.id == volume.filled_from:
             raise TargetUnfinished(path=volume.target_path, volume=name, mirror=mirror.path)
-        registry.remove_mirror(name, mirror.path, actor=actor)
-        forget_records(state, mirror.luks_uuid)
+        with borrowing.nobodys(state, [mirror]):
+            registry.remove_mirror(name, mirror.path, actor=actor)
+            forget_records(state, mirror.luks_uuid)
     return mirror
 
 
