@@ -344,6 +344,22 @@ def test_status_json_is_what_the_contract_says(lab: Lab) -> None:
     assert run("cryptsetup", "luksUUID", str(volume.mirror)).strip() == closed["mirrors"][0]["uuid"]
 
 
+def test_a_whole_mirror_is_called_so_when_its_target_is_gone(lab: Lab) -> None:
+    volume = lab.volume("vol", MIB, content=os.urandom(MIB))
+    with volume.served():
+        pass
+    content = volume.target.read_bytes()
+    volume.target.unlink()
+    (found,) = status_conforms(lab.lockstep("status", "vol", "--json").ok())
+    assert found["target"]["error"] == f"There is no disk at {volume.target}."
+    (mirror,) = found["mirrors"]
+    assert (mirror["state"], mirror["consistent"], mirror["dirty_bytes"]) == ("in-sync", True, 0)
+    assert "There is no disk at" in lab.lockstep("status").ok()
+    volume.target.write_bytes(content)
+    (mirror,) = at_rest(lab)["mirrors"]
+    assert mirror["state"] == "behind", "what has that name now may be anything"
+
+
 def test_a_hung_server_is_named_within_its_time(lab: Lab) -> None:
     volume = lab.volume("vol", MIB)
     other = lab.volume("other", MIB)
