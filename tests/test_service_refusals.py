@@ -14,12 +14,15 @@ import socket
 import sqlite3
 import stat
 import subprocess
+import sys
+import types
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from lockstep.cli.options import passphrase_from
 from lockstep.errors import (
     AddressInvalid,
     AddressUnusable,
@@ -40,6 +43,7 @@ from lockstep.errors import (
     NotLuks2,
     NoToken,
     PassphraseMissing,
+    PassphraseNotText,
     RegistryUnreadable,
     SocketUnusable,
     StateDirUnusable,
@@ -53,6 +57,7 @@ from lockstep.errors import (
     WrongPassphrase,
 )
 from lockstep.service.serve import parse_tcp
+from lockstep.service.state import State
 from tests.forks import ForkLab
 from tests.lab import MIB, PASSPHRASE, Lab, Result, Volume, run, wait_until
 
@@ -636,3 +641,119 @@ def test_a_state_directory_that_fills_up_meanwhile_ends_in_a_sentence(small_stat
     with volume.served():  # as after a crash: it finds its way
         pass
     volume.assert_equal_disks()
+
+
+# --- whatever the input, a sentence -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """A volume whose paths look like markup."""
+    lab = ForkLab(tmp_path_factory.mktemp("odd"))
+    (lab.home / "a[").mkdir()
+    disks = ("--target", lab.disk("a[/x]t[red]", MIB), "--mirror", lab.home / "a[/x]m[red]é")
+    create = ("create", "vol", *disks, "--key-file", lab.key, "--iter-time", "10")
+    lab.lockstep(*create, environment=lab.quick_format()).ok()
+    return lab
+
+
+def test_what_looks_like_markup_is_shown(odd: Lab) -> None:
+    for command in (("list",), ("status",), ("mirror", "list", "vol"), ("key", "list", "vol")):
+        said = odd.lockstep(*command).ok()
+        assert f"{odd.home}/a[/x]m[red]é" in said
+        assert command in (("mirror", "list", "vol"), ("key", "list", "vol")) or f"{odd.home}/a[/x]t[red]" in said
+
+
+def test_a_terminal_that_cannot_show_a_name_gets_it_escaped(odd: Lab) -> None:
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    for command in (("list",), ("status",), ("remove", "nobody")):
+        done = Lab.lockstep(odd, *command, environment=ascii_only)
+        assert "Traceback" not in done.err
+        assert command[0] == "remove" or "a[/x]m[red]\\" in done.ok()
+
+
+def test_names_that_are_no_text(odd: Lab, tmp_path: Path) -> None:
+    volume, bad = Volume(odd, "vol", odd.home / "a[/x]t[red]", odd.home / "a[/x]m[red]é", None), "\udcff"
+    for command in (("status", bad), ("audit", bad), ("audit", "--user", bad), ("mirror", "list", bad), ("list",)):
+        done = odd.lockstep(*command)
+        assert done.code in (0, 1)
+        assert "Traceback" not in done.err
+    for name in ("", bad):
+        for names in (("status", name), ("mirror", "list", name), ("grants", name)):
+            odd.lockstep(*names).failed(1, "There is no volume")
+    odd.lockstep("revoke", "vol", bad).failed(1, "has no grant")
+    volume.copy_by_hand()
+    said = odd.lockstep("restore", volume.mirror, tmp_path / bad, "--key-file", odd.key).ok()
+    assert "/\\udcff in" in said or "/\\udcff (" in said
+    row = json.loads(odd.lockstep("audit", "vol", "--json").ok().splitlines()[-1])
+    assert (row["event"], row["details"]["output"]) == ("restore", f"{tmp_path}/\\udcff")
+    assert "none removed or altered" in odd.lockstep("audit", "--check").ok()
+
+
+@pytest.mark.parametrize("given", ["nan", "inf", "1e400", "-inf", "0", "86401", "ten"])
+def test_no_patience_without_end(odd: Lab, given: str) -> None:
+    done = odd.lockstep("serve", "vol", "--key-file", odd.key, "--mirror-timeout", given)
+    assert (done.code, "from 0.1 to 86400" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize("given", ["9999-12-31T23:59:59", "0001-01-01T00:00", "0001-01-01T00:00+14:00"])
+def test_no_time_at_an_end_of_the_calendar(odd: Lab, given: str) -> None:
+    odd.lockstep("grant", "vol", "ada", "--window", "sun 03:00-06:00").ok()
+    odd.lockstep("whocan", "vol", "--at", given).failed(2, "is not a time")
+
+
+def in_shell(lab: Lab, command: str, **environment: str) -> Result:
+    surroundings = {**os.environ, **environment, "LOCKSTEP": f"{sys.executable} -m lockstep --state-dir {lab.state}"}
+    script = ["sh", "-c", command, "sh", str(lab.home / "a[/x]m[red]é"), str(lab.key)]
+    return Result(subprocess.run(script, capture_output=True, check=False, timeout=60, env=surroundings))
+
+
+@pytest.mark.parametrize("stdout", [">&-", ">/dev/full"])
+@pytest.mark.parametrize(
+    "command", ["status", "list", "status --json", 'restore "$1" - --key-file "$2" --incomplete', "tls show /nowhere"]
+)
+def test_output_that_goes_nowhere(odd: Lab, command: str, stdout: str) -> None:
+    said = in_shell(odd, f"$LOCKSTEP {command} {stdout}").failed(1)
+    assert "tandard output" in said or "/nowhere" in said
+
+
+def test_a_server_is_one_though_nobody_can_be_told(odd: Lab) -> None:
+    command = (
+        '$LOCKSTEP serve vol --key-file "$2" --socket served >&- & until $LOCKSTEP status vol --json | grep -q served'
+    )
+    done = in_shell(odd, f"cd {odd.home}; {command}; do sleep 0.1; done; kill -TERM $!; wait $!")
+    assert (done.code, "Traceback" in done.err) == (0, False), done.err
+    assert "nobody could be told" in done.err
+
+
+def test_a_standard_input_that_is_closed(odd: Lab) -> None:
+    for options in ("", "--key-file -"):
+        in_shell(odd, f'$LOCKSTEP restore "$1" output {options} <&-').failed(1 if options else 2, "assphrase")
+
+
+def test_a_passphrase_that_is_no_text(odd: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def typed(_prompt: str) -> str:
+        return b"\xff".decode()
+
+    monkeypatch.setattr("getpass.getpass", typed)
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(isatty=lambda: True))
+    with pytest.raises(PassphraseNotText):
+        passphrase_from(None, "the mirror")()
+
+
+def test_what_nobody_foresaw_is_told_in_three_sentences(odd: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_state: State, _name: str) -> None:
+        raise ZeroDivisionError("of what is secret")
+
+    monkeypatch.setattr("lockstep.cli.volumes.remove_volume", broken)
+    assert "secret" not in odd.lockstep("remove", "vol").failed(5, "ZeroDivisionError", "-v stands")
+    verbose = odd.lockstep("--verbose", "remove", "vol")
+    assert verbose.code == 5
+    assert "Traceback" in verbose.err
+
+
+def test_an_interruption_of_the_imports(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = Lab(tmp_path).lockstep("list", environment={"PYTHONPATH": path})
+    assert (done.code, done.err) == (130, "")

@@ -7,7 +7,8 @@
     ├── RegistryError             1  names, states, the registry itself
     ├── DiskError                 1  targets, mirrors, outputs as disks
     ├── LuksError                 1  the mirror as an encrypted volume
-    └── ServiceError              1  serving, attaching, the control socket
+    ├── ServiceError              1  serving, attaching, the control socket
+    └── Defect                    5  Lockstep itself is wrong
 
 An error class is a row of the catalogue: three format strings over the data that the raiser
 passes by keyword. The data stays on the error (`error.data`) for JSON output and for tests.
@@ -98,7 +99,7 @@ class TimeInvalid(UsageError):
     """Data: time."""
 
     happened = "{time!r} is not a time."
-    cause = "It is misspelt."
+    cause = "It is misspelt, or lies at an end of the calendar."
     next_step = "Write it like 2026-12-24T18:00, or with a zone, 2026-12-24T18:00+01:00."
 
 
@@ -176,6 +177,14 @@ class KeySourcesConflict(UsageError):
     happened = "{options} cannot be given together."
     cause = "Each says where one and the same passphrase comes from, or both would read it from standard input."
     next_step = "Give one of them; of two passphrases one may come from standard input, the other from a file."
+
+
+class PassphraseNotText(UsageError):
+    """Data: what."""
+
+    happened = "What was typed as the passphrase for {what} is no text."
+    cause = "The terminal sent bytes that are not of the character encoding of this session (LANG, LC_ALL)."
+    next_step = "Correct the terminal's encoding, or give --key-file FILE, which takes any bytes."
 
 
 class CredentialMissing(UsageError):
@@ -1312,3 +1321,25 @@ class DemoFailed(ServiceError):
     happened = "The demo failed at: {step}. {reason}"
     cause = "A program that it uses failed, or this machine lacks something that it needs (root, loop devices, FUSE)."
     next_step = "Run that step by hand; if it is Lockstep's own, please report it with this message."
+
+
+class StdoutFailed(ServiceError):
+    """Data: reason."""
+
+    happened = "Standard output cannot be written: {reason}."
+    cause = "The file that it goes to lies on a disk that is full or failing, or it was closed."
+    next_step = "Send it elsewhere, then run this again."
+
+
+class Defect(LockstepError):
+    """Exit code 5."""
+
+    exit_code = 5
+
+
+class Unforeseen(Defect):
+    """Data: error (the kind of exception, and not what it says)."""
+
+    happened = "Something went wrong that Lockstep did not foresee ({error})."
+    cause = "This is a defect in Lockstep; what is wrong with your disks or your input, it says otherwise."
+    next_step = "Report it, with the server's log, or with what this prints where -v stands before the command's name."

@@ -3,11 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from lockstep.cli.options import Json, moment
 from lockstep.cli.output import human_moment, print_json
-from lockstep.cli.screen import console, plain
+from lockstep.cli.screen import Listing, console
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import AuditDamaged
 
@@ -46,10 +45,10 @@ def audit(
         for row in rows:
             print_json(row.to_json())
         return
-    table = Table("Time", "Volume", "User", "Event", "What happened", "From", box=None, pad_edge=False)
+    table = Listing("Time", "Volume", "User", "Event", "What happened", "From")
     for row in rows:
         when = human_moment(row.at_us / 1e6)
-        table.add_row(when, row.volume, plain(row.user), row.event, plain(row.reason), plain(row.origin))
+        table.add_row(when, row.volume, row.user, row.event, row.reason, row.origin)
     console().print(table)
 
 

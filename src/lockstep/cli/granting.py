@@ -5,12 +5,11 @@ from typing import Annotated, Any
 
 import typer
 import tzlocal
-from rich.table import Table
 from rich.text import Text
 
 from lockstep.cli.options import Json, Name, moment
 from lockstep.cli.output import human_moment, print_json
-from lockstep.cli.screen import console, plain
+from lockstep.cli.screen import Listing, console, plain
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import SettingInvalid, UserInvalid
 from lockstep.nbd.identity import is_user_name
@@ -66,17 +65,17 @@ def grants(
 ) -> None:
     """List who may update which mirrors, when, and whether they may now."""
     with state_of(context, state_dir).registry() as registry:
-        volumes = [registry.volume(name)] if name else registry.volumes()
+        volumes = [registry.volume(name)] if name is not None else registry.volumes()
         found = [(volume.name, grant) for volume in volumes for grant in registry.grants(volume.name)]
     if as_json:
         print_json({"grants": [_as_json(volume, grant) for volume, grant in found]})
         return
-    table = Table("Volume", "User", "Windows", "Time zone", "Now", "Changes", box=None, pad_edge=False)
+    table = Listing("Volume", "User", "Windows", "Time zone", "Now", "Changes")
     for volume, grant in found:
         verdict = _verdict_of(grant, volume)
         table.add_row(
             volume,
-            plain(grant.user),
+            grant.user,
             ", ".join(map(str, grant.windows)) or "always",
             grant.timezone if grant.windows else "",
             Text("yes", "green") if verdict.allowed else Text("no", "yellow"),

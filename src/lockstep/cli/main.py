@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -16,9 +16,12 @@ from typer.main import get_command
 
 import lockstep
 from lockstep import signals
+from lockstep.cli import streams
 from lockstep.cli.output import report_error
 from lockstep.crypto.cipher import KERNEL
-from lockstep.errors import LockstepError
+from lockstep.errors import LockstepError, StdoutFailed, Unforeseen
+
+log = logging.getLogger(__name__)
 
 # Command -> the file that has it. A file is imported when its command is used: the registry, the web server and the
 # rest cost half a second together, and a rescue needs none of them.
@@ -132,13 +135,23 @@ def main() -> None:
     for number in signals.ending():
         if number is not signal.SIGINT:  # that is Python's own, or ignored in the background of a shell
             signal.signal(number, _interrupt)
+    streams.prepare()
     try:
         app()
     except LockstepError as error:
-        report_error(error)
-        sys.exit(error.exit_code)
+        _fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        sys.stderr.close()
+        streams.discard_output()
         sys.exit(1)
+    except Exception as error:
+        log.info("the traceback of what follows", exc_info=True)
+        _fail(Unforeseen(error=type(error).__name__))
+
+
+def _fail(error: LockstepError) -> NoReturn:
+    if isinstance(error, StdoutFailed):
+        streams.discard_output()
+    report_error(error)
+    sys.exit(error.exit_code)

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from datetime import datetime
+from datetime import MAXYEAR, MINYEAR, datetime
 from typing import Annotated
 
 import typer
@@ -17,6 +17,7 @@ from lockstep.errors import (
     KeyFileUnreadable,
     KeySourcesConflict,
     PassphraseMissing,
+    PassphraseNotText,
     TimeInvalid,
     ValueEmpty,
 )
@@ -67,6 +68,7 @@ Header = Annotated[
     str | None, typer.Option(metavar="FILE", help="The LUKS2 header is in this file instead of on the mirror.")
 ]
 
+SHORTEST_PATIENCE_S, LONGEST_PATIENCE_S = 0.1, 86400.0
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -78,12 +80,26 @@ def size_bytes(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
+def patience_s(text: str) -> float:
+    """Read for how many seconds a disk is waited for: up to a day, and never for ever."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not SHORTEST_PATIENCE_S <= seconds <= LONGEST_PATIENCE_S:
+        raise typer.BadParameter(f"{text!r} is not a number of seconds from 0.1 to 86400")
+    return seconds
+
+
 def moment(text: str) -> float:
     """Read a time, local unless it says otherwise; seconds since 1970. Raises TimeInvalid."""
     try:
-        return datetime.fromisoformat(text).timestamp()
+        found = datetime.fromisoformat(text)
+        if MINYEAR < found.year < MAXYEAR:  # at either end there is no day before, or after, to look at
+            return found.timestamp()
     except (ValueError, OverflowError) as error:
         raise TimeInvalid(time=text) from error
+    raise TimeInvalid(time=text)
 
 
 def unlock_from(key_file: str | None, credential: str | None, *, token_only: bool, what: str) -> Unlock:
@@ -133,9 +149,14 @@ def passphrase_from(
         if not sys.stdin.isatty():
             raise PassphraseMissing(what=what)
         while True:
-            passphrase = getpass.getpass(f"{called} for {what}: ")
-            if not confirm or getpass.getpass("Again: ") == passphrase:
-                return passphrase.encode()
+            try:
+                passphrase = getpass.getpass(f"{called} for {what}: ")
+                if not confirm or getpass.getpass("Again: ") == passphrase:
+                    return passphrase.encode()
+            except UnicodeError as error:
+                raise PassphraseNotText(what=what) from error
+            except EOFError as error:
+                raise PassphraseMissing(what=what) from error
             typer.echo("The two differ; try again.", err=True)
 
     return get

@@ -1,14 +1,16 @@
 """serve, attach, detach: a volume in use."""
 
+import logging
 import os
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import unquote
 
 import typer
 
-from lockstep.cli.options import Credential, KeyFile, Name, TokenOnly, not_empty, unlock_from
+from lockstep.cli import streams
+from lockstep.cli.options import Credential, KeyFile, Name, TokenOnly, not_empty, patience_s, unlock_from
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import NotAttached, TcpMissing
+from lockstep.errors import NotAttached, StdoutFailed, TcpMissing
 from lockstep.service import attach as attaching
 from lockstep.service.control_client import ask_status
 from lockstep.service.serve import Listen, Options, group_id, parse_tcp
@@ -17,6 +19,8 @@ from lockstep.service.volume_session import PATIENCE_S
 
 if TYPE_CHECKING:
     from lockstep.service.certificates import Terms
+
+log = logging.getLogger(__name__)
 
 
 def serve(
@@ -56,7 +60,9 @@ def serve(
     mirror_timeout: Annotated[
         float,
         typer.Option(
-            metavar="SECONDS", min=0.1, help="A mirror that does not answer for so long is dropped until it is back."
+            metavar="SECONDS",
+            parser=patience_s,
+            help="A mirror that does not answer for so long is dropped until it is back.",
         ),
     ] = PATIENCE_S,
     mlock: Annotated[
@@ -92,8 +98,12 @@ def _terms_of(tls_dir: str) -> "Terms":
 
 
 def _announce(uris: list[str]) -> None:
-    for uri in uris:
-        typer.echo(f"ready {uri}")
+    try:
+        for uri in uris:
+            typer.echo(f"ready {uri}")
+    except (StdoutFailed, BrokenPipeError) as error:
+        streams.discard_output()
+        log.warning("nobody could be told that the server is ready: %s", error)  # who connects finds out
 
 
 def attach(

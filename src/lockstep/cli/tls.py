@@ -3,11 +3,10 @@
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from lockstep.cli.options import Json, not_empty
 from lockstep.cli.output import print_json
-from lockstep.cli.screen import console
+from lockstep.cli.screen import Listing, console
 from lockstep.service.certificates import (
     LEAF_DAYS,
     Certificate,
@@ -70,9 +69,7 @@ def show(directory: Directory, as_json: Json = False) -> None:
     if as_json:
         print_json({"certificates": [_as_json(each) for each in certificates]})
         return
-    table = Table("Kind", "Name", "Expires", "Days left", box=None, pad_edge=False)
-    table.add_column("Hosts", overflow="fold")
-    table.add_column("File", overflow="fold")
+    table = Listing("Kind", "Name", "Expires", "Days left", folded=("Hosts", "File"))
     for each in certificates:
         left = str(each.days_left()) if each.days_left() >= 0 else "expired"
         table.add_row(each.kind, each.name, f"{each.expires:%Y-%m-%d}", left, " ".join(each.hosts), each.path)
