@@ -757,3 +757,16 @@ def test_an_interruption_of_the_imports(tmp_path: Path) -> None:
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     done = Lab(tmp_path).lockstep("list", environment={"PYTHONPATH": path})
     assert (done.code, done.err) == (130, "")
+
+
+def test_what_would_be_silently_useless(odd: Lab) -> None:
+    for command in ("", "  "):
+        drill = odd.lockstep("drill", "vol", "--key-file", odd.key, "--command", command)
+        assert_error(drill, ValueEmpty(option="--command"))
+    head = json.loads(odd.lockstep("audit", "--check", "--json").ok())["head"]
+    odd.lockstep("audit", "--check", "--head", head.upper()).ok()
+    odd.lockstep("audit", "--head", head).failed(2, "there is no --check")
+    for wrong in ("", head[1:], "g" * 64):
+        odd.lockstep("audit", "--check", "--head", wrong).failed(2, "64 hexadecimal digits")
+    odd.lockstep("set", "vol", "on-denied=hold", "--timezone", "Bad/Zone").failed(2, "has no time zone")
+    odd.lockstep("set", "vol", "scrub=off", "--timezone", "").failed(2, "--timezone is empty")

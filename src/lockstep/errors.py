@@ -155,6 +155,22 @@ class SectorSizeInvalid(UsageError):
     next_step = "Leave --sector-size out: Lockstep then takes the target's own sector size."
 
 
+class TimezoneUnwanted(UsageError):
+    """Data: setting."""
+
+    happened = "The setting {setting} has no time zone."
+    cause = "The option --timezone says on whose clock a window is read, and this is not a window."
+    next_step = "Leave --timezone out."
+
+
+class HeadUseless(UsageError):
+    """Data: head, reason."""
+
+    happened = "The hash {head!r} is not looked for: {reason}."
+    cause = "A hash that proves anything is the last one that an earlier check printed, and a check that looks for it."
+    next_step = "Give it as it was printed, 64 hexadecimal digits: `lockstep audit --check --head HASH`."
+
+
 class PassphraseMissing(UsageError):
     """Data: what."""
 

@@ -7,11 +7,11 @@ import typer
 import tzlocal
 from rich.text import Text
 
-from lockstep.cli.options import Json, Name, moment
+from lockstep.cli.options import Json, Name, moment, not_empty
 from lockstep.cli.output import human_moment, print_json
 from lockstep.cli.screen import Listing, console, plain
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import SettingInvalid, UserInvalid
+from lockstep.errors import SettingInvalid, TimezoneUnwanted, UserInvalid
 from lockstep.nbd.identity import is_user_name
 from lockstep.registry import windows
 from lockstep.registry.access import ANYBODY, Grant, decide
@@ -30,7 +30,10 @@ def grant(
         typer.Option(metavar="WINDOW", help="When: 'mon-fri 22:00-06:00', 'daily 01:30-03:00'. Default: always."),
     ] = None,
     timezone: Annotated[
-        str | None, typer.Option(metavar="ZONE", help="Whose clock the windows are read on. Default: this machine's.")
+        str | None,
+        typer.Option(
+            metavar="ZONE", callback=not_empty, help="Whose clock the windows are read on. Default: this machine's."
+        ),
     ] = None,
     state_dir: StateDir = None,
 ) -> None:
@@ -129,7 +132,10 @@ def set_(
         ),
     ],
     timezone: Annotated[
-        str | None, typer.Option(metavar="ZONE", help="Whose clock the window is read on. Default: this machine's.")
+        str | None,
+        typer.Option(
+            metavar="ZONE", callback=not_empty, help="Whose clock the window is read on. Default: this machine's."
+        ),
     ] = None,
     state_dir: StateDir = None,
 ) -> None:
@@ -137,6 +143,8 @@ def set_(
     state = state_of(context, state_dir)
     actor = manager(state, f"change the settings of {name}")
     key, _, value = setting.partition("=")
+    if key == "on-denied" and timezone is not None:
+        raise TimezoneUnwanted(setting=key)
     with state.registry() as registry:
         if key == "on-denied" and value in ("hold", "refuse"):
             registry.set_on_denied(name, "hold" if value == "hold" else "refuse", actor=actor)
