@@ -302,7 +302,7 @@ def test_a_mirror_that_is_incomplete_stays_with_its_server(lab: Lab) -> None:
     lab.lockstep("revoke", "vol", pwd.getpwuid(os.getuid()).pw_name).ok()
     with volume.served(in_sync=False) as served:
         wait_until(lambda: served.mirror_state() == "behind", "that nobody may update the mirror")
-        lab.lockstep("drill", "vol", "--key-file", lab.key).failed(1, "incomplete")
+        lab.lockstep("drill", "vol", "--key-file", lab.key).failed(1, "not drilled", "lockstep status")
         assert served.mirror_state() == "behind"
 
 

@@ -228,7 +228,7 @@ def test_an_output_that_exists(scene: Scene, there: Elsewhere, tmp_path: Path) -
 
 def test_an_output_that_cannot_be_made(scene: Scene, there: Elsewhere, tmp_path: Path) -> None:
     result = there.restore(scene.inline.mirror, tmp_path / "nowhere" / "output")
-    result.failed(1, f"{tmp_path}/nowhere/output", "No such file or directory")
+    result.failed(1, f"{tmp_path}/nowhere/output", f"there is no directory {tmp_path}/nowhere.")
 
 
 @needs_devices

@@ -540,12 +540,19 @@ def test_plain_tcp_is_for_loopback_addresses_only(host: str) -> None:
     assert parse_tcp(address, tls=True) == (host, 10809)
 
 
-@pytest.mark.parametrize("address", [":10809", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:-1"])
+@pytest.mark.parametrize("address", [":10809", "127.0.0.1", "127.0.0.1:", "127.0.0.1:-1"])
 @pytest.mark.parametrize("tls", [False, True])
 def test_what_is_no_address_is_refused(address: str, tls: bool) -> None:
     with pytest.raises(AddressInvalid) as caught:
         parse_tcp(address, tls=tls)
     assert caught.value.data == {"address": address, "reason": "it is not HOST:PORT"}
+
+
+@pytest.mark.parametrize("port", ["65536", "99999", "9" * 5000])
+def test_what_is_no_port_is_refused(port: str) -> None:
+    with pytest.raises(AddressInvalid) as caught:
+        parse_tcp(f"127.0.0.1:{port}")
+    assert caught.value.data["reason"] == "a port is at most 65535"
 
 
 @pytest.mark.parametrize(
@@ -770,3 +777,28 @@ def test_what_would_be_silently_useless(odd: Lab) -> None:
         odd.lockstep("audit", "--check", "--head", wrong).failed(2, "64 hexadecimal digits")
     odd.lockstep("set", "vol", "on-denied=hold", "--timezone", "Bad/Zone").failed(2, "has no time zone")
     odd.lockstep("set", "vol", "scrub=off", "--timezone", "").failed(2, "--timezone is empty")
+
+
+def test_messages_that_help(odd: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, mirror = odd.home / "a[/x]t[red]", odd.home / "a[/x]m[red]é"
+    assert "truncate" not in odd.lockstep("commit", mirror, "nope", tmp_path / "o").failed(1, "no overlay nope")
+    nowhere = tmp_path / "no" / "disk"
+    keyed = ("--key-file", odd.key)
+    for command in (
+        ("restore", mirror, nowhere, *keyed, "--incomplete"),
+        ("create", "new", "--target", odd.disk("free", MIB), "--mirror", nowhere, *keyed),
+        ("open", mirror, *keyed, "--incomplete", "--writable", "--overlay", nowhere),
+    ):
+        odd.lockstep(*command).failed(1, f"there is no directory {nowhere.parent}")
+    large = odd.disk("large", 8 * MIB + 1)
+    odd.lockstep("restore", mirror, tmp_path / "o", "--key-file", large).failed(2, "more than the 8388608 bytes")
+    odd.lockstep("restore", mirror, tmp_path / "o", "--key-file", "/dev/zero").failed(2, "more than the 8388608 bytes")
+    for user in ("*", "ada"):
+        odd.lockstep("grant", "vol", user).ok()
+    assert "lockstep revoke vol '*'" in odd.lockstep("revoke", "vol", "ada").ok()
+    assert "Everybody" not in odd.lockstep("revoke", "vol", "*").ok()
+    odd.lockstep("sync", "nosuch").failed(1, "There is no volume nosuch")
+    odd.lockstep("sync", "vol").failed(1, "not being served")
+    assert target.exists()
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    odd.lockstep("demo").failed(4, "needs root")

@@ -183,8 +183,8 @@ class KeyFileUnreadable(UsageError):
     """Data: path, reason."""
 
     happened = "The key file {path} cannot be read: {reason}."
-    cause = "The path is misspelt, or the file belongs to another user."
-    next_step = "Check the path and its permissions."
+    cause = "The path is misspelt, the file belongs to another user, or it is no key file."
+    next_step = "Check the path, what it leads to, and its permissions."
 
 
 class KeySourcesConflict(UsageError):
@@ -799,6 +799,22 @@ class MirrorIncomplete(DiskError):
     next_step = "Use another mirror if there is one; to rescue what this one holds, repeat with --incomplete."
 
 
+class MirrorNotDrilled(DiskError):
+    """Data: path, state."""
+
+    happened = "The mirror {path} is {state} and not drilled: parts of it do not hold the target's data."
+    cause = "It is being copied, it failed meanwhile, or something that was written is held from it."
+    next_step = "Bring it in sync (`lockstep status` says what it lacks), then run this again."
+
+
+class OverlayMissing(DiskError):
+    """Data: path."""
+
+    happened = "There is no overlay {path}."
+    cause = "The path is misspelt, or the mirror was opened with another overlay."
+    next_step = "Give the file that `lockstep open --writable` named when it began; without one, restore the mirror."
+
+
 class OverlayUnfit(DiskError):
     """Data: path, reason."""
 
@@ -841,6 +857,14 @@ class NoToken(DiskError):
     happened = "{path} is a LUKS2 volume, but not a mirror of Lockstep: its header has no lockstep token."
     cause = "It was made by another program, or its header was restored from before Lockstep used it."
     next_step = "Check the path. As a LUKS2 volume it opens with `cryptsetup open {path} NAME`."
+
+
+class DirectoryMissing(DiskError):
+    """Data: path, directory."""
+
+    happened = "{path} cannot be made: there is no directory {directory}."
+    cause = "The path is misspelt, or a file system is not mounted."
+    next_step = "Make the directory, or mount what belongs there, then run this again."
 
 
 class DiskFailed(DiskError):
@@ -1128,7 +1152,7 @@ class ServiceError(LockstepError):
     """Serving, attaching, the control socket."""
 
 
-class AttachNeedsRoot(ServiceError):
+class AttachNeedsRoot(NotPermitted, ServiceError):
     """Only root makes block devices."""
 
     happened = "Attaching and detaching a volume needs root."

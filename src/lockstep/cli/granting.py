@@ -58,6 +58,8 @@ def revoke(context: typer.Context, name: Name, user: User, state_dir: StateDir =
         registry.revoke(name, user, actor=actor)
         left = registry.grants(name)
     typer.echo(f"Revoked. {decide(user, name, left, time.time()).reason}.")
+    if any(each.user == ANYBODY for each in left):
+        typer.echo(f"Everybody has a right there, {user} too. To take it away: lockstep revoke {name} '{ANYBODY}'")
 
 
 def grants(

@@ -69,6 +69,7 @@ Header = Annotated[
 ]
 
 SHORTEST_PATIENCE_S, LONGEST_PATIENCE_S = 0.1, 86400.0
+MOST_KEY_BYTES = 8 << 20  # cryptsetup reads no more of a key file
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -128,6 +129,17 @@ def credential_file(name: str) -> str:
     return path
 
 
+def _content(key_file: str) -> bytes:
+    try:
+        with open(sys.stdin.fileno() if key_file == "-" else key_file, "rb", closefd=key_file != "-") as file:
+            found = file.read(MOST_KEY_BYTES + 1)
+    except OSError as error:
+        raise KeyFileUnreadable(path=key_file, reason=error.strerror) from error
+    if len(found) > MOST_KEY_BYTES:
+        raise KeyFileUnreadable(path=key_file, reason=f"it has more than the {MOST_KEY_BYTES} bytes of a key file")
+    return found
+
+
 def passphrase_from(
     key_file: str | None, what: str, *, confirm: bool = False, called: str = "Passphrase"
 ) -> Callable[[], bytes]:
@@ -138,14 +150,8 @@ def passphrase_from(
 
     @functools.cache
     def get() -> bytes:
-        if key_file == "-":
-            return sys.stdin.buffer.read()
         if key_file is not None:
-            try:
-                with open(key_file, "rb") as file:
-                    return file.read()
-            except OSError as error:
-                raise KeyFileUnreadable(path=key_file, reason=error.strerror) from error
+            return _content(key_file)
         if not sys.stdin.isatty():
             raise PassphraseMissing(what=what)
         while True:

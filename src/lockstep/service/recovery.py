@@ -27,7 +27,7 @@ from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.half_rekeyed import HalfRekeyedDisk
 from lockstep.disk.mirror import open_mirror, open_unfinished
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import Disk, holds_data, inspect, overlap, signatures, users_of
+from lockstep.disk.probe import Disk, holds_data, inspect, not_made, overlap, signatures, users_of
 from lockstep.disk.stream import Stream
 from lockstep.errors import (
     DiskBusy,
@@ -304,7 +304,7 @@ class _DiskRestore:
             try:
                 os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             except OSError as error:
-                raise DiskFailed(path=self._path, doing="Making", reason=error.strerror) from error
+                raise not_made(self._path, error) from error
             undo.callback(os.unlink, self._path)
             output = PlainDisk.claim(inspect(self._path))
             undo.callback(output.close)

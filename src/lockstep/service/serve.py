@@ -119,8 +119,10 @@ def parse_tcp(address: str, *, tls: bool = False) -> tuple[str, int]:
     """Split HOST:PORT. Raises AddressInvalid; and TlsRequired where the host is no loopback address, without TLS."""
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or int(port) > 65535:
+    if not host or not port.isdecimal():
         raise AddressInvalid(address=address, reason="it is not HOST:PORT")
+    if len(port) > 5 or int(port) > 65535:
+        raise AddressInvalid(address=address, reason="a port is at most 65535")
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
