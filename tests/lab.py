@@ -362,9 +362,9 @@ class OpenMirror:
         assert line.startswith(f"{kind} "), (line, self.log.read_text())
         return line.removeprefix(f"{kind} ").strip()
 
-    def stop(self) -> None:
-        """SIGTERM, and the exit code 0 that must follow."""
-        self.process.send_signal(signal.SIGTERM)
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """SIGTERM or its like, and the exit code 0 that must follow."""
+        self.process.send_signal(number)
         code = self.process.wait(PATIENCE_S)
         assert code == 0, (code, self.log.read_text())
 

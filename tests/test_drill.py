@@ -302,7 +302,7 @@ def test_a_mirror_that_is_incomplete_stays_with_its_server(lab: Lab) -> None:
     lab.lockstep("revoke", "vol", pwd.getpwuid(os.getuid()).pw_name).ok()
     with volume.served(in_sync=False) as served:
         wait_until(lambda: served.mirror_state() == "behind", "that nobody may update the mirror")
-        lab.lockstep("drill", "vol", "--key-file", lab.key).failed(1, "incomplete")
+        lab.lockstep("drill", "vol", "--key-file", lab.key).failed(1, "not drilled", "lockstep status")
         assert served.mirror_state() == "behind"
 
 
@@ -315,7 +315,7 @@ def test_an_interrupted_drill_leaves_nothing_behind(lab: Lab) -> None:
     volume = backed_up(lab, file_system(lab, 8 * MIB, *EXT4))
     mark = lab.home / "mark"
     command = f"cd {lab.home}; mount $LOCKSTEP_DEVICE content && umount content; echo $$ > mark; exec sleep 600"
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL):
         mark.write_text("")
         arguments = ["drill", "vol", "--key-file", str(lab.key), "--command", command]
         process = subprocess.Popen(

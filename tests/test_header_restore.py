@@ -196,8 +196,8 @@ def test_a_copy_overwrites_nothing(lab: Lab) -> None:
     lab.lockstep("header", "backup", "vol", copy).ok()
     before = {path: path.read_bytes() for path in (copy, volume.header, volume.mirror, volume.target)}
     lab.lockstep("header", "backup", "vol", copy).failed(1, "exists already", "--force")
-    for path in (volume.header, volume.mirror, volume.target):
-        lab.lockstep("header", "backup", "vol", path, "--force").failed(1, "it is the storage of")
+    for path, taken in ((volume.header, "the header"), (volume.mirror, "a mirror"), (volume.target, "the target")):
+        lab.lockstep("header", "backup", "vol", path, "--force").failed(1, f"already is {taken}")
     lab.lockstep("header", "backup", "vol", "/dev/null", "--force").failed(1, "is not a file")
     lab.lockstep("header", "backup", "vol", lab.home / "no" / "copy").failed(1, "No such file")
     assert {path: path.read_bytes() for path in before} == before
@@ -205,6 +205,38 @@ def test_a_copy_overwrites_nothing(lab: Lab) -> None:
     assert copy.stat().st_mode & 0o077 == 0
     assert copy.read_bytes() == volume.header.read_bytes()
     assert not [name for name in os.listdir(lab.home) if name.startswith(".lockstep-")]
+
+
+def test_a_copy_takes_the_place_of_nothing_but_a_copy(lab: Lab) -> None:
+    lab.volume(size_bytes=MIB)
+    other = lab.volume("other", MIB, content=os.urandom(MIB), header=True)
+    assert other.header is not None
+    linked, plain, unregistered = lab.home / "linked", lab.disk("plain", MIB), lab.volume("third", MIB).mirror
+    linked.symlink_to(other.target)
+    lab.lockstep("remove", "third").ok()
+    lab.lockstep("grants", "vol").ok()
+    registered, registry = (other.target, other.mirror, other.header), lab.state / "registry.db"
+    before = {path: path.read_bytes() for path in (*registered, plain, unregistered, registry)}
+
+    def refused(output: Path, fragment: str) -> None:
+        lab.lockstep("header", "backup", "vol", output, "--force").failed(1, fragment)
+
+    with other.served():
+        for path in (*registered, linked):
+            refused(path, "of the volume other" if path != other.header else "of a mirror of the volume other")
+    other.mirror.unlink()
+    refused(other.mirror, "already is a mirror of the volume other")
+    assert not other.mirror.exists()
+    del before[other.mirror], before[other.header]  # its server wrote to both
+    for path in (plain, unregistered):
+        refused(path, "is no header backup")
+    for path in (registry, lab.state / "new", lab.state / "run" / "vol.lock"):
+        refused(path, "lies in the state directory")
+    del before[registry]
+    assert {path: path.read_bytes() for path in before} == before
+    lab.lockstep("list").ok()
+    assert linked.is_symlink()
+    assert not (lab.state / "new").exists()
 
 
 def test_a_detached_header_without_a_copy_is_spoken_of(lab: Lab) -> None:

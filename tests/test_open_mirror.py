@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import time
 import uuid
 from pathlib import Path
@@ -93,6 +94,12 @@ def test_it_serves_the_target_without_the_target_and_without_a_registry(made: Ma
     assert digest(volume.mirror) == before
     assert not lab.state.exists()
     assert not list((lab.home / "lockstep-open").iterdir())
+
+
+def test_a_closed_terminal_ends_it_in_order(made: Made, lab: Lab) -> None:
+    with opened(made.copy(lab, "inline")) as (process, uri):
+        process.stop(signal.SIGHUP)
+        assert not Path(uri.partition("?socket=")[2]).exists()
 
 
 def test_a_huge_mirror_is_open_within_a_second(lab: Lab) -> None:

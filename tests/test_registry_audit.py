@@ -73,11 +73,17 @@ def test_every_change_of_the_registry_is_in_the_trail(registry: Registry) -> Non
 
 def test_what_no_database_can_hold_is_escaped(registry: Registry) -> None:
     registry.audit(
-        "odd", actor=Actor("b\udcffb", "x\0y"), volume="vm1", reason="\ud800", details={"a": "\0", "b": [1, None]}
+        "odd",
+        actor=Actor("b\udcffb", "x\0y"),
+        volume="vm1",
+        reason="\ud800",
+        details={"a": "\0", "b": [1, None, "c\udcff"]},
     )
     row = registry.audit_rows()[-1]
     assert (row.user, row.origin, row.reason) == ("b\\udcffb", "x\\0y", "\\ud800")
+    assert row.details == {"a": "\\0", "b": [1, None, "c\\udcff"]}
     assert registry.check_audit().reason is None
+    assert registry.audit_rows(user="b\udcffb") == (row,)
 
 
 def fill(registry: Registry) -> str:

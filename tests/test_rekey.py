@@ -18,6 +18,8 @@ from typing import IO, Any
 import pytest
 
 from lockstep.crypto import luks, reencryption
+from lockstep.disk.mirror import claim_for_rekeying
+from lockstep.service import rekey as rekeying
 from tests.forks import ForkLab, become_lockstep
 from tests.keys import NEW, opens
 from tests.lab import MIB, PASSPHRASE, Lab, Volume, forget_volume_keys, needs, run, wait_until
@@ -266,3 +268,28 @@ def test_what_is_refused_changes_nothing(lab: Lab) -> None:
     token = luks.read_header(str(volume.mirror)).token
     assert token is not None
     assert token.volume_name == "vol"
+
+
+def test_a_passphrase_that_is_added_at_the_last_moment_is_not_lost(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = lab.volume(size_bytes=MIB)
+
+    def after_another_command(path: str, segment: luks.Segment, size_bytes: int) -> int:
+        Lab.lockstep(lab, "key", "add", "vol", "--key-file", lab.key, "--new-key-file", lab.home / "new").ok()
+        return claim_for_rekeying(path, segment, size_bytes)
+
+    monkeypatch.setattr(rekeying, "claim_for_rekeying", after_another_command)
+    lab.lockstep("key", "rekey", "vol", "--key-file", lab.key).failed(1, "key slot 1", "--drop-other-keys")
+    assert [opens(volume.mirror, each) for each in (PASSPHRASE, NEW)] == [True, True]
+    assert events(lab) == ["key-added"]
+
+
+def test_what_is_being_rekeyed_is_not_forgotten(lab: Lab) -> None:
+    volume = lab.volume(size_bytes=SIZE_BYTES)
+    with interrupted(lab) as (slow, began, go):
+        rekey = Rekey(volume, environment=slow)
+        wait_until(began.exists, "the data's turn")
+        for command in (("remove", "vol"), ("mirror", "remove", "vol", volume.mirror)):
+            lab.lockstep(*command).failed(1, "is being re-keyed")
+        go.touch()
+        rekey.ok()
+    lab.lockstep("remove", "vol").ok()

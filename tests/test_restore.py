@@ -228,7 +228,7 @@ def test_an_output_that_exists(scene: Scene, there: Elsewhere, tmp_path: Path) -
 
 def test_an_output_that_cannot_be_made(scene: Scene, there: Elsewhere, tmp_path: Path) -> None:
     result = there.restore(scene.inline.mirror, tmp_path / "nowhere" / "output")
-    result.failed(1, f"{tmp_path}/nowhere/output", "No such file or directory")
+    result.failed(1, f"{tmp_path}/nowhere/output", f"there is no directory {tmp_path}/nowhere.")
 
 
 @needs_devices
@@ -280,6 +280,30 @@ def test_the_output_is_the_mirror(scene: Scene, there: Elsewhere, tmp_path: Path
     how = f"{device} is a loop device over {mirror}"
     there.refuses(OutputIsMirror(path=device, mirror=mirror, how=how), mirror, device, *options)
     there.refuses(OutputIsMirror(path=mirror, mirror=device, how=how), device, mirror, *options)
+
+
+def test_the_output_is_another_volumes_or_the_state_directorys(tmp_path: Path) -> None:
+    lab = ForkLab(tmp_path)
+    volume = lab.volume(size_bytes=2 * MIB, content=content(2 * MIB))
+    other = lab.volume("other", 2 * MIB, header=True)
+    assert other.header is not None
+    volume.copy_by_hand()
+    overlay = lab.disk("overlay", 0)
+    linked = tmp_path / "linked"
+    linked.symlink_to(other.mirror)
+    kept = {path: path.read_bytes() for path in (other.mirror, other.header, lab.state / "registry.db")}
+    for output, taken in ((linked, "a mirror"), (other.mirror, "a mirror"), (other.header, "the header of a mirror")):
+        volume.restore(output, "--force").failed(1, f"already is {taken} of the volume other")
+        commit = lab.lockstep("commit", volume.mirror, overlay, output, "--key-file", lab.key, "--force")
+        commit.failed(1, f"already is {taken} of the volume other")
+    for output in (lab.state / "registry.db", lab.state / "new", tmp_path / "state" / "run" / ".." / "new"):
+        volume.restore(output, "--force").failed(1, "lies in the state directory")
+    assert {path: path.read_bytes() for path in kept} == kept
+    volume.target.write_bytes(bytes(2 * MIB))
+    volume.restore(volume.target, "--force").ok()
+    assert volume.target.read_bytes() == content(2 * MIB), "onto its own target it may be restored"
+    (lab.state / "registry.db").write_bytes(b"no registry")
+    volume.restore(tmp_path / "output").ok()
 
 
 # --- refused mirrors --------------------------------------------------------------------------------------

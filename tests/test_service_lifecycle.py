@@ -119,7 +119,7 @@ def stopped(process: "subprocess.Popen[str]") -> None:
 # --- stopping in order ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_drains(lab: Lab, number: signal.Signals) -> None:
     """What was answered is on both disks; what was not is either there whole or not at all; the end is in order."""
     volume = lab.volume()
@@ -154,6 +154,19 @@ def test_a_signal_drains(lab: Lab, number: signal.Signals) -> None:
         assert found == data or (cookie not in answered | later.keys() and not any(found)), f"write {cookie} is torn"
     described = at_rest(lab)["mirrors"][0]
     assert (described["state"], described["dirty_bytes"]) == ("in-sync", 0)
+
+
+def test_nohup_keeps_it_when_its_terminal_is_closed(lab: Lab) -> None:
+    lab.volume("vol", MIB)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Volume(lab, "vol", lab.home / "vol.target", lab.home / "vol.mirror", None).served() as server:
+            server.process.send_signal(signal.SIGHUP)
+            time.sleep(0.5)
+            assert server.mirror_state() == "in-sync"
+            assert server.process.poll() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_idle_and_stubborn_clients_do_not_keep_it_from_stopping(lab: Lab) -> None:
@@ -329,6 +342,22 @@ def test_status_json_is_what_the_contract_says(lab: Lab) -> None:
     (closed,) = status_conforms(lab.lockstep("status", "vol", "--json").ok())
     assert (closed["mirrors"][0]["state"], closed["mirrors"][0]["consistent"]) == ("in-sync", True)
     assert run("cryptsetup", "luksUUID", str(volume.mirror)).strip() == closed["mirrors"][0]["uuid"]
+
+
+def test_a_whole_mirror_is_called_so_when_its_target_is_gone(lab: Lab) -> None:
+    volume = lab.volume("vol", MIB, content=os.urandom(MIB))
+    with volume.served():
+        pass
+    content = volume.target.read_bytes()
+    volume.target.unlink()
+    (found,) = status_conforms(lab.lockstep("status", "vol", "--json").ok())
+    assert found["target"]["error"] == f"There is no disk at {volume.target}."
+    (mirror,) = found["mirrors"]
+    assert (mirror["state"], mirror["consistent"], mirror["dirty_bytes"]) == ("in-sync", True, 0)
+    assert "There is no disk at" in lab.lockstep("status").ok()
+    volume.target.write_bytes(content)
+    (mirror,) = at_rest(lab)["mirrors"]
+    assert mirror["state"] == "behind", "what has that name now may be anything"
 
 
 def test_a_hung_server_is_named_within_its_time(lab: Lab) -> None:

@@ -14,12 +14,15 @@ import socket
 import sqlite3
 import stat
 import subprocess
+import sys
+import types
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from lockstep.cli.options import passphrase_from
 from lockstep.errors import (
     AddressInvalid,
     AddressUnusable,
@@ -40,6 +43,7 @@ from lockstep.errors import (
     NotLuks2,
     NoToken,
     PassphraseMissing,
+    PassphraseNotText,
     RegistryUnreadable,
     SocketUnusable,
     StateDirUnusable,
@@ -48,10 +52,12 @@ from lockstep.errors import (
     TcpMissing,
     TlsDirUnusable,
     TlsRequired,
+    ValueEmpty,
     VolumeUnknown,
     WrongPassphrase,
 )
 from lockstep.service.serve import parse_tcp
+from lockstep.service.state import State
 from tests.forks import ForkLab
 from tests.lab import MIB, PASSPHRASE, Lab, Result, Volume, run, wait_until
 
@@ -510,6 +516,21 @@ def test_a_state_directory_whose_path_is_too_long_for_a_socket(tmp_path: Path) -
     assert "no" in lab.lockstep("status", "vol").ok(), "it is not served, and status must say so"
 
 
+def test_an_empty_value_is_another_thing_than_none(tmp_path: Path) -> None:
+    """Taken for none, it would serve the plaintext to everybody who reaches the address."""
+    lab = ForkLab(tmp_path)
+    lab.volume("vol", MIB)
+    tcp = ("--tcp", "127.0.0.1:0")
+    for options in (("--tls-dir", ""), ("--tls-dir", " "), ("--socket", ""), ("--socket-group", ""), ("--tcp", "")):
+        serve = ("serve", "vol", "--key-file", lab.key, *(tcp if options[0] == "--tls-dir" else ()), *options)
+        assert_error(lab.lockstep(*serve), ValueEmpty(option=options[0]))
+    for command in (("init",), ("client",), ("show",)):
+        name = ("alice",) if command == ("client",) else ()
+        assert_error(lab.lockstep("tls", *command, "", *name), ValueEmpty(option="DIR"))
+    assert_error(lab.lockstep("tls", "client", tmp_path, "alice", "--out", ""), ValueEmpty(option="--out"))
+    assert_error(lab.lockstep("open", lab.home / "vol.mirror", "--socket", ""), ValueEmpty(option="--socket"))
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "::", "example.org"])
 def test_plain_tcp_is_for_loopback_addresses_only(host: str) -> None:
     address = f"[{host}]:10809" if ":" in host else f"{host}:10809"
@@ -519,12 +540,19 @@ def test_plain_tcp_is_for_loopback_addresses_only(host: str) -> None:
     assert parse_tcp(address, tls=True) == (host, 10809)
 
 
-@pytest.mark.parametrize("address", [":10809", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:-1"])
+@pytest.mark.parametrize("address", [":10809", "127.0.0.1", "127.0.0.1:", "127.0.0.1:-1"])
 @pytest.mark.parametrize("tls", [False, True])
 def test_what_is_no_address_is_refused(address: str, tls: bool) -> None:
     with pytest.raises(AddressInvalid) as caught:
         parse_tcp(address, tls=tls)
     assert caught.value.data == {"address": address, "reason": "it is not HOST:PORT"}
+
+
+@pytest.mark.parametrize("port", ["65536", "99999", "9" * 5000])
+def test_what_is_no_port_is_refused(port: str) -> None:
+    with pytest.raises(AddressInvalid) as caught:
+        parse_tcp(f"127.0.0.1:{port}")
+    assert caught.value.data["reason"] == "a port is at most 65535"
 
 
 @pytest.mark.parametrize(
@@ -620,3 +648,157 @@ def test_a_state_directory_that_fills_up_meanwhile_ends_in_a_sentence(small_stat
     with volume.served():  # as after a crash: it finds its way
         pass
     volume.assert_equal_disks()
+
+
+# --- whatever the input, a sentence -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """A volume whose paths look like markup."""
+    lab = ForkLab(tmp_path_factory.mktemp("odd"))
+    (lab.home / "a[").mkdir()
+    disks = ("--target", lab.disk("a[/x]t[red]", MIB), "--mirror", lab.home / "a[/x]m[red]é")
+    create = ("create", "vol", *disks, "--key-file", lab.key, "--iter-time", "10")
+    lab.lockstep(*create, environment=lab.quick_format()).ok()
+    return lab
+
+
+def test_what_looks_like_markup_is_shown(odd: Lab) -> None:
+    for command in (("list",), ("status",), ("mirror", "list", "vol"), ("key", "list", "vol")):
+        said = odd.lockstep(*command).ok()
+        assert f"{odd.home}/a[/x]m[red]é" in said
+        assert command in (("mirror", "list", "vol"), ("key", "list", "vol")) or f"{odd.home}/a[/x]t[red]" in said
+
+
+def test_a_terminal_that_cannot_show_a_name_gets_it_escaped(odd: Lab) -> None:
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    for command in (("list",), ("status",), ("remove", "nobody")):
+        done = Lab.lockstep(odd, *command, environment=ascii_only)
+        assert "Traceback" not in done.err
+        assert command[0] == "remove" or "a[/x]m[red]\\" in done.ok()
+
+
+def test_names_that_are_no_text(odd: Lab, tmp_path: Path) -> None:
+    volume, bad = Volume(odd, "vol", odd.home / "a[/x]t[red]", odd.home / "a[/x]m[red]é", None), "\udcff"
+    for command in (("status", bad), ("audit", bad), ("audit", "--user", bad), ("mirror", "list", bad), ("list",)):
+        done = odd.lockstep(*command)
+        assert done.code in (0, 1)
+        assert "Traceback" not in done.err
+    for name in ("", bad):
+        for names in (("status", name), ("mirror", "list", name), ("grants", name)):
+            odd.lockstep(*names).failed(1, "There is no volume")
+    odd.lockstep("revoke", "vol", bad).failed(1, "has no grant")
+    volume.copy_by_hand()
+    said = odd.lockstep("restore", volume.mirror, tmp_path / bad, "--key-file", odd.key).ok()
+    assert "/\\udcff in" in said or "/\\udcff (" in said
+    row = json.loads(odd.lockstep("audit", "vol", "--json").ok().splitlines()[-1])
+    assert (row["event"], row["details"]["output"]) == ("restore", f"{tmp_path}/\\udcff")
+    assert "none removed or altered" in odd.lockstep("audit", "--check").ok()
+
+
+@pytest.mark.parametrize("given", ["nan", "inf", "1e400", "-inf", "0", "86401", "ten"])
+def test_no_patience_without_end(odd: Lab, given: str) -> None:
+    done = odd.lockstep("serve", "vol", "--key-file", odd.key, "--mirror-timeout", given)
+    assert (done.code, "from 0.1 to 86400" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize("given", ["9999-12-31T23:59:59", "0001-01-01T00:00", "0001-01-01T00:00+14:00"])
+def test_no_time_at_an_end_of_the_calendar(odd: Lab, given: str) -> None:
+    odd.lockstep("grant", "vol", "ada", "--window", "sun 03:00-06:00").ok()
+    odd.lockstep("whocan", "vol", "--at", given).failed(2, "is not a time")
+
+
+def in_shell(lab: Lab, command: str, **environment: str) -> Result:
+    surroundings = {**os.environ, **environment, "LOCKSTEP": f"{sys.executable} -m lockstep --state-dir {lab.state}"}
+    script = ["sh", "-c", command, "sh", str(lab.home / "a[/x]m[red]é"), str(lab.key)]
+    return Result(subprocess.run(script, capture_output=True, check=False, timeout=60, env=surroundings))
+
+
+@pytest.mark.parametrize("stdout", [">&-", ">/dev/full"])
+@pytest.mark.parametrize(
+    "command", ["status", "list", "status --json", 'restore "$1" - --key-file "$2" --incomplete', "tls show /nowhere"]
+)
+def test_output_that_goes_nowhere(odd: Lab, command: str, stdout: str) -> None:
+    said = in_shell(odd, f"$LOCKSTEP {command} {stdout}").failed(1)
+    assert "tandard output" in said or "/nowhere" in said
+
+
+def test_a_server_is_one_though_nobody_can_be_told(odd: Lab) -> None:
+    command = (
+        '$LOCKSTEP serve vol --key-file "$2" --socket served >&- & until $LOCKSTEP status vol --json | grep -q served'
+    )
+    done = in_shell(odd, f"cd {odd.home}; {command}; do sleep 0.1; done; kill -TERM $!; wait $!")
+    assert (done.code, "Traceback" in done.err) == (0, False), done.err
+    assert "nobody could be told" in done.err
+
+
+def test_a_standard_input_that_is_closed(odd: Lab) -> None:
+    for options in ("", "--key-file -"):
+        in_shell(odd, f'$LOCKSTEP restore "$1" output {options} <&-').failed(1 if options else 2, "assphrase")
+
+
+def test_a_passphrase_that_is_no_text(odd: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def typed(_prompt: str) -> str:
+        return b"\xff".decode()
+
+    monkeypatch.setattr("getpass.getpass", typed)
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(isatty=lambda: True))
+    with pytest.raises(PassphraseNotText):
+        passphrase_from(None, "the mirror")()
+
+
+def test_what_nobody_foresaw_is_told_in_three_sentences(odd: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_state: State, _name: str) -> None:
+        raise ZeroDivisionError("of what is secret")
+
+    monkeypatch.setattr("lockstep.cli.volumes.remove_volume", broken)
+    assert "secret" not in odd.lockstep("remove", "vol").failed(5, "ZeroDivisionError", "-v stands")
+    verbose = odd.lockstep("--verbose", "remove", "vol")
+    assert verbose.code == 5
+    assert "Traceback" in verbose.err
+
+
+def test_an_interruption_of_the_imports(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = Lab(tmp_path).lockstep("list", environment={"PYTHONPATH": path})
+    assert (done.code, done.err) == (130, "")
+
+
+def test_what_would_be_silently_useless(odd: Lab) -> None:
+    for command in ("", "  "):
+        drill = odd.lockstep("drill", "vol", "--key-file", odd.key, "--command", command)
+        assert_error(drill, ValueEmpty(option="--command"))
+    head = json.loads(odd.lockstep("audit", "--check", "--json").ok())["head"]
+    odd.lockstep("audit", "--check", "--head", head.upper()).ok()
+    odd.lockstep("audit", "--head", head).failed(2, "there is no --check")
+    for wrong in ("", head[1:], "g" * 64):
+        odd.lockstep("audit", "--check", "--head", wrong).failed(2, "64 hexadecimal digits")
+    odd.lockstep("set", "vol", "on-denied=hold", "--timezone", "Bad/Zone").failed(2, "has no time zone")
+    odd.lockstep("set", "vol", "scrub=off", "--timezone", "").failed(2, "--timezone is empty")
+
+
+def test_messages_that_help(odd: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, mirror = odd.home / "a[/x]t[red]", odd.home / "a[/x]m[red]é"
+    assert "truncate" not in odd.lockstep("commit", mirror, "nope", tmp_path / "o").failed(1, "no overlay nope")
+    nowhere = tmp_path / "no" / "disk"
+    keyed = ("--key-file", odd.key)
+    for command in (
+        ("restore", mirror, nowhere, *keyed, "--incomplete"),
+        ("create", "new", "--target", odd.disk("free", MIB), "--mirror", nowhere, *keyed),
+        ("open", mirror, *keyed, "--incomplete", "--writable", "--overlay", nowhere),
+    ):
+        odd.lockstep(*command).failed(1, f"there is no directory {nowhere.parent}")
+    large = odd.disk("large", 8 * MIB + 1)
+    odd.lockstep("restore", mirror, tmp_path / "o", "--key-file", large).failed(2, "more than the 8388608 bytes")
+    odd.lockstep("restore", mirror, tmp_path / "o", "--key-file", "/dev/zero").failed(2, "more than the 8388608 bytes")
+    for user in ("*", "ada"):
+        odd.lockstep("grant", "vol", user).ok()
+    assert "lockstep revoke vol '*'" in odd.lockstep("revoke", "vol", "ada").ok()
+    assert "Everybody" not in odd.lockstep("revoke", "vol", "*").ok()
+    odd.lockstep("sync", "nosuch").failed(1, "There is no volume nosuch")
+    odd.lockstep("sync", "vol").failed(1, "not being served")
+    assert target.exists()
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    odd.lockstep("demo").failed(4, "needs root")

@@ -1,5 +1,17 @@
-"""`python -m lockstep`."""
+"""`lockstep`, and `python -m lockstep`."""
 
-from lockstep.cli.main import main
+import sys
 
-main()
+
+def run() -> None:
+    """Run a command; Ctrl-C ends it quietly also while what it needs is still being imported."""
+    try:
+        from lockstep.cli.main import main  # noqa: PLC0415
+
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

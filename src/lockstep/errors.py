@@ -7,7 +7,8 @@
     ├── RegistryError             1  names, states, the registry itself
     ├── DiskError                 1  targets, mirrors, outputs as disks
     ├── LuksError                 1  the mirror as an encrypted volume
-    └── ServiceError              1  serving, attaching, the control socket
+    ├── ServiceError              1  serving, attaching, the control socket
+    └── Defect                    5  Lockstep itself is wrong
 
 An error class is a row of the catalogue: three format strings over the data that the raiser
 passes by keyword. The data stays on the error (`error.data`) for JSON output and for tests.
@@ -54,6 +55,14 @@ class AddressInvalid(UsageError):
     next_step = "Give --tcp 127.0.0.1:10809, --tcp [::1]:10809, or with --tls-dir any address of this machine."
 
 
+class ValueEmpty(UsageError):
+    """Data: option."""
+
+    happened = "The value of {option} is empty."
+    cause = "It comes from a variable that is not set; to guess what it stands for could open what shall be closed."
+    next_step = "Give a value. To go without an option, leave out its name as well."
+
+
 class WindowInvalid(UsageError):
     """Data: window, reason."""
 
@@ -90,7 +99,7 @@ class TimeInvalid(UsageError):
     """Data: time."""
 
     happened = "{time!r} is not a time."
-    cause = "It is misspelt."
+    cause = "It is misspelt, or lies at an end of the calendar."
     next_step = "Write it like 2026-12-24T18:00, or with a zone, 2026-12-24T18:00+01:00."
 
 
@@ -146,6 +155,22 @@ class SectorSizeInvalid(UsageError):
     next_step = "Leave --sector-size out: Lockstep then takes the target's own sector size."
 
 
+class TimezoneUnwanted(UsageError):
+    """Data: setting."""
+
+    happened = "The setting {setting} has no time zone."
+    cause = "The option --timezone says on whose clock a window is read, and this is not a window."
+    next_step = "Leave --timezone out."
+
+
+class HeadUseless(UsageError):
+    """Data: head, reason."""
+
+    happened = "The hash {head!r} is not looked for: {reason}."
+    cause = "A hash that proves anything is the last one that an earlier check printed, and a check that looks for it."
+    next_step = "Give it as it was printed, 64 hexadecimal digits: `lockstep audit --check --head HASH`."
+
+
 class PassphraseMissing(UsageError):
     """Data: what."""
 
@@ -158,8 +183,8 @@ class KeyFileUnreadable(UsageError):
     """Data: path, reason."""
 
     happened = "The key file {path} cannot be read: {reason}."
-    cause = "The path is misspelt, or the file belongs to another user."
-    next_step = "Check the path and its permissions."
+    cause = "The path is misspelt, the file belongs to another user, or it is no key file."
+    next_step = "Check the path, what it leads to, and its permissions."
 
 
 class KeySourcesConflict(UsageError):
@@ -168,6 +193,14 @@ class KeySourcesConflict(UsageError):
     happened = "{options} cannot be given together."
     cause = "Each says where one and the same passphrase comes from, or both would read it from standard input."
     next_step = "Give one of them; of two passphrases one may come from standard input, the other from a file."
+
+
+class PassphraseNotText(UsageError):
+    """Data: what."""
+
+    happened = "What was typed as the passphrase for {what} is no text."
+    cause = "The terminal sent bytes that are not of the character encoding of this session (LANG, LC_ALL)."
+    next_step = "Correct the terminal's encoding, or give --key-file FILE, which takes any bytes."
 
 
 class CredentialMissing(UsageError):
@@ -750,12 +783,36 @@ class OutputIsMirror(DiskError):
     next_step = "Give a different output; nothing was changed."
 
 
+class OutputInState(DiskError):
+    """Data: path, state."""
+
+    happened = "{path} cannot be the output: it lies in the state directory {state}."
+    cause = "What is there is Lockstep's own: the registry, the records of what differs, the locks."
+    next_step = "Give an output elsewhere, best on another disk; nothing was changed."
+
+
 class MirrorIncomplete(DiskError):
     """Data: path, state."""
 
     happened = "The mirror {path} was last closed in the state {state}: parts of it do not hold the target's data."
     cause = "Its first copy, or a later one, was never finished, or the mirror failed meanwhile."
     next_step = "Use another mirror if there is one; to rescue what this one holds, repeat with --incomplete."
+
+
+class MirrorNotDrilled(DiskError):
+    """Data: path, state."""
+
+    happened = "The mirror {path} is {state} and not drilled: parts of it do not hold the target's data."
+    cause = "It is being copied, it failed meanwhile, or something that was written is held from it."
+    next_step = "Bring it in sync (`lockstep status` says what it lacks), then run this again."
+
+
+class OverlayMissing(DiskError):
+    """Data: path."""
+
+    happened = "There is no overlay {path}."
+    cause = "The path is misspelt, or the mirror was opened with another overlay."
+    next_step = "Give the file that `lockstep open --writable` named when it began; without one, restore the mirror."
 
 
 class OverlayUnfit(DiskError):
@@ -800,6 +857,14 @@ class NoToken(DiskError):
     happened = "{path} is a LUKS2 volume, but not a mirror of Lockstep: its header has no lockstep token."
     cause = "It was made by another program, or its header was restored from before Lockstep used it."
     next_step = "Check the path. As a LUKS2 volume it opens with `cryptsetup open {path} NAME`."
+
+
+class DirectoryMissing(DiskError):
+    """Data: path, directory."""
+
+    happened = "{path} cannot be made: there is no directory {directory}."
+    cause = "The path is misspelt, or a file system is not mounted."
+    next_step = "Make the directory, or mount what belongs there, then run this again."
 
 
 class DiskFailed(DiskError):
@@ -1044,8 +1109,8 @@ class BackupNotWritten(LuksError):
     """Data: path, reason."""
 
     happened = "The header backup {path} cannot be written: {reason}."
-    cause = "The directory does not exist or is full, or this account may not write to it."
-    next_step = "Choose another place; it must not lie on the target or on the mirror."
+    cause = "The directory does not exist or is full, this account may not write to it, or the name is in use."
+    next_step = "Choose another place, on another disk. With --force a header backup takes another one's place only."
 
 
 class BackupKeysDiffer(LuksError):
@@ -1095,7 +1160,7 @@ class ServiceError(LockstepError):
     """Serving, attaching, the control socket."""
 
 
-class AttachNeedsRoot(ServiceError):
+class AttachNeedsRoot(NotPermitted, ServiceError):
     """Only root makes block devices."""
 
     happened = "Attaching and detaching a volume needs root."
@@ -1304,3 +1369,25 @@ class DemoFailed(ServiceError):
     happened = "The demo failed at: {step}. {reason}"
     cause = "A program that it uses failed, or this machine lacks something that it needs (root, loop devices, FUSE)."
     next_step = "Run that step by hand; if it is Lockstep's own, please report it with this message."
+
+
+class StdoutFailed(ServiceError):
+    """Data: reason."""
+
+    happened = "Standard output cannot be written: {reason}."
+    cause = "The file that it goes to lies on a disk that is full or failing, or it was closed."
+    next_step = "Send it elsewhere, then run this again."
+
+
+class Defect(LockstepError):
+    """Exit code 5."""
+
+    exit_code = 5
+
+
+class Unforeseen(Defect):
+    """Data: error (the kind of exception, and not what it says)."""
+
+    happened = "Something went wrong that Lockstep did not foresee ({error})."
+    cause = "This is a defect in Lockstep; what is wrong with your disks or your input, it says otherwise."
+    next_step = "Report it, with the server's log, or with what this prints where -v stands before the command's name."

@@ -1,15 +1,15 @@
 """audit: who did what, when and why; and the proof that nothing of it was removed or altered."""
 
+import re
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from lockstep.cli.options import Json, moment
 from lockstep.cli.output import human_moment, print_json
-from lockstep.cli.screen import console, plain
+from lockstep.cli.screen import Listing, console
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import AuditDamaged
+from lockstep.errors import AuditDamaged, HeadUseless
 
 
 def audit(
@@ -26,9 +26,11 @@ def audit(
     state_dir: StateDir = None,
 ) -> None:
     """Show the audit trail; with --json a line for each row."""
+    if head is not None:
+        _require_useful(head, check=check)
     with state_of(context, state_dir).registry() as registry:
         if check:
-            found = registry.check_audit(head)
+            found = registry.check_audit(head.lower() if head else None)
             if found.reason is not None:
                 raise AuditDamaged(reason=found.reason, rows=found.rows)
             if as_json:
@@ -46,11 +48,18 @@ def audit(
         for row in rows:
             print_json(row.to_json())
         return
-    table = Table("Time", "Volume", "User", "Event", "What happened", "From", box=None, pad_edge=False)
+    table = Listing("Time", "Volume", "User", "Event", "What happened", "From")
     for row in rows:
         when = human_moment(row.at_us / 1e6)
-        table.add_row(when, row.volume, plain(row.user), row.event, plain(row.reason), plain(row.origin))
+        table.add_row(when, row.volume, row.user, row.event, row.reason, row.origin)
     console().print(table)
+
+
+def _require_useful(head: str, *, check: bool) -> None:
+    if re.fullmatch(r"[0-9a-fA-F]{64}", head) is None:
+        raise HeadUseless(head=head, reason="it is not 64 hexadecimal digits")
+    if not check:
+        raise HeadUseless(head=head, reason="there is no --check")
 
 
 COMMANDS = {"audit": audit}

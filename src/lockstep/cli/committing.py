@@ -28,10 +28,12 @@ def commit(
     as_json: Json = False,
 ) -> None:
     """Make a disk of a mirror and what was written over it with `open --writable`: the new target."""
+    state = state_of(context, None)
     unlock = unlock_from(key_file, credential, token_only=token_only, what=f"the mirror {mirror}")
     began_s = time.monotonic()
     with ProgressBars({"commit": "Committing"}, as_json=as_json) as bars:
         done = commit_overlay(
+            state,
             mirror,
             overlay,
             output,
@@ -41,7 +43,7 @@ def commit(
             incomplete=incomplete,
             on_progress=functools.partial(bars, "commit"),
         )
-    note_commit(state_of(context, None), mirror, overlay, done)
+    note_commit(state, mirror, overlay, done)
     if as_json:
         print_json({"committed_bytes": done.size_bytes, "volume": done.volume_name, "output": done.output})
         return

@@ -62,8 +62,8 @@ def demo() -> None:
     try:
         written = story.tell()
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         story.clean_up()
         shutil.rmtree(directory, ignore_errors=True)
     elapsed_s = time.monotonic() - began_s

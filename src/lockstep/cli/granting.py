@@ -5,14 +5,13 @@ from typing import Annotated, Any
 
 import typer
 import tzlocal
-from rich.table import Table
 from rich.text import Text
 
-from lockstep.cli.options import Json, Name, moment
+from lockstep.cli.options import Json, Name, moment, not_empty
 from lockstep.cli.output import human_moment, print_json
-from lockstep.cli.screen import console, plain
+from lockstep.cli.screen import Listing, console, plain
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import SettingInvalid, UserInvalid
+from lockstep.errors import SettingInvalid, TimezoneUnwanted, UserInvalid
 from lockstep.nbd.identity import is_user_name
 from lockstep.registry import windows
 from lockstep.registry.access import ANYBODY, Grant, decide
@@ -31,7 +30,10 @@ def grant(
         typer.Option(metavar="WINDOW", help="When: 'mon-fri 22:00-06:00', 'daily 01:30-03:00'. Default: always."),
     ] = None,
     timezone: Annotated[
-        str | None, typer.Option(metavar="ZONE", help="Whose clock the windows are read on. Default: this machine's.")
+        str | None,
+        typer.Option(
+            metavar="ZONE", callback=not_empty, help="Whose clock the windows are read on. Default: this machine's."
+        ),
     ] = None,
     state_dir: StateDir = None,
 ) -> None:
@@ -56,6 +58,8 @@ def revoke(context: typer.Context, name: Name, user: User, state_dir: StateDir =
         registry.revoke(name, user, actor=actor)
         left = registry.grants(name)
     typer.echo(f"Revoked. {decide(user, name, left, time.time()).reason}.")
+    if any(each.user == ANYBODY for each in left):
+        typer.echo(f"Everybody has a right there, {user} too. To take it away: lockstep revoke {name} '{ANYBODY}'")
 
 
 def grants(
@@ -66,17 +70,17 @@ def grants(
 ) -> None:
     """List who may update which mirrors, when, and whether they may now."""
     with state_of(context, state_dir).registry() as registry:
-        volumes = [registry.volume(name)] if name else registry.volumes()
+        volumes = [registry.volume(name)] if name is not None else registry.volumes()
         found = [(volume.name, grant) for volume in volumes for grant in registry.grants(volume.name)]
     if as_json:
         print_json({"grants": [_as_json(volume, grant) for volume, grant in found]})
         return
-    table = Table("Volume", "User", "Windows", "Time zone", "Now", "Changes", box=None, pad_edge=False)
+    table = Listing("Volume", "User", "Windows", "Time zone", "Now", "Changes")
     for volume, grant in found:
         verdict = _verdict_of(grant, volume)
         table.add_row(
             volume,
-            plain(grant.user),
+            grant.user,
             ", ".join(map(str, grant.windows)) or "always",
             grant.timezone if grant.windows else "",
             Text("yes", "green") if verdict.allowed else Text("no", "yellow"),
@@ -130,7 +134,10 @@ def set_(
         ),
     ],
     timezone: Annotated[
-        str | None, typer.Option(metavar="ZONE", help="Whose clock the window is read on. Default: this machine's.")
+        str | None,
+        typer.Option(
+            metavar="ZONE", callback=not_empty, help="Whose clock the window is read on. Default: this machine's."
+        ),
     ] = None,
     state_dir: StateDir = None,
 ) -> None:
@@ -138,6 +145,8 @@ def set_(
     state = state_of(context, state_dir)
     actor = manager(state, f"change the settings of {name}")
     key, _, value = setting.partition("=")
+    if key == "on-denied" and timezone is not None:
+        raise TimezoneUnwanted(setting=key)
     with state.registry() as registry:
         if key == "on-denied" and value in ("hold", "refuse"):
             registry.set_on_denied(name, "hold" if value == "hold" else "refuse", actor=actor)

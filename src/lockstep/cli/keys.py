@@ -5,11 +5,10 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from lockstep.cli.options import IterTime, Json, KeyFile, MirrorPath, Name, passphrase_from, refuse_together
 from lockstep.cli.output import print_json
-from lockstep.cli.screen import ProgressBars, console
+from lockstep.cli.screen import Listing, ProgressBars, console
 from lockstep.cli.state import StateDir, state_of
 from lockstep.crypto.keyslots import KeySlot
 from lockstep.registry.store import MirrorRecord
@@ -165,7 +164,7 @@ def list_(
         print_json({"mirrors": [_mirror_as_json(*each) for each in found]})
         return
     for record, slots in found:
-        table = Table("Slot", "Opened by", "Key derivation", "Tokens", box=None, pad_edge=False)
+        table = Listing("Slot", "Opened by", "Key derivation", "Tokens")
         for slot in slots:
             table.add_row(str(slot.number), slot.kind, f"{slot.kdf}, {_cost(slot)}", ", ".join(slot.tokens))
         typer.echo(record.path)

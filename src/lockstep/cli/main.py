@@ -8,16 +8,20 @@ import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
 import lockstep
+from lockstep import signals
+from lockstep.cli import streams
 from lockstep.cli.output import report_error
 from lockstep.crypto.cipher import KERNEL
-from lockstep.errors import LockstepError
+from lockstep.errors import LockstepError, StdoutFailed, Unforeseen
+
+log = logging.getLogger(__name__)
 
 # Command -> the file that has it. A file is imported when its command is used: the registry, the web server and the
 # rest cost half a second together, and a rescue needs none of them.
@@ -122,20 +126,32 @@ def _global_options(
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    """SIGTERM ends a command like Ctrl-C, so that what it has made is cleaned up; `serve` has an end of its own."""
+    """SIGTERM and SIGHUP end a command like Ctrl-C, which cleans up what it has made; `serve` has an end of its own."""
     raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run a command; an error of the catalogue ends it with its sentences and its exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in signals.ending():
+        if number is not signal.SIGINT:  # that is Python's own, or ignored in the background of a shell
+            signal.signal(number, _interrupt)
+    streams.prepare()
     try:
         app()
     except LockstepError as error:
-        report_error(error)
-        sys.exit(error.exit_code)
+        _fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        sys.stderr.close()
+        streams.discard_output()
         sys.exit(1)
+    except Exception as error:
+        log.info("the traceback of what follows", exc_info=True)
+        _fail(Unforeseen(error=type(error).__name__))
+
+
+def _fail(error: LockstepError) -> NoReturn:
+    if isinstance(error, StdoutFailed):
+        streams.discard_output()
+    report_error(error)
+    sys.exit(error.exit_code)

@@ -3,11 +3,10 @@
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from lockstep.cli.options import Header, IterTime, Json, KeyFile, Name, passphrase_from, size_bytes
 from lockstep.cli.output import human_bytes, print_json
-from lockstep.cli.screen import console
+from lockstep.cli.screen import Listing, console
 from lockstep.cli.state import StateDir, state_of
 from lockstep.cli.status import gather
 from lockstep.errors import AdoptFormatsNothing
@@ -100,8 +99,7 @@ def list_(context: typer.Context, name: Name, as_json: Json = False, state_dir: 
     if not volume["mirrors"]:
         typer.echo(f"{name} has no mirror. Give it one: lockstep mirror add {name} PATH")
         return
-    table = Table("State", "Differs", "Held", "LUKS UUID", box=None, pad_edge=False)
-    table.add_column("Mirror", overflow="fold")
+    table = Listing("State", "Differs", "Held", "LUKS UUID", folded=("Mirror",))
     for mirror in volume["mirrors"]:
         differs, held = human_bytes(mirror["dirty_bytes"]), human_bytes(mirror["held_bytes"])
         table.add_row(mirror["state"], differs, held, mirror["uuid"], mirror["path"])

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from lockstep.cli.options import Credential, Header, Incomplete, KeyFile, Mirror, TokenOnly, unlock_from
+from lockstep import signals
+from lockstep.cli.options import Credential, Header, Incomplete, KeyFile, Mirror, TokenOnly, not_empty, unlock_from
 from lockstep.cli.output import EARLIER, report_error
 from lockstep.errors import DetachRefused, NotAttached, OverlayUnwanted
 from lockstep.service import attach as attaching
@@ -24,7 +25,8 @@ def open_mirror(
     credential: Credential = None,
     token_only: TokenOnly = False,
     socket: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Unix socket for NBD clients. Default: one below /run.")
+        str | None,
+        typer.Option(metavar="PATH", callback=not_empty, help="Unix socket for NBD clients. Default: one below /run."),
     ] = None,
     writable: Annotated[
         bool, typer.Option("--writable", help="Let clients write, to an overlay; the mirror is only read.")
@@ -68,13 +70,13 @@ def open_mirror(
 
 @contextlib.contextmanager
 def _signals() -> Iterator[Callable[[], object]]:
-    """Yield a function that waits for the next SIGTERM or Ctrl-C."""
+    """Yield a function that waits for the next SIGTERM or Ctrl-C, or the end of the terminal."""
     reader, writer = os.pipe()
 
     def told(_number: int, _frame: FrameType | None) -> None:
         os.write(writer, b".")
 
-    before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, told) for number in signals.ending()}
     try:
         yield lambda: os.read(reader, 1)
     finally:

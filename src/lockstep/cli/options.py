@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from datetime import datetime
+from datetime import MAXYEAR, MINYEAR, datetime
 from typing import Annotated
 
 import typer
@@ -17,8 +17,19 @@ from lockstep.errors import (
     KeyFileUnreadable,
     KeySourcesConflict,
     PassphraseMissing,
+    PassphraseNotText,
     TimeInvalid,
+    ValueEmpty,
 )
+
+
+def not_empty(parameter: typer.CallbackParam, value: str | None) -> str | None:
+    """Refuse a value that is empty, or blank: it is another thing than none. Raises ValueEmpty."""
+    if value is not None and not value.strip():
+        is_option = parameter.opts[0].startswith("-")
+        raise ValueEmpty(option=parameter.opts[0] if is_option else parameter.metavar)
+    return value
+
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The volume's name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -57,6 +68,8 @@ Header = Annotated[
     str | None, typer.Option(metavar="FILE", help="The LUKS2 header is in this file instead of on the mirror.")
 ]
 
+SHORTEST_PATIENCE_S, LONGEST_PATIENCE_S = 0.1, 86400.0
+MOST_KEY_BYTES = 8 << 20  # cryptsetup reads no more of a key file
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -68,12 +81,26 @@ def size_bytes(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
+def patience_s(text: str) -> float:
+    """Read for how many seconds a disk is waited for: up to a day, and never for ever."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not SHORTEST_PATIENCE_S <= seconds <= LONGEST_PATIENCE_S:
+        raise typer.BadParameter(f"{text!r} is not a number of seconds from 0.1 to 86400")
+    return seconds
+
+
 def moment(text: str) -> float:
     """Read a time, local unless it says otherwise; seconds since 1970. Raises TimeInvalid."""
     try:
-        return datetime.fromisoformat(text).timestamp()
+        found = datetime.fromisoformat(text)
+        if MINYEAR < found.year < MAXYEAR:  # at either end there is no day before, or after, to look at
+            return found.timestamp()
     except (ValueError, OverflowError) as error:
         raise TimeInvalid(time=text) from error
+    raise TimeInvalid(time=text)
 
 
 def unlock_from(key_file: str | None, credential: str | None, *, token_only: bool, what: str) -> Unlock:
@@ -102,6 +129,17 @@ def credential_file(name: str) -> str:
     return path
 
 
+def _content(key_file: str) -> bytes:
+    try:
+        with open(sys.stdin.fileno() if key_file == "-" else key_file, "rb", closefd=key_file != "-") as file:
+            found = file.read(MOST_KEY_BYTES + 1)
+    except OSError as error:
+        raise KeyFileUnreadable(path=key_file, reason=error.strerror) from error
+    if len(found) > MOST_KEY_BYTES:
+        raise KeyFileUnreadable(path=key_file, reason=f"it has more than the {MOST_KEY_BYTES} bytes of a key file")
+    return found
+
+
 def passphrase_from(
     key_file: str | None, what: str, *, confirm: bool = False, called: str = "Passphrase"
 ) -> Callable[[], bytes]:
@@ -112,20 +150,19 @@ def passphrase_from(
 
     @functools.cache
     def get() -> bytes:
-        if key_file == "-":
-            return sys.stdin.buffer.read()
         if key_file is not None:
-            try:
-                with open(key_file, "rb") as file:
-                    return file.read()
-            except OSError as error:
-                raise KeyFileUnreadable(path=key_file, reason=error.strerror) from error
+            return _content(key_file)
         if not sys.stdin.isatty():
             raise PassphraseMissing(what=what)
         while True:
-            passphrase = getpass.getpass(f"{called} for {what}: ")
-            if not confirm or getpass.getpass("Again: ") == passphrase:
-                return passphrase.encode()
+            try:
+                passphrase = getpass.getpass(f"{called} for {what}: ")
+                if not confirm or getpass.getpass("Again: ") == passphrase:
+                    return passphrase.encode()
+            except UnicodeError as error:
+                raise PassphraseNotText(what=what) from error
+            except EOFError as error:
+                raise PassphraseMissing(what=what) from error
             typer.echo("The two differ; try again.", err=True)
 
     return get

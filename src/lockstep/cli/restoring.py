@@ -78,17 +78,18 @@ def restore(
         done_bytes = done if phase == COPYING else total
         bars(phase, done, total)
 
+    state = state_of(context, None)
     unlock = unlock_from(key_file, credential, token_only=token_only, what=f"the mirror {mirror}")
     to_stdout = output == STDOUT
     try:
         with ProgressBars(_BARS, as_json=as_json, err=to_stdout) as bars:
-            done = restore_mirror(wanted, unlock, on_progress=note)
+            done = restore_mirror(state, wanted, unlock, on_progress=note)
     except KeyboardInterrupt:
         if began_s is not None and not to_stdout:
             typer.echo(f"Interrupted: {output} is unfinished, with {human_bytes(done_bytes)} restored.", err=True)
             typer.echo("Repeat the command with --resume to go on there, or delete it and its record.", err=True)
         raise
-    note_restore(state_of(context, None), mirror, done)
+    note_restore(state, mirror, done)
     elapsed_s = time.monotonic() - (began_s or 0)
     if as_json:
         print_json(_as_json(done), err=to_stdout)

@@ -6,11 +6,12 @@ Rich is imported here and not in `output.py`, because to import it takes longer 
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from typing import Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
 from rich.text import Text
 
 from lockstep.cli.output import print_json
@@ -23,9 +24,23 @@ def console() -> Console:
     return Console(soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 
 
-def plain(text: str) -> Text:
+def plain(text: str, style: str = "") -> Text:
     """Return text that somebody else chose, with nothing in it that a terminal would obey."""
-    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), style)
+
+
+class Listing(Table):
+    """A table without lines, whose cells are shown as they are: what looks like markup in a path is part of it."""
+
+    def __init__(self, *columns: str, folded: Sequence[str] = (), show_header: bool = True) -> None:
+        """`folded`: further columns, which may be long."""
+        super().__init__(*columns, box=None, pad_edge=False, show_header=show_header)
+        for column in folded:
+            self.add_column(column, overflow="fold")
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        """Add a row; a string is plain text."""
+        super().add_row(*(plain(cell) if isinstance(cell, str) else cell for cell in cells), **options)
 
 
 class ProgressBars:

@@ -1,14 +1,16 @@
 """serve, attach, detach: a volume in use."""
 
+import logging
 import os
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import unquote
 
 import typer
 
-from lockstep.cli.options import Credential, KeyFile, Name, TokenOnly, unlock_from
+from lockstep.cli import streams
+from lockstep.cli.options import Credential, KeyFile, Name, TokenOnly, not_empty, patience_s, unlock_from
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import NotAttached, TcpMissing
+from lockstep.errors import NotAttached, StdoutFailed, TcpMissing
 from lockstep.service import attach as attaching
 from lockstep.service.control_client import ask_status
 from lockstep.service.serve import Listen, Options, group_id, parse_tcp
@@ -18,6 +20,8 @@ from lockstep.service.volume_session import PATIENCE_S
 if TYPE_CHECKING:
     from lockstep.service.certificates import Terms
 
+log = logging.getLogger(__name__)
+
 
 def serve(
     context: typer.Context,
@@ -26,26 +30,39 @@ def serve(
     credential: Credential = None,
     token_only: TokenOnly = False,
     socket: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Unix socket for NBD clients. Default: STATE/run/NAME.sock.")
+        str | None,
+        typer.Option(
+            metavar="PATH", callback=not_empty, help="Unix socket for NBD clients. Default: STATE/run/NAME.sock."
+        ),
     ] = None,
     socket_group: Annotated[
-        str | None, typer.Option(metavar="GROUP", help="Members of GROUP may connect to the unix socket as well.")
+        str | None,
+        typer.Option(
+            metavar="GROUP", callback=not_empty, help="Members of GROUP may connect to the unix socket as well."
+        ),
     ] = None,
     tcp: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="Serve on this address as well: a loopback address, or with --tls-dir."),
+        typer.Option(
+            metavar="HOST:PORT",
+            callback=not_empty,
+            help="Serve on this address as well: a loopback address, or with --tls-dir.",
+        ),
     ] = None,
     tls_dir: Annotated[
         str | None,
         typer.Option(
             metavar="DIR",
+            callback=not_empty,
             help="Over TCP, serve only clients that have a certificate of this TLS directory (`lockstep tls init`).",
         ),
     ] = None,
     mirror_timeout: Annotated[
         float,
         typer.Option(
-            metavar="SECONDS", min=0.1, help="A mirror that does not answer for so long is dropped until it is back."
+            metavar="SECONDS",
+            parser=patience_s,
+            help="A mirror that does not answer for so long is dropped until it is back.",
         ),
     ] = PATIENCE_S,
     mlock: Annotated[
@@ -61,13 +78,13 @@ def serve(
 ) -> None:
     """Serve a volume over NBD, in the foreground, until SIGTERM or Ctrl-C."""
     state = state_of(context, state_dir)
-    if tls_dir and not tcp:
+    if tls_dir is not None and tcp is None:
         raise TcpMissing
     listen = Listen(
-        os.path.abspath(socket) if socket else state.socket(name),
-        parse_tcp(tcp, tls=tls_dir is not None) if tcp else None,
-        _terms_of(tls_dir) if tls_dir else None,
-        group_id(socket_group) if socket_group else None,
+        state.socket(name) if socket is None else os.path.abspath(socket),
+        None if tcp is None else parse_tcp(tcp, tls=tls_dir is not None),
+        None if tls_dir is None else _terms_of(tls_dir),
+        None if socket_group is None else group_id(socket_group),
     )
     unlock = unlock_from(key_file, credential, token_only=token_only, what=f"the mirror of {name}")
     options = Options(mirror_patience_s=mirror_timeout, lock_memory=mlock, direct=direct)
@@ -81,8 +98,12 @@ def _terms_of(tls_dir: str) -> "Terms":
 
 
 def _announce(uris: list[str]) -> None:
-    for uri in uris:
-        typer.echo(f"ready {uri}")
+    try:
+        for uri in uris:
+            typer.echo(f"ready {uri}")
+    except (StdoutFailed, BrokenPipeError) as error:
+        streams.discard_output()
+        log.warning("nobody could be told that the server is ready: %s", error)  # who connects finds out
 
 
 def attach(

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lockstep.cli.options import Json
 from lockstep.cli.output import human_bytes, human_moment, human_seconds, print_json
-from lockstep.cli.screen import console, plain
+from lockstep.cli.screen import Listing, console, plain
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import NotServed, ServerSilent
 from lockstep.service import headers
@@ -56,7 +56,7 @@ def status(
 def gather(state: State, name: str | None) -> dict[str, Any]:
     """Return one volume, or all, as `status --json` prints them."""
     with state.registry() as registry:
-        volumes = (registry.volume(name),) if name else registry.volumes()
+        volumes = (registry.volume(name),) if name is not None else registry.volumes()
         backups = {volume.name: headers.backups(registry, volume) for volume in volumes}
     described = []
     for volume in volumes:
@@ -65,7 +65,7 @@ def gather(state: State, name: str | None) -> dict[str, Any]:
         except NotServed:
             described.append(at_rest(state, volume))
         except ServerSilent as silence:
-            if name:
+            if name is not None:
                 raise
             described.append(at_rest(state, volume, error=str(silence)))
         add_headers(described[-1], volume, backups[volume.name])
@@ -81,26 +81,24 @@ def _render(gathered: dict[str, Any]) -> RenderableType:
 
 def _render_target(target: dict[str, Any]) -> Iterator[RenderableType]:
     if target["error"]:
-        yield Text(target["error"], "red")
+        yield plain(target["error"], "red")
     if restore := target["restore"]:
         yield Text("being restored from a mirror", "cyan")
         yield _render_progress(restore)
         if restore["error"]:
-            yield Text(restore["error"], "red")
+            yield plain(restore["error"], "red")
 
 
 def _render_volume(volume: dict[str, Any]) -> RenderableType:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column()
-    table.add_column(overflow="fold")
+    table = Listing("", folded=("",), show_header=False)
     table.add_row(Text(volume["name"], "bold"), human_bytes(volume["size_bytes"]))
     past_cache = " (direct I/O)" if volume["target"]["direct"] else ""
-    table.add_row("  target", plain(volume["target"]["path"] + past_cache))
+    table.add_row("  target", volume["target"]["path"] + past_cache)
     for row in _render_target(volume["target"]):
         table.add_row("", row)
     table.add_row("  serving", volume["uri"] or "no")
     for client in volume["clients"]:
-        table.add_row("  client", plain(f"{client['user']} ({client['verdict']}): {client['reason']}"))
+        table.add_row("  client", f"{client['user']} ({client['verdict']}): {client['reason']}")
     if not volume["mirrors"]:
         table.add_row("  mirror", "none: writes go to the target alone")
     for mirror in volume["mirrors"]:
@@ -113,9 +111,9 @@ def _render_volume(volume: dict[str, Any]) -> RenderableType:
         if mirror["header"] and (
             sentence := headers.reminder(volume["name"], mirror["header"], mirror["header_backup"])
         ):
-            table.add_row("", Text(sentence, "bold red"))
+            table.add_row("", plain(sentence, "bold red"))
         if mirror["error"]:
-            table.add_row("", Text(mirror["error"], "red"))
+            table.add_row("", plain(mirror["error"], "red"))
     return table
 
 

@@ -9,7 +9,7 @@ import typer
 from lockstep.cli.options import Json, Name
 from lockstep.cli.output import print_json
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import StillBehind
+from lockstep.errors import NotServed, StillBehind
 from lockstep.service.control_client import ask, ask_status
 
 POLL_S: Final = 0.2
@@ -35,7 +35,12 @@ def sync(
     state = state_of(context, state_dir)
     state.require_manager(os.geteuid(), f"sync {name}")
     control = state.control(name)
-    ask(control, name, "POST", "/v1/sync", include_held=include_held, compare=checksum)
+    try:
+        ask(control, name, "POST", "/v1/sync", include_held=include_held, compare=checksum)
+    except NotServed:
+        with state.registry() as registry:
+            registry.volume(name)  # or there is no such volume to serve
+        raise
     volume = ask_status(control, name)
     while wait and any(mirror["state"] == "syncing" for mirror in volume["mirrors"]):
         time.sleep(POLL_S)

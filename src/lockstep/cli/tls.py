@@ -3,11 +3,10 @@
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from lockstep.cli.options import Json
+from lockstep.cli.options import Json, not_empty
 from lockstep.cli.output import print_json
-from lockstep.cli.screen import console
+from lockstep.cli.screen import Listing, console
 from lockstep.service.certificates import (
     LEAF_DAYS,
     Certificate,
@@ -17,7 +16,7 @@ from lockstep.service.certificates import (
     make_client,
 )
 
-Directory = Annotated[str, typer.Argument(metavar="DIR", help="The TLS directory.")]
+Directory = Annotated[str, typer.Argument(metavar="DIR", callback=not_empty, help="The TLS directory.")]
 Days = Annotated[
     int, typer.Option(metavar="N", min=1, max=36500, help="Lifetime of the certificate; none outlives its authority.")
 ]
@@ -52,7 +51,8 @@ def client(
     directory: Directory,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The user that the client will be.")],
     out: Annotated[
-        str | None, typer.Option(metavar="DIR2", help="Where the client's files go. Default: DIR/clients/NAME.")
+        str | None,
+        typer.Option(metavar="DIR2", callback=not_empty, help="Where its files go. Default: DIR/clients/NAME."),
     ] = None,
     days: Days = LEAF_DAYS,
 ) -> None:
@@ -69,9 +69,7 @@ def show(directory: Directory, as_json: Json = False) -> None:
     if as_json:
         print_json({"certificates": [_as_json(each) for each in certificates]})
         return
-    table = Table("Kind", "Name", "Expires", "Days left", box=None, pad_edge=False)
-    table.add_column("Hosts", overflow="fold")
-    table.add_column("File", overflow="fold")
+    table = Listing("Kind", "Name", "Expires", "Days left", folded=("Hosts", "File"))
     for each in certificates:
         left = str(each.days_left()) if each.days_left() >= 0 else "expired"
         table.add_row(each.kind, each.name, f"{each.expires:%Y-%m-%d}", left, " ".join(each.hosts), each.path)

@@ -4,11 +4,11 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.text import Text
 
 from lockstep.cli.options import Header, IterTime, Json, KeyFile, Name, passphrase_from, size_bytes
 from lockstep.cli.output import human_bytes, print_json
-from lockstep.cli.screen import console
+from lockstep.cli.screen import Listing, console, plain
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import MirrorMissing
 from lockstep.registry.store import VolumeRecord
@@ -80,11 +80,9 @@ def list_(context: typer.Context, as_json: Json = False, state_dir: StateDir = N
     if not volumes:
         typer.echo("There are no volumes. Make one: lockstep create NAME --target PATH --mirror PATH")
         return
-    table = Table("Volume", "Size", box=None, pad_edge=False)
-    table.add_column("Target", overflow="fold")
-    table.add_column("Mirrors", overflow="fold")
+    table = Listing("Volume", "Size", folded=("Target", "Mirrors"))
     for volume in volumes:
-        mirrors = "\n".join(mirror.path for mirror in volume.mirrors) or "none"
+        mirrors = Text("\n").join(plain(mirror.path) for mirror in volume.mirrors) or "none"
         table.add_row(volume.name, human_bytes(volume.size_bytes), volume.target_path, mirrors)
     console().print(table)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.crypto import cryptsetup, luks
-from lockstep.errors import BackupNotWritten
+from lockstep.errors import BackupNotWritten, HeaderDamaged, HeaderUnreadable, NotLuks2
 
 
 def write(path: str, output: str) -> None:
@@ -32,6 +32,20 @@ def write(path: str, output: str) -> None:
         _sync(directory)
     except OSError as error:
         raise BackupNotWritten(path=output, reason=os.strerror(error.errno or 0)) from error
+
+
+def is_copy(path: str) -> bool:
+    """Whether a file is a copy of a header and nothing else: sound, with no byte of data behind it.
+
+    A detached header looks the same. Raises HeaderUnreadable, CryptsetupMissing, CryptsetupHung.
+    """
+    try:
+        metadata = luks.read_metadata(path)
+        return os.path.getsize(path) == len(luks.header_bytes(path, metadata))
+    except (NotLuks2, HeaderDamaged):
+        return False
+    except OSError as error:
+        raise HeaderUnreadable(path=path, reason=os.strerror(error.errno or 0)) from error
 
 
 def put_back(path: str, backup: str) -> None:

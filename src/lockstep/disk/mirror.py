@@ -17,7 +17,7 @@ from lockstep.disk.direct import require_direct
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.half_rekeyed import HalfRekeyedDisk
 from lockstep.disk.lock import lock_exclusive, lock_shared
-from lockstep.disk.probe import Disk, holds_data, inspect, open_disk, overlap, signatures, users_of
+from lockstep.disk.probe import Disk, holds_data, inspect, not_made, open_disk, overlap, signatures, users_of
 from lockstep.errors import (
     DiskBusy,
     DiskChanged,
@@ -266,7 +266,7 @@ def _make_file(path: str, size_bytes: int) -> None:
         finally:
             os.close(fd)
     except OSError as error:
-        raise DiskFailed(path=path, doing="Making", reason=error.strerror) from error
+        raise not_made(path, error) from error
 
 
 def _unlink_if_there(path: str) -> None:

@@ -38,9 +38,11 @@ from pathlib import Path
 
 from lockstep.errors import (
     DirectImpossible,
+    DirectoryMissing,
     DiskBusy,
     DiskChanged,
     DiskError,
+    DiskFailed,
     DiskForbidden,
     DiskMissing,
     DiskReadOnly,
@@ -172,6 +174,13 @@ def _catalogued(path: str, error: OSError, access: str) -> DiskError:
     if error.errno == errno.EROFS:
         return DiskReadOnly(path=path)
     return DiskUnreadable(path=path, reason=reason)
+
+
+def not_made(path: str, error: OSError, doing: str = "Making") -> DiskError:
+    """Why a file could not be made: that its directory is missing is no failure of a disk."""
+    if error.errno in {errno.ENOENT, errno.ENOTDIR}:
+        return DirectoryMissing(path=path, directory=os.path.dirname(os.path.abspath(path)))
+    return DiskFailed(path=path, doing=doing, reason=error.strerror or str(error))
 
 
 # --- what it carries --------------------------------------------------------------------------------------

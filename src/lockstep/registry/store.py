@@ -378,7 +378,9 @@ class Registry:
         """Take a user's right away, or everybody's. Raises VolumeUnknown, GrantUnknown."""
         with self._transaction(write=True) as connection:
             volume = _find(connection, name)
-            if not _hit(connection, delete(GRANTS).where(GRANTS.c.volume_id == volume.id, GRANTS.c.user == user)):
+            if not _hit(
+                connection, delete(GRANTS).where(GRANTS.c.volume_id == volume.id, GRANTS.c.user == _text(user))
+            ):
                 raise GrantUnknown(user=user, volume=name)
             reason = f"{actor.user} took the mirrors of {name} from {user}"
             _append(connection, "revoked", actor, name, reason, {"grantee": user})
@@ -402,9 +404,9 @@ class Registry:
         """The rows of the audit trail, oldest first; times in seconds since 1970, the second one excluded."""
         query = select(AUDIT).order_by(AUDIT.c.number)
         if volume is not None:
-            query = query.where(AUDIT.c.volume == volume)
+            query = query.where(AUDIT.c.volume == _text(volume))
         if user is not None:
-            query = query.where(AUDIT.c.user == user)
+            query = query.where(AUDIT.c.user == _text(user))
         if since_s is not None:
             query = query.where(AUDIT.c.at_us >= round(since_s * 1e6))
         if until_s is not None:
@@ -477,7 +479,7 @@ def _new() -> dict[str, Any]:
 
 
 def _find(connection: Connection, name: str) -> Row[Any]:
-    if volume := connection.execute(select(VOLUMES).where(VOLUMES.c.name == name)).first():
+    if volume := connection.execute(select(VOLUMES).where(VOLUMES.c.name == _text(name))).first():
         return volume
     near = get_close_matches(name, connection.scalars(select(VOLUMES.c.name)))
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -537,7 +539,7 @@ def _append(
         user=_text(actor.user),
         origin=_text(actor.origin),
         reason=_text(reason),
-        details=json.loads(_text(json.dumps(details))),
+        details=_storable(json.loads(json.dumps(details))),
         previous=previous,
         hash="",
     )
@@ -552,6 +554,15 @@ def _append(
 def _text(text: str) -> str:
     """What every database can hold: a path may have bytes that are no UTF-8, or a NUL in a name that somebody sent."""
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
+def _storable(value: Any) -> Any:
+    """The same for all text in what JSON can hold, names of members included."""
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, dict):
+        return {_text(name): _storable(each) for name, each in value.items()}
+    return [_storable(each) for each in value] if isinstance(value, list) else value
 
 
 def _audit_record(row: Row[Any]) -> AuditRecord:

@@ -9,7 +9,7 @@ A command that dies gives the mirror back as well: the lock ends with it, and th
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from lockstep.errors import LockstepError, MirrorBorrowed, NotServed
@@ -41,10 +41,20 @@ def alone(state: State, mirror: MirrorRecord) -> Iterator[int]:
         yield lock
 
 
+@contextlib.contextmanager
+def nobodys(state: State, mirrors: Iterable[MirrorRecord]) -> Iterator[None]:
+    """Have mirrors that nobody borrows, and nobody begins to meanwhile. Raises MirrorBorrowed."""
+    with contextlib.ExitStack() as stack:
+        for mirror in mirrors:
+            if stack.enter_context(state.borrowing_lock(mirror.luks_uuid)) is None:
+                raise MirrorBorrowed(path=mirror.path)
+        yield
+
+
 def ask(state: State, volume: str, mirror: MirrorRecord, purpose: str) -> bool:
     """Have the server let the mirror go; False if there is none.
 
-    Raises ServerSilent, DiskBusy, NotManager, and for a drill MirrorIncomplete.
+    Raises ServerSilent, DiskBusy, NotManager, and for a drill MirrorNotDrilled.
     """
     try:
         body = {"mirror": mirror.luks_uuid, "for": purpose}

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import inspect, users_of
-from lockstep.errors import DiskBusy, DiskFailed, OutputTooSmall
+from lockstep.disk.probe import inspect, not_made, users_of
+from lockstep.errors import DiskBusy, DiskFailed, OutputTooSmall, OverlayMissing
 from lockstep.service.noting import note_if_known
 from lockstep.service.opening import opened
-from lockstep.service.recovery import refuse_content, refuse_same_storage
+from lockstep.service.recovery import refuse_content, refuse_known, refuse_same_storage
 from lockstep.service.state import State
 from lockstep.volume.restore import DiskSink, Extent, Progress, copy_out
 
@@ -27,6 +27,7 @@ class Committed:
 
 
 def commit(
+    state: State,
     mirror_path: str,
     overlay_path: str,
     output_path: str,
@@ -40,10 +41,13 @@ def commit(
     """Write what one sees through the overlay, exactly the target's size, onto a disk or a file.
 
     Mirror and overlay stay as they are. An output that this made is removed when it fails. Raises OutputExists unless
-    `force`; OutputIsMirror, OutputTooSmall, DiskBusy, DiskFailed; what opening the mirror and claiming the overlay
-    raise, DiskLocked while it is open elsewhere.
+    `force`; OutputIsMirror, OutputInState, MirrorTaken, HeaderTaken, OutputTooSmall, DiskBusy, DiskFailed; what opening
+    the mirror and claiming the overlay raise, DiskLocked while it is open elsewhere.
     """
+    if not os.path.exists(overlay_path):
+        raise OverlayMissing(path=overlay_path)
     inspect(overlay_path)
+    refuse_known(state, output_path)
     if os.path.lexists(output_path):
         refuse_same_storage(output_path, output_path, mirror_path, header_path, overlay_path)
     with opened(
@@ -83,7 +87,7 @@ def _claimed(path: str, size_bytes: int, *, force: bool) -> Iterator[PlainDisk]:
             try:
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             except OSError as error:
-                raise DiskFailed(path=path, doing="Making", reason=error.strerror) from error
+                raise not_made(path, error) from error
             undo.callback(os.unlink, path)
         else:
             _refuse_output(path, size_bytes, force=force)

@@ -42,7 +42,7 @@ class Commands(Protocol):
         """Look at once for mirrors that are away."""
 
     async def let_go(self, luks_uuid: str, purpose: str) -> None:
-        """Stop following a mirror, in order, for another command. Raises DiskBusy, MirrorIncomplete."""
+        """Stop following a mirror, in order, for another command. Raises DiskBusy, MirrorNotDrilled."""
 
     def verify(self, actor: Actor, *, repair: bool) -> None:
         """Begin to compare. Raises AlreadyVerifying."""

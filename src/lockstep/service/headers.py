@@ -27,7 +27,7 @@ from typing import Final
 from lockstep.crypto import header_backup, luks
 from lockstep.crypto.header_backup import Content
 from lockstep.disk.mirror import require_unused
-from lockstep.disk.probe import inspect, overlap, signatures
+from lockstep.disk.probe import inspect, signatures
 from lockstep.errors import (
     BackupExists,
     BackupKeysDiffer,
@@ -112,14 +112,16 @@ def reminder(name: str, header: str, backup: str) -> str | None:
 def back_up_header(state: State, name: str, mirror_path: str | None, output: str, *, force: bool) -> MirrorRecord:
     """Copy a mirror's header to a file; it may be served meanwhile.
 
-    Raises NotManager, BackupExists unless `force`, BackupNotWritten, MirrorOfAnotherVolume, and header errors.
+    Even with `force` it takes the place of nothing but another copy. Raises NotManager, BackupExists, OutputInState,
+    TargetTaken and its like, BackupNotWritten, MirrorOfAnotherVolume, and header errors.
     """
     actor = manager(state, f"back up a header of {name}")
     with state.registry() as registry:
         volume = registry.volume(name)
         mirror = mirrors.chosen(volume, mirror_path)
         path = mirrors.header_path(mirror)
-        _refuse_output(volume, output, force=force)
+        state.refuse_output(output)
+        _refuse_output(registry, output, force=force)
         with state.key_lock(mirror.luks_uuid):
             mirrors.require_same_disk(volume, mirror, luks.read_uuid(path))
             header_backup.write(path, output)
@@ -129,23 +131,22 @@ def back_up_header(state: State, name: str, mirror_path: str | None, output: str
     return mirror
 
 
-def _refuse_output(volume: VolumeRecord, output: str, *, force: bool) -> None:
+def _refuse_output(registry: Registry, output: str, *, force: bool) -> None:
     try:
-        found = os.stat(output)
+        found = os.stat(output).st_mode
     except FileNotFoundError:
         if os.path.islink(output):
             raise BackupNotWritten(path=output, reason="it is a link that leads nowhere") from None
-        return
+        found = None
     except OSError as error:
         raise BackupNotWritten(path=output, reason=error.strerror) from error
-    if not stat.S_ISREG(found.st_mode):
+    if found is not None and not stat.S_ISREG(found):
         raise BackupNotWritten(path=output, reason="it is there, and is not a file")
-    if not force:
+    mirrors.refuse_as_output(registry.volumes(), output)
+    if found is not None and not force:
         raise BackupExists(path=output)
-    disks = [volume.target_path, *(each for mirror in volume.mirrors for each in (mirror.path, mirror.header_path))]
-    for disk in disks:
-        if disk and os.path.exists(disk) and (how := overlap(inspect(output), inspect(disk))):
-            raise BackupNotWritten(path=output, reason=f"it is the storage of {disk} ({how})")
+    if found is not None and not header_backup.is_copy(output):
+        raise BackupNotWritten(path=output, reason="it is there, and is no header backup")
 
 
 # --- putting back ---

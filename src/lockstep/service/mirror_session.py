@@ -43,7 +43,7 @@ from lockstep.errors import (
     DiskUnreadable,
     LockstepError,
     MirrorBorrowed,
-    MirrorIncomplete,
+    MirrorNotDrilled,
     RekeyUnfinished,
     StateDirUnusable,
 )
@@ -278,10 +278,10 @@ class MirrorSession:
     async def step_aside(self, path: WritePath, purpose: str) -> None:
         """Let another command have the mirror: from here on nobody here has it open, and it says that it is aside.
 
-        Raises DiskBusy if it does not answer; and MirrorIncomplete if it could not be used, where that is the purpose.
+        Raises DiskBusy if it does not answer; and MirrorNotDrilled if it could not be used, where that is the purpose.
         """
         if purpose == DRILL and not self.link.consistent:
-            raise MirrorIncomplete(path=self.mirror.path, state=self.link.state)
+            raise MirrorNotDrilled(path=self.mirror.path, state=self.link.state)
         self._rekeyed = self._rekeyed or purpose == REKEY
         left_as = await path.part_from(self.link, _ASIDE[purpose].format(volume=self._volume.name))
         busy = DiskBusy(path=self.mirror.path, users="in use by its server, which waits for it")

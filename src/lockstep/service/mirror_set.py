@@ -24,25 +24,21 @@ from lockstep.disk.mirror import SECTOR_SIZES, make_mirror, open_mirror, refuse_
 from lockstep.disk.probe import Disk, inspect, overlap
 from lockstep.errors import (
     HeaderDamaged,
-    HeaderTaken,
     HeaderUnreadable,
     MirrorKeysDiffer,
     MirrorOfAnotherVolume,
     MirrorsHoldBack,
-    MirrorTaken,
     NoKeySlots,
     NotLuks2,
-    RegistryError,
     SectorSizeInvalid,
     StillServed,
     TargetResized,
-    TargetTaken,
     TargetUnfinished,
     WrongPassphrase,
 )
 from lockstep.registry.audit import Actor
 from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
-from lockstep.service import mirrors
+from lockstep.service import borrowing, mirrors
 from lockstep.service.control_client import ask, ask_status
 from lockstep.service.managing import manager
 from lockstep.service.memory import protect_memory
@@ -105,7 +101,7 @@ def add_mirror(state: State, name: str, plan: MirrorPlan) -> Added:
 def remove_mirror(state: State, name: str, path: str) -> MirrorRecord:
     """Forget a mirror, and what is on record about it; its disk is not touched.
 
-    Raises NotManager, StillServed, MirrorUnknown, NoMirror, TargetUnfinished.
+    Raises NotManager, StillServed, MirrorBorrowed, MirrorUnknown, NoMirror, TargetUnfinished.
     """
     actor = manager(state, f"remove a mirror from {name}")
     with state.registry() as registry, state.volume_lock(name) as mine:
@@ -115,8 +111,9 @@ def remove_mirror(state: State, name: str, path: str) -> MirrorRecord:
             raise StillServed(volume=name, action="parted from a mirror")
         if mirror.id == volume.filled_from:
             raise TargetUnfinished(path=volume.target_path, volume=name, mirror=mirror.path)
-        registry.remove_mirror(name, mirror.path, actor=actor)
-        forget_records(state, mirror.luks_uuid)
+        with borrowing.nobodys(state, [mirror]):
+            registry.remove_mirror(name, mirror.path, actor=actor)
+            forget_records(state, mirror.luks_uuid)
     return mirror
 
 
@@ -133,10 +130,7 @@ def refuse_taken(registry: Registry, paths: list[str], *, but: str | None = None
     """
     wanted = [inspect(path) for path in paths if os.path.exists(path)]
     for volume in registry.volumes():
-        roles: list[tuple[str, type[RegistryError]]] = [(volume.target_path, TargetTaken)]
-        for mirror in volume.mirrors:
-            roles += [(mirror.path, MirrorTaken), (mirror.header_path or "", HeaderTaken)]
-        for path, taken in roles:
+        for path, taken in mirrors.roles(volume):
             if path != but and os.path.exists(path) and any(overlap(inspect(path), disk) for disk in wanted):
                 raise taken(path=path, volume=volume.name)
 

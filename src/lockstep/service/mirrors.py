@@ -1,10 +1,26 @@
-"""Which mirror of a volume is meant, and whether the disk that is there is that mirror."""
+"""Which mirror of a volume is meant, whether the disk that is there is that mirror, and which disks have a role."""
 
 import os
+from collections.abc import Iterable, Iterator
 
 from lockstep.crypto import luks
-from lockstep.errors import MirrorAmbiguous, MirrorOfAnotherVolume, MirrorUnknown, NoMirror, NoToken
+from lockstep.disk.probe import Disk, inspect, overlap
+from lockstep.errors import (
+    DiskError,
+    HeaderTaken,
+    MirrorAmbiguous,
+    MirrorOfAnotherVolume,
+    MirrorTaken,
+    MirrorUnknown,
+    NoMirror,
+    NoToken,
+    RegistryError,
+    TargetTaken,
+)
 from lockstep.registry.store import MirrorRecord, VolumeRecord
+
+Role = type[RegistryError]
+"""What a disk is to a volume, as the error that says so."""
 
 
 def header_path(mirror: MirrorRecord) -> str:
@@ -42,3 +58,33 @@ def identified(volume: VolumeRecord, mirror: MirrorRecord, header: luks.Header) 
         raise MirrorOfAnotherVolume(path=mirror.path, volume=volume.name, owner=f"the volume {token.volume_name}")
     require_same_disk(volume, mirror, header.uuid)
     return token
+
+
+def roles(volume: VolumeRecord) -> Iterator[tuple[str, Role]]:
+    """Every path that the registry knows of a volume, and what it is to the volume."""
+    yield volume.target_path, TargetTaken
+    for mirror in volume.mirrors:
+        yield mirror.path, MirrorTaken
+        if mirror.header_path is not None:
+            yield mirror.header_path, HeaderTaken
+
+
+def refuse_as_output(
+    volumes: Iterable[VolumeRecord], path: str, refused: tuple[Role, ...] = (TargetTaken, MirrorTaken, HeaderTaken)
+) -> None:
+    """Refuse to write anew what has one of these roles: by its name if it is not there, else under every name.
+
+    A disk of the registry that cannot be looked at is known by its name alone: it must not keep anybody from restoring.
+    """
+    output = inspect(path) if os.path.exists(path) else None
+    for volume in volumes:
+        for known, taken in roles(volume):
+            if taken in refused and (os.path.realpath(known) == os.path.realpath(path) or _shares(known, output)):
+                raise taken(path=known, volume=volume.name)
+
+
+def _shares(known: str, output: Disk | None) -> bool:
+    try:
+        return output is not None and overlap(inspect(known), output) is not None
+    except DiskError:
+        return False

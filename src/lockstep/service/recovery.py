@@ -12,6 +12,7 @@ away: the output stays, and beside it the record of how far it came (volume/rest
 
 import contextlib
 import dataclasses
+import logging
 import os
 import stat
 import sys
@@ -26,12 +27,15 @@ from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.half_rekeyed import HalfRekeyedDisk
 from lockstep.disk.mirror import open_mirror, open_unfinished
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import Disk, holds_data, inspect, overlap, signatures, users_of
+from lockstep.disk.probe import Disk, holds_data, inspect, not_made, overlap, signatures, users_of
 from lockstep.disk.stream import Stream
 from lockstep.errors import (
     DiskBusy,
     DiskFailed,
+    HeaderTaken,
+    LockstepError,
     MirrorIncomplete,
+    MirrorTaken,
     NothingToResume,
     NoToken,
     OutputDiffers,
@@ -47,12 +51,15 @@ from lockstep.errors import (
     StreamCannot,
     StreamIsTerminal,
 )
+from lockstep.service import mirrors
 from lockstep.service.memory import protect_memory
 from lockstep.service.noting import note_if_known
 from lockstep.service.state import State
 from lockstep.volume.link import STILL, WHOLE
 from lockstep.volume.restore import DiskSink, Extent, Progress, copy_out, differences, samples
 from lockstep.volume.restore_record import SUFFIX, RestoreRecord, remove_record
+
+log = logging.getLogger(__name__)
 
 STDOUT: Final = "-"
 COPYING: Final = "copy"
@@ -93,13 +100,13 @@ class Wanted:
     record_path: str | None = None
 
 
-def restore(wanted: Wanted, unlock: Unlock, *, on_progress: OnProgress) -> Restored:
+def restore(state: State, wanted: Wanted, unlock: Unlock, *, on_progress: OnProgress) -> Restored:
     """Restore the target that a mirror holds, or a range of it, onto a disk, a file, or standard output.
 
     Raises MirrorIncomplete unless `incomplete`; OutputExists or RestoreUnfinished unless `force` or `resume`;
-    RangeInvalid, NothingToResume, ResumeUnfit, RestoreRecordInvalid, OutputIsMirror, OutputTooSmall, StreamCannot,
-    StreamIsTerminal, DiskBusy, DiskFailed, and whatever opening the mirror raises: nothing was changed then.
-    RestoreStopped when a disk failed later, OutputDiffers when it was compared.
+    RangeInvalid, NothingToResume, ResumeUnfit, RestoreRecordInvalid, OutputIsMirror, OutputInState, MirrorTaken,
+    HeaderTaken, OutputTooSmall, StreamCannot, StreamIsTerminal, DiskBusy, DiskFailed, and whatever opening the mirror
+    raises: nothing was changed then. RestoreStopped when a disk failed later, OutputDiffers when it was compared.
     """
     protect_memory()
     self_test()
@@ -123,6 +130,7 @@ def restore(wanted: Wanted, unlock: Unlock, *, on_progress: OnProgress) -> Resto
         _to_stream(wanted, extent, opened, on_progress)
         resumed_bytes = 0
     else:
+        refuse_known(state, wanted.output_path)
         resumed_bytes = _DiskRestore(wanted, extent, begun, on_progress).run(opened)
     frozen = token.state in STILL
     return Restored(token.volume_name, wanted.output_path, extent, header.uuid, frozen, resumed_bytes, wanted.verify)
@@ -296,7 +304,7 @@ class _DiskRestore:
             try:
                 os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             except OSError as error:
-                raise DiskFailed(path=self._path, doing="Making", reason=error.strerror) from error
+                raise not_made(self._path, error) from error
             undo.callback(os.unlink, self._path)
             output = PlainDisk.claim(inspect(self._path))
             undo.callback(output.close)
@@ -360,6 +368,23 @@ def refuse_same_storage(shown_as: str, output_path: str, *paths: str | None) -> 
         how = overlap(inspect(path), output)
         if how:
             raise OutputIsMirror(path=shown_as, mirror=path, how=how)
+
+
+def refuse_known(state: State, output_path: str) -> None:
+    """Refuse an output that lies in the state directory, or that the registry knows as a mirror or as its header.
+
+    A target may be restored onto. A registry that is absent or broken keeps nobody from restoring: the log says so.
+    """
+    state.refuse_output(output_path)
+    if not os.path.exists(state.registry_path):
+        return
+    try:
+        with state.registry() as registry:
+            volumes = registry.volumes()
+    except LockstepError as error:
+        log.warning("it is not known whether %s is another volume's: %s", output_path, error)
+        return
+    mirrors.refuse_as_output(volumes, output_path, (MirrorTaken, HeaderTaken))
 
 
 def refuse_content(disk: Disk) -> None:

@@ -132,7 +132,7 @@ def _reencrypt(
     segment = luks.read_header(work.header).segment if fresh else reencryption.read(work.header).segment
     passphrase = work.passphrase()
     if fresh:
-        slot = _only_slot(work, drop_others=drop_others)
+        _only_slot(work, drop_others=drop_others)  # so that what is refused never bothers the server
         borrowing.ask(work.state, work.volume.name, work.mirror, borrowing.REKEY)
     with contextlib.ExitStack() as stack:
         claimed = claim_for_rekeying(work.mirror.path, segment, work.volume.size_bytes)
@@ -140,6 +140,7 @@ def _reencrypt(
         volume, fds = _volume(work, segment), (lock, claimed)
         if fresh:
             with work.state.key_lock(work.mirror.luks_uuid):
+                slot = _only_slot(work, drop_others=drop_others)  # again: one may have been added until now
                 if not resumed:
                     work.note(
                         BEGUN,

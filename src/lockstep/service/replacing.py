@@ -24,11 +24,10 @@ from lockstep.crypto import luks
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk.mirror import open_mirror
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import MIB, Disk, holds_data, inspect, signatures, users_of
+from lockstep.disk.probe import MIB, Disk, holds_data, inspect, not_made, signatures, users_of
 from lockstep.errors import (
     DiskBusy,
     DiskError,
-    DiskFailed,
     LockstepError,
     MirrorIncomplete,
     MirrorStale,
@@ -242,7 +241,7 @@ def _make_file(path: str, size_bytes: int) -> None:
             os.close(fd)
         sync_directory(path)
     except OSError as error:
-        raise DiskFailed(path=path, doing="Making", reason=error.strerror) from error
+        raise not_made(path, error) from error
 
 
 def _require_fit(disk: Disk, size_bytes: int, *, force: bool) -> None:

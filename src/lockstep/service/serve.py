@@ -14,7 +14,6 @@ import ipaddress
 import logging
 import os
 import resource
-import signal
 import stat
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from urllib.parse import quote
 
 import uvloop
 
+from lockstep import signals
 from lockstep.crypto.cipher import self_test
 from lockstep.crypto.unlock import Unlock
 from lockstep.errors import (
@@ -86,7 +86,7 @@ def serve(
     on_ready: Callable[[list[str]], None],
     options: Options,
 ) -> None:
-    """Serve a volume until SIGTERM or SIGINT.
+    """Serve a volume until SIGTERM, SIGINT, or SIGHUP when its terminal is closed.
 
     `unlock` is asked if there is a mirror; `on_ready` is given the URIs when clients may connect.
     Raises whatever keeps it from starting, or from stopping in order.
@@ -119,8 +119,10 @@ def parse_tcp(address: str, *, tls: bool = False) -> tuple[str, int]:
     """Split HOST:PORT. Raises AddressInvalid; and TlsRequired where the host is no loopback address, without TLS."""
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or int(port) > 65535:
+    if not host or not port.isdecimal():
         raise AddressInvalid(address=address, reason="it is not HOST:PORT")
+    if len(port) > 5 or int(port) > 65535:
+        raise AddressInvalid(address=address, reason="a port is at most 65535")
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -153,7 +155,7 @@ async def _serve(
     on_ready: Callable[[list[str]], None],
 ) -> None:
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in signals.ending():
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     name = session.record.name
     trail = Trail(registry, name, gate, session.workers.run)

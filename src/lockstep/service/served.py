@@ -49,7 +49,7 @@ class ServedVolume:
         self.background.look_for_mirrors(actor)
 
     async def let_go(self, luks_uuid: str, purpose: str) -> None:
-        """Stop following a mirror, in order, for another command. Raises DiskBusy, MirrorIncomplete."""
+        """Stop following a mirror, in order, for another command. Raises DiskBusy, MirrorNotDrilled."""
         for session in self.session.mirrors:
             if session.mirror.luks_uuid == luks_uuid:
                 await session.step_aside(self.session.writes, purpose)

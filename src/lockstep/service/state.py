@@ -21,7 +21,7 @@ from typing import Final
 
 import platformdirs
 
-from lockstep.errors import NotManager, StateDirUnusable
+from lockstep.errors import NotManager, OutputInState, StateDirUnusable
 from lockstep.nbd.identity import account
 from lockstep.registry.store import Registry
 
@@ -64,6 +64,13 @@ class State:
             raise StateDirUnusable(path=self.path, reason=error.strerror) from error
         if uid not in (0, owner):
             raise NotManager(user=account(uid), action=action, path=self.path)
+
+    def refuse_output(self, path: str) -> None:
+        """Refuse what would take the place of something in here, by its own name or a link's. Raises OutputInState."""
+        own = os.path.realpath(self.path)
+        named = os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(path))), os.path.basename(path))
+        if any(os.path.commonpath((own, each)) == own for each in (named, os.path.realpath(path))):
+            raise OutputInState(path=path, state=self.path)
 
     @property
     def registry_path(self) -> str:

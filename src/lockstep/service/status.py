@@ -2,11 +2,12 @@
 
 import asyncio
 import os
+import stat
 from collections.abc import Mapping
 from typing import Any
 
 from lockstep.crypto import luks
-from lockstep.errors import LockstepError
+from lockstep.errors import DiskMissing, LockstepError
 from lockstep.registry.access import Verdict
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.state import State
@@ -95,7 +96,21 @@ def at_rest(state: State, volume: VolumeRecord, error: str | None = None) -> dic
     mirrors = [_mirror_at_rest(state, volume, mirror) for mirror in volume.mirrors]
     for described in mirrors:
         described["error"] = error or described["error"]
-    return of_volume(volume, mirrors, restore=_filling_at_rest(state, volume))
+    described = of_volume(volume, mirrors, restore=_filling_at_rest(state, volume))
+    if _written_ns(volume.target_path) is None:
+        described["target"]["error"] = str(DiskMissing(path=volume.target_path))
+    return described
+
+
+def _written_ns(path: str) -> int | None:
+    """When a target was last written, as its bitmap knows it; None if it is gone: nobody has written to it since."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        return 0
+    return found.st_mtime_ns if stat.S_ISREG(found.st_mode) else 0
 
 
 def _mirror_at_rest(state: State, volume: VolumeRecord, mirror: MirrorRecord) -> dict[str, Any]:
@@ -110,8 +125,8 @@ def _mirror_at_rest(state: State, volume: VolumeRecord, mirror: MirrorRecord) ->
         loaded, error = intent.Loaded(bytearray(everything), fits=False), str(failure)
     else:
         if header.token is not None and (header.token.volume_id, header.uuid) == (volume.id, mirror.luks_uuid):
-            written_ns = os.stat(volume.target_path).st_mtime_ns if os.path.isfile(volume.target_path) else 0
-            loaded = intent.load(state.intent(mirror.luks_uuid), identity, header.token.generation, written_ns)
+            written_ns, generation = _written_ns(volume.target_path), header.token.generation
+            loaded = intent.load(state.intent(mirror.luks_uuid), identity, generation, written_ns)
         else:
             loaded, error = intent.Loaded(bytearray(everything), fits=False), "another disk has taken its place"
     if not loaded.fits:

@@ -10,7 +10,7 @@ import os
 from lockstep.disk.probe import inspect, overlap
 from lockstep.errors import MirrorIsTarget, StillAttached, StillServed, TargetEmpty
 from lockstep.registry.store import OnDenied, VolumeRecord
-from lockstep.service import attach
+from lockstep.service import attach, borrowing
 from lockstep.service.managing import manager
 from lockstep.service.memory import protect_memory
 from lockstep.service.mirror_set import MirrorPlan, forget_records, make_registered, refuse_taken, require_sector
@@ -55,7 +55,10 @@ def create_volume(
 
 
 def remove_volume(state: State, name: str) -> VolumeRecord:
-    """Forget a volume. The disks keep what is on them. Raises StillServed, StillAttached, VolumeUnknown."""
+    """Forget a volume. The disks keep what is on them.
+
+    Raises StillServed, StillAttached, MirrorBorrowed, VolumeUnknown.
+    """
     actor = manager(state, f"remove the volume {name}")
     with state.registry() as registry:
         volume = registry.volume(name)
@@ -65,9 +68,10 @@ def remove_volume(state: State, name: str) -> VolumeRecord:
             attachment = attach.current(state.run_dir, name)
             if attachment is not None:
                 raise StillAttached(volume=name, device=attachment.device)
-            registry.remove_volume(name, actor=actor)
-            for mirror in volume.mirrors:
-                forget_records(state, mirror.luks_uuid)
+            with borrowing.nobodys(state, volume.mirrors):
+                registry.remove_volume(name, actor=actor)
+                for mirror in volume.mirrors:
+                    forget_records(state, mirror.luks_uuid)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(state.missing(volume.id))
     return volume

@@ -78,11 +78,11 @@ class Loaded:
     generations: tuple[int, int] | None = None  # those of the mirror, now and soon, if it fits
 
 
-def load(path: str, identity: Identity, generation: int | None, written_ns: int) -> Loaded:
+def load(path: str, identity: Identity, generation: int | None, written_ns: int | None) -> Loaded:
     """Read the bitmap at `path`.
 
     It has to fit the mirror's `generation`, and if it was closed in order, when the target was last written. None
-    stands for whichever it is: the mirror is away.
+    stands for whichever it is: the mirror is away, or the target is.
     """
     count = -(-identity.size_bytes // region_bytes_for(identity.size_bytes))
     try:
@@ -197,13 +197,15 @@ class IntentBitmap:
         await self._pages.clear(region for region in regions if not self._touched[region // GROUP_REGIONS])
 
 
-def _fitting(header: bytes, identity: Identity, generation: int | None, written_ns: int) -> tuple[int, int] | None:
+def _fitting(
+    header: bytes, identity: Identity, generation: int | None, written_ns: int | None
+) -> tuple[int, int] | None:
     """The generations of a header that is whole, of this mirror, and of this generation or on the way to or from it."""
     if len(header) != PAGE_BYTES:
         return None
     given, following, written = _GENERATIONS.unpack_from(header, _GENERATIONS_AT)
     whole = header == _header(identity, given, following, written)
-    fits = generation in (None, given, following) and written in (0, written_ns)
+    fits = generation in (None, given, following) and (written_ns is None or written in (0, written_ns))
     return (given, following) if whole and fits else None
 
 

@@ -44,7 +44,7 @@ from lockstep.crypto.cipher import XtsCipher
 from lockstep.crypto.luks import CIPHER, Segment, wipe
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.lock import lock_exclusive
-from lockstep.disk.probe import inspect, open_disk
+from lockstep.disk.probe import inspect, not_made, open_disk
 from lockstep.disk.transfer import read_all, write_all
 from lockstep.errors import DiskFailed, OverlayDamaged, OverlayOfAnother, OverlayUnfit
 from lockstep.volume.pages import BODY_BYTES, CRC, PAGE_BYTES, intact, sealed, sync_directory
@@ -96,12 +96,12 @@ class OverlayFile:
 
     @classmethod
     def make(cls, path: str, base: Base) -> None:
-        """Make an empty overlay, durably, at an absolute path where there is nothing yet. Raises DiskFailed."""
+        """Make an empty overlay, durably, at an absolute path where nothing is yet. DiskFailed, DirectoryMissing."""
         cluster = cluster_bytes(base.size_bytes)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise DiskFailed(path=path, doing="Making the overlay", reason=error.strerror or str(error)) from error
+            raise not_made(path, error, "Making the overlay") from error
         try:
             write_all(fd, _header(base, os.urandom(SALT_BYTES)), 0)
             os.ftruncate(fd, _data_offset(base.size_bytes) + _clusters(base.size_bytes) * cluster)

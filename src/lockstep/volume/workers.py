@@ -134,7 +134,7 @@ class Workers:
         late_s = now_s - self._due_s
         if late_s > step_s:
             self._under_way = {each: min(since_s + late_s, now_s) for each, since_s in self._under_way.items()}
-        elif now_s - next(iter(self._under_way.values())) >= self.patience_s:
+        if now_s - next(iter(self._under_way.values())) >= self.patience_s:
             self.give_up()
             return
         self._look_later(self._loop, step_s)
