@@ -269,7 +269,8 @@ def test_commit_makes_the_new_target(made: Made, lab: Lab) -> None:
         lab.lockstep("commit", volume.mirror, overlay, same, "--force", "--key-file", lab.key).failed(
             1, "it is the storage of"
         )
-    lab.lockstep("commit", volume.mirror, lab.home / "none", lab.home / "x", "--key-file", lab.key).failed(1, "no disk")
+    missing = lab.lockstep("commit", volume.mirror, lab.home / "none", lab.home / "x", "--key-file", lab.key)
+    missing.failed(1, "no overlay")
     assert output.read_bytes() == expected
 
 

@@ -517,7 +517,7 @@ def test_a_header_or_a_mirror_in_a_directory_that_is_not_there(bench: Bench) -> 
     with bench.nothing_changes():
         bench.mirrored("--header", nowhere).failed(1, str(nowhere), "No such file or directory")
     with bench.nothing_changes():
-        bench.mirrored(mirror=nowhere).failed(1, str(nowhere), "No such file or directory")
+        bench.mirrored(mirror=nowhere).failed(1, str(nowhere), f"there is no directory {nowhere.parent}")
 
 
 # --- what a failure leaves behind -------------------------------------------------------------------------

@@ -140,7 +140,10 @@ def main() -> None:
         app()
     except LockstepError as error:
         _fail(error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != 130:
+            raise
+        streams.discard_output()  # a pipe that is full would keep the program from ending
         sys.exit(130)
     except BrokenPipeError:
         streams.discard_output()
