@@ -96,6 +96,7 @@ def test_what_is_known_to_differ_is_no_finding(volume: Volume) -> None:
         found = verify(volume)
         assert found["mismatches"] == []
         assert found["compared_bytes"] == SIZE_BYTES - (64 << 10)
+        assert found["left_out_bytes"] == 64 << 10
 
 
 @needs("fio")

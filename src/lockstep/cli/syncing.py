@@ -57,7 +57,8 @@ def sync(
 def _require_in_sync(name: str, volume: dict[str, Any]) -> None:
     for mirror in volume["mirrors"]:
         if mirror["state"] != "in-sync":
-            reason = mirror["error"] or f"{mirror['held_bytes']} bytes of it are held"
+            held = f"{mirror['held_bytes']} bytes of it are held" if mirror["held_bytes"] else None
+            reason = mirror["error"] or held or f"nobody may update it now (`lockstep whocan {name}`)"
             raise StillBehind(mirror=mirror["path"], state=mirror["state"], reason=reason, volume=name)
 
 

@@ -81,6 +81,7 @@ def _report(results: list[dict[str, Any]], *, as_json: bool) -> None:
         print_json(
             {
                 "compared_bytes": sum(result["compared_bytes"] for result in results),
+                "left_out_bytes": sum(result["left_out_bytes"] for result in results),
                 "mismatches": [mismatch for result in results for mismatch in result["mismatches"]],
                 "repaired_bytes": sum(result["repaired_bytes"] for result in results),
                 "mirrors": results,
@@ -93,9 +94,9 @@ def _report(results: list[dict[str, Any]], *, as_json: bool) -> None:
             typer.echo(f"  offset {mismatch['offset']}, {mismatch['length']} bytes")
         if len(result["mismatches"]) > MOST_LINES:
             typer.echo(f"  ... and {len(result['mismatches']) - MOST_LINES} more; --json lists them all")
-        left_out = result["total_bytes"] - result["compared_bytes"]
-        if left_out and not result["error"]:
-            typer.echo(f"  {human_bytes(left_out)} were left out: they are known to differ, and not copied yet")
+        if result["left_out_bytes"] and not result["error"]:
+            left_out = human_bytes(result["left_out_bytes"])
+            typer.echo(f"  {left_out} were left out: they are known to differ, and not copied yet")
 
 
 def _finding(result: dict[str, Any]) -> str:

@@ -109,6 +109,7 @@ def of_comparison(path: str, found: Comparison, most: int | None = None) -> dict
         "done_bytes": found.done_bytes,
         "total_bytes": found.total_bytes,
         "compared_bytes": found.compared_bytes,
+        "left_out_bytes": found.left_out_bytes,
         "mismatches": [{"offset": offset, "length": length} for offset, length in found.mismatches[:most]],
         "differing_bytes": sum(length for _, length in found.mismatches),
         "repaired_bytes": found.repaired_bytes,
@@ -121,8 +122,10 @@ def sentence(path: str, found: Comparison) -> str:
     differ = sum(length for _, length in found.mismatches)
     result = f"{differ} bytes differ, in {len(found.mismatches)} places" if differ else "no difference"
     repaired = f", {found.repaired_bytes} of them marked to be copied" if found.repaired_bytes else ""
+    left = f"; {found.left_out_bytes} bytes that are known to differ were left out" if found.left_out_bytes else ""
     early = f"; it ended early: {found.error}" if found.error else ""
-    return f"mirror {path} was compared with its target: {found.compared_bytes} bytes, {result}{repaired}{early}"
+    outcome = f"{found.compared_bytes} bytes, {result}{repaired}{left}{early}"
+    return f"mirror {path} was compared with its target: {outcome}"
 
 
 async def _reported(verify: Verify, until_s: float = float("inf")) -> None:

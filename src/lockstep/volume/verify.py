@@ -30,6 +30,7 @@ class Comparison:
     total_bytes: int
     done_bytes: int = 0
     compared_bytes: int = 0
+    left_out_bytes: int = 0  # known to differ
     mismatches: list[tuple[int, int]] = field(default_factory=list)  # (offset, length), in order, adjacent ones joined
     repaired_bytes: int = 0
     error: str | None = None  # why it ended early
@@ -90,7 +91,9 @@ class Verify:
             count = min(pace.piece_bytes, self.found.total_bytes - start)
             self._next += count
             pace.begin()
-            for offset, length in self._known_equal(start, count):
+            parts = self._known_equal(start, count)
+            self.found.left_out_bytes += count - sum(length for _, length in parts)
+            for offset, length in parts:
                 whole = -(-length // sector) * sector
                 await self._compare_piece(offset, length, [buffer[:whole] for buffer in buffers], sector)
             self.found.done_bytes += count
