@@ -344,6 +344,24 @@ def test_status_json_is_what_the_contract_says(lab: Lab) -> None:
     assert run("cryptsetup", "luksUUID", str(volume.mirror)).strip() == closed["mirrors"][0]["uuid"]
 
 
+@pytest.mark.parametrize("header", [False, True])
+def test_a_mirror_whose_data_is_not_there_is_not_called_in_sync(lab: Lab, header: bool) -> None:
+    volume = lab.volume("vol", MIB, header=header)
+    with volume.served():
+        pass
+
+    def described() -> dict[str, Any]:
+        (mirror,) = json.loads(lab.lockstep("status", "vol", "--json").ok())["volumes"][0]["mirrors"]
+        return dict(mirror)
+
+    assert (described()["state"], described()["error"]) == ("in-sync", None)
+    os.truncate(volume.mirror, volume.mirror.stat().st_size - 1)
+    assert (described()["state"], described()["consistent"]) == ("behind", False)
+    assert described()["error"]
+    volume.mirror.unlink()
+    assert described()["state"] == "behind"
+
+
 def test_a_whole_mirror_is_called_so_when_its_target_is_gone(lab: Lab) -> None:
     volume = lab.volume("vol", MIB, content=os.urandom(MIB))
     with volume.served():

@@ -117,7 +117,7 @@ def open_mirror(
     `direct` leaves the page cache out; `with_key` is shown the volume key, which is wiped afterwards. Raises
     MirrorTruncated, DiskBusy, DiskLocked, DiskChanged, DirectImpossible, and what reading the volume key can raise.
     """
-    disk, data_bytes = _large_enough(path, header.segment, size_bytes)
+    disk, data_bytes = large_enough(path, header.segment, size_bytes)
     _refuse_busy(disk)
     fd = open_disk(disk, writable=writable, direct=direct)
     try:
@@ -155,7 +155,7 @@ def open_unfinished(
     where = header_path or path
     if unlock.passphrase is None:
         raise RekeyUnfinished(path=where)  # no token has the new key
-    disk, data_bytes = _large_enough(path, header.segment, size_bytes)
+    disk, data_bytes = large_enough(path, header.segment, size_bytes)
     passphrase = unlock.passphrase()
     with contextlib.ExitStack() as undo:
         fd = open_disk(disk, writable=False)
@@ -184,7 +184,7 @@ def claim_for_rekeying(path: str, segment: luks.Segment, size_bytes: int) -> int
 
     A device is not opened exclusively: that is what cryptsetup does. Raises MirrorTruncated, DiskBusy, DiskLocked.
     """
-    disk, _data_bytes = _large_enough(path, segment, size_bytes)
+    disk, _data_bytes = large_enough(path, segment, size_bytes)
     require_unused(disk)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -198,7 +198,7 @@ def claim_for_rekeying(path: str, segment: luks.Segment, size_bytes: int) -> int
     return fd
 
 
-def _large_enough(path: str, segment: luks.Segment, size_bytes: int) -> tuple[Disk, int]:
+def large_enough(path: str, segment: luks.Segment, size_bytes: int) -> tuple[Disk, int]:
     """Return the disk, and the size of its data. Raises MirrorTruncated."""
     disk, data_bytes = inspect(path), whole_sectors(size_bytes, segment.sector_bytes)
     needed_bytes = segment.offset_bytes + data_bytes

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lockstep.crypto import luks
+from lockstep.disk.mirror import large_enough
 from lockstep.errors import DiskMissing, LockstepError
 from lockstep.registry.access import Verdict
 from lockstep.registry.store import MirrorRecord, VolumeRecord
@@ -120,6 +121,7 @@ def _mirror_at_rest(state: State, volume: VolumeRecord, mirror: MirrorRecord) ->
     everything = b"\1" * len(held.regions())
     try:
         header = luks.read_header(mirror.header_path or mirror.path)
+        large_enough(mirror.path, header.segment, volume.size_bytes)
         error = None
     except LockstepError as failure:
         loaded, error = intent.Loaded(bytearray(everything), fits=False), str(failure)
