@@ -116,8 +116,6 @@ class MemoryExport:
 
     FAILURES = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.ENODEV, errno.ETIMEDOUT)
 
-    half_done = False
-
     def __init__(self, size: int, choices: Choices) -> None:
         flags = nbd.HAS_FLAGS | nbd.SEND_FLUSH | nbd.SEND_FUA | nbd.SEND_TRIM | nbd.SEND_WRITE_ZEROES
         self.info = ExportInfo("vol", size, flags | nbd.SEND_FAST_ZERO | nbd.SEND_CACHE)
@@ -137,6 +135,9 @@ class MemoryExport:
         done = self._choices.number(count + 1) if self._slow() else count
         self._take(data, run, done)
         return done
+
+    def half_done(self) -> bool:
+        return False
 
     async def read(self, into: memoryview, run: "array[int]", count: int) -> None:
         for at in range(0, 4 * count, 4):

@@ -338,6 +338,12 @@ class Served:
         raise AssertionError("no VmRSS")
 
 
+def write(served: Served, *commands: str) -> None:
+    """Have qemu-io write, and flush; every client's write must succeed."""
+    arguments = [argument for command in (*commands, "flush") for argument in ("-c", command)]
+    run("qemu-io", "-f", "raw", *arguments, served.uri)
+
+
 class OpenMirror:
     """A running `lockstep open`."""
 

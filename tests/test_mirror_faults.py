@@ -9,16 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import MIB, Lab, Served, Volume, needs, run, wait_until
+from tests.lab import MIB, Lab, Served, Volume, needs, run, wait_until, write
 
 SIZE_BYTES = 32 * MIB
 REGION_BYTES = 64 << 10
-
-
-def write(served: Served, *commands: str) -> None:
-    """Have qemu-io write, and flush; every client's write must succeed."""
-    arguments = [argument for command in (*commands, "flush") for argument in ("-c", command)]
-    run("qemu-io", "-f", "raw", *arguments, served.uri)
 
 
 def copied_bytes(served: Served) -> int:

@@ -5,16 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import MIB, Lab, Served, Volume, needs, run, wait_until
+from tests.lab import MIB, Lab, Served, Volume, needs, wait_until, write
 
 pytestmark = needs("qemu-io")
 
 SIZE_BYTES = 16 * MIB
-
-
-def write(served: Served, *commands: str) -> None:
-    """Have qemu-io write, and flush."""
-    run("qemu-io", "-f", "raw", *(word for command in (*commands, "flush") for word in ("-c", command)), served.uri)
 
 
 def older_copy(volume: Volume) -> Path:

@@ -96,6 +96,15 @@ class World:
     async def write(self, offset: int, data: bytes = DATA) -> None:
         await self.path.write("someone", memoryview(data), run_of(offset, len(data)), 1, durable=False)
 
+    async def comes_back(self) -> None:
+        """Have the first mirror, which was dropped, followed again as soon as it is at rest."""
+        link, disk = self.links[0], self.disks[0]
+        while not link.at_rest:
+            await asyncio.sleep(0.01)
+        assert link.let_go() is disk
+        disk._stopped = False
+        link.admit(disk, Workers("again", 4, 5.0))
+
     def differing(self, number: int = 0) -> set[int]:
         """Which regions differ, read from both disks."""
         target, mirror = memoryview(bytearray(SIZE_BYTES)), memoryview(bytearray(SIZE_BYTES))
@@ -139,16 +148,15 @@ def test_what_only_the_mirror_took_at_once_is_marked_when_it_is_refused_afterwar
         for disk in (world.target, *world.disks):
             disk._promptness.flags = 0
         world.target.write_run = lambda *_: 0  # type: ignore[method-assign]
-        data, run = memoryview(DATA), run_of(0, len(DATA))
-        data = memoryview(b"Z" * len(DATA))
+        data, run = memoryview(b"Z" * len(DATA)), run_of(0, len(DATA))
         assert world.path.write_run("someone", data, run, 1) == 0
-        assert world.path.half_done
+        assert world.path.half_done()
         world.gate.ruling = Ruling.REFUSE
         with pytest.raises(PermissionError):
             await world.path.write("someone", data, run, 1, durable=False)
         assert world.differing() == {0}
         world.assert_marked()
-        assert not world.path.half_done
+        assert not world.path.half_done()
 
     played(scene, tmp_path)
 
@@ -216,12 +224,10 @@ def test_marks_stay_where_the_mirror_failed_and_came_back_while_they_were_to_be_
         disk.flush_job = lambda: lost  # type: ignore[method-assign]
         world.target.flush_job = lambda: lambda: (go.wait(), slow()())[1]  # type: ignore[method-assign]
         tidying = asyncio.ensure_future(world.path.tidy())
-        while not (link.error and link.at_rest):
+        while not link.error:
             await asyncio.sleep(0.01)
         disk.flush_job = real  # type: ignore[method-assign]
-        assert link.let_go() is disk
-        disk._stopped = False
-        link.admit(disk, Workers("again", 4, 5.0))
+        await world.comes_back()
         go.set()
         await tidying
         assert world.differing() == {0}
@@ -350,11 +356,7 @@ def test_a_mirror_that_is_too_slow_for_large_pieces_is_copied_to_in_small_ones(t
         link.regions.mark_all()
         await resync.copy()
         assert link.error is not None
-        while not link.at_rest:
-            await asyncio.sleep(0.01)
-        assert link.let_go() is disk
-        disk._stopped = False
-        link.admit(disk, Workers("again", 4, 5.0))
+        await world.comes_back()
         await resync.copy()
         assert link.state == IN_SYNC
         assert world.differing() == set()

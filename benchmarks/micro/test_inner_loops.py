@@ -78,11 +78,13 @@ class _Export:
 
     info = ExportInfo("vol", GIB, wire.HAS_FLAGS)
     taken = 0
-    half_done = False
 
     def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
         self.taken += count
         return count
+
+    def half_done(self) -> bool:
+        return False
 
     def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
         self.taken += count

@@ -94,7 +94,6 @@ class Export(Protocol):
     def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
         """Carry out as many writes of a run (frames.py) as can be at once; return how many, from the front."""
 
-    @property
     def half_done(self) -> bool:
         """Whether what `write_run` did not carry out may be begun, and so has to be given to `write`."""
 
@@ -411,7 +410,7 @@ class Connection(Securable):
         if self._gathered is None:
             wanted = max(end - self._start, min(self._end - self._start, REPLY_BATCH_BYTES))
             block = self._take_block(self._server.arrived, wanted)
-            if block is None and self._export.half_done:  # once: nothing more is served before there is room
+            if block is None and self._export.half_done():  # once: nothing more is served before there is room
                 block = self._take_block(self._server.arrived, end - self._start, beyond=True)
             if block is None:
                 return False

@@ -27,15 +27,15 @@ POLL_S: Final = 0.1
 
 
 @contextlib.contextmanager
-def alone(state: State, mirror: MirrorRecord) -> Iterator[int]:
+def alone(state: State, mirror: MirrorRecord, patience_s: float = OPENERS_PATIENCE_S) -> Iterator[int]:
     """Be the only one who borrows this mirror, and have nobody open it anew; yields the descriptor of the lock.
 
     Raises MirrorBorrowed.
     """
-    deadline_s = time.monotonic() + OPENERS_PATIENCE_S
+    deadline_s = time.monotonic() + patience_s
     with contextlib.ExitStack() as stack:
         while (lock := stack.enter_context(state.borrowing_lock(mirror.luks_uuid))) is None:
-            if time.monotonic() > deadline_s:
+            if time.monotonic() >= deadline_s:
                 raise MirrorBorrowed(path=mirror.path)
             time.sleep(POLL_S)
         yield lock
@@ -46,8 +46,7 @@ def nobodys(state: State, mirrors: Iterable[MirrorRecord]) -> Iterator[None]:
     """Have mirrors that nobody borrows, and nobody begins to meanwhile. Raises MirrorBorrowed."""
     with contextlib.ExitStack() as stack:
         for mirror in mirrors:
-            if stack.enter_context(state.borrowing_lock(mirror.luks_uuid)) is None:
-                raise MirrorBorrowed(path=mirror.path)
+            stack.enter_context(alone(state, mirror, patience_s=0.0))
         yield
 
 

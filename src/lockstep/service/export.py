@@ -30,15 +30,10 @@ class VolumeExport:
         self.read = session.reads.read
         self.write_run = session.writes.write_run
         self.write = session.writes.write
-        self._writes = session.writes
+        self.half_done = session.writes.half_done
         self.zero = session.writes.zero
         self.trim = session.writes.trim
         self.flush = session.writes.flush
-
-    @property
-    def half_done(self) -> bool:
-        """Whether `write_run` left something for `write` to end."""
-        return self._writes.half_done
 
     async def cache(self, offset: int, length: int) -> None:
         """Have the page cache read ahead."""

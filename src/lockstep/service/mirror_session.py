@@ -16,8 +16,8 @@ A power cut between any two of these leaves a pair that still fits. A mirror tha
 elsewhere has another generation, and everything is copied. While a mirror is away the bitmap keeps the generation that
 the mirror was last given, so that it fits when the mirror is back.
 
-The header is written by one thread of its own, by way of cryptsetup. A mirror whose header does not answer is dropped
-like one whose data does not.
+The header is written by one thread of its own, by way of cryptsetup, and only where it is the one that was left. A
+mirror whose header does not answer, or cannot say what it has to, is dropped like one whose data does not.
 """
 
 import asyncio
@@ -191,7 +191,7 @@ class MirrorSession:
         except LockstepError as failure:
             self._unsaid = state
             log.warning("the header of mirror %s could not be updated: %s", self.mirror.path, failure)
-            self.link.drop("updating the header of", OSError(errno.EIO, str(failure).removesuffix(".")))
+            self.link.drop("updating the header of", _as_disk_error(failure))
         except TimeoutError as failure:
             self.link.drop("updating the header of", failure)
 
@@ -225,7 +225,7 @@ class MirrorSession:
         try:
             await self._scribe.run(self._write_generation, following)
         except LockstepError as error:
-            failure = OSError(errno.EIO, str(error).removesuffix("."))
+            failure = _as_disk_error(error)
             if isinstance(error, DiskChanged):
                 self.link.drop("looking after", failure)
             raise failure from error
@@ -284,24 +284,26 @@ class MirrorSession:
             raise MirrorNotDrilled(path=self.mirror.path, state=self.link.state)
         self._rekeyed = self._rekeyed or purpose == REKEY
         left_as = await path.part_from(self.link, _ASIDE[purpose].format(volume=self._volume.name))
-        busy = DiskBusy(path=self.mirror.path, users="in use by its server, which waits for it")
-        deadline_s = time.monotonic() + self._patience_s
-        while not self._at_rest:
-            if time.monotonic() > deadline_s:
-                self.link.stay_away("it did not answer when it was to be let go")
-                raise busy
-            await asyncio.sleep(REST_INTERVAL_S)
         try:
+            await self._come_to_rest()
             if self._token_id is not None:
                 await self._scribe.run(self._write_state, left_as)
         except LockstepError as failure:  # it can be used all the same, whatever it says
             log.warning("the header of mirror %s could not be updated: %s", self.mirror.path, failure)
         except TimeoutError:
             self.link.stay_away("it did not answer when it was to be let go")
-            raise busy from None
+            raise DiskBusy(path=self.mirror.path, users="in use by its server, which waits for it") from None
         disk = self.link.let_go()
         if disk is not None:
             disk.close()
+
+    async def _come_to_rest(self) -> None:
+        """Wait until everything that the mirror was asked has ended. Raises TimeoutError when patience is over."""
+        deadline_s = time.monotonic() + self._patience_s
+        while not self._at_rest:
+            if time.monotonic() > deadline_s:
+                raise TimeoutError
+            await asyncio.sleep(REST_INTERVAL_S)
 
     async def come_back(self) -> bool:
         """Follow the mirror again, if it can be opened; what it misses is dirty then. False, and it was logged, if not.
@@ -429,6 +431,11 @@ class MirrorSession:
 
     def _new_workers(self) -> Workers:
         return Workers("lockstep-mirror", MIRROR_THREADS, self._patience_s)
+
+
+def _as_disk_error(error: LockstepError) -> OSError:
+    """The same, for those who deal with what a disk fails."""
+    return OSError(errno.EIO, str(error).removesuffix("."))
 
 
 def _close_left(opened: list[EncryptedDisk]) -> None:

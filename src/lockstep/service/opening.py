@@ -155,8 +155,6 @@ def _close_overlay(overlay: Overlay, path: str) -> None:
 class OpenedExport:
     """Joins an opened mirror to the NBD server. Requests to an overlay take turns where they overlap."""
 
-    half_done = False  # what is written goes to one place
-
     def __init__(self, view: Opened, workers: Workers) -> None:
         flags = _READ_ONLY if view.overlay is None else _WRITABLE
         self.info = ExportInfo(view.name, view.size_bytes, flags, f"Lockstep mirror of {view.name}")
@@ -185,6 +183,10 @@ class OpenedExport:
     def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:  # noqa: ARG002
         """Nothing is written on the loop: it may have to fill up a cluster from the mirror."""
         return 0
+
+    def half_done(self) -> bool:
+        """What is written goes to one place."""
+        return False
 
     async def read(self, into: memoryview, run: "array[int]", count: int) -> None:
         """Carry out a run, each read by itself."""

@@ -128,7 +128,6 @@ class WritePath:
             self._write_back(run, done)
         return done
 
-    @property
     def half_done(self) -> bool:
         """Whether a mirror may have what the target has not been given yet."""
         return bool(self._half_done)
