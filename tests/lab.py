@@ -565,7 +565,8 @@ class Storage:
 
     def close(self) -> None:
         """Take everything away again, also when it is stopped."""
-        self._nbdkit.send_signal(signal.SIGCONT)
+        for process in filter(None, (self._nbdkit, self._fuse)):
+            process.send_signal(signal.SIGCONT)
         subprocess.run(["fusermount3", "-u", "-z", self.path.parent], capture_output=True, check=False)
         if self._fuse is not None:
             self._fuse.terminate()
@@ -576,17 +577,15 @@ class Storage:
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
         """It answers nothing meanwhile."""
-        self._nbdkit.send_signal(signal.SIGSTOP)
-        try:
-            wait_until(self._stands_still, "nbdkit to stop")
+        with _standing_still(self._nbdkit):
             yield
-        finally:
-            self._nbdkit.send_signal(signal.SIGCONT)
 
-    def _stands_still(self) -> bool:
-        """Whether each of its threads has stopped: the signal alone is only a request."""
-        threads = Path(f"/proc/{self._nbdkit.pid}/task").glob("*/stat")
-        return all(thread.read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
+    @contextlib.contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Not even its name can be looked up meanwhile."""
+        assert self._fuse is not None
+        with _standing_still(self._fuse):
+            yield
 
     def log(self) -> str:
         """What nbdkit says of each request."""
@@ -608,6 +607,22 @@ class Storage:
         events = self.events()[before:]
         written = max((at for at, event in enumerate(events) if "Write" in event or "Zero" in event), default=0)
         return any(event.startswith("Flush") and f"...{event}" in events for event in events[written:])
+
+
+@contextlib.contextmanager
+def _standing_still(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Each of its threads has stopped: the signal alone is only a request."""
+
+    def stands_still() -> bool:
+        threads = Path(f"/proc/{process.pid}/task").glob("*/stat")
+        return all(thread.read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
+
+    process.send_signal(signal.SIGSTOP)
+    try:
+        wait_until(stands_still, "a process to stop")
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
 
 
 def needs(*things: str, root: bool = False) -> pytest.MarkDecorator:

@@ -4,9 +4,11 @@ The mirror lies on nbdkit, shown as a file by nbdfuse: stopped (SIGSTOP), it ans
 the kernel as those of a dead disk do; with the error filter, it fails requests at a rate.
 """
 
+import json
 import signal
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Final
 
 import pytest
 
+from lockstep.disk.patience import PATIENCE_S
 from tests.lab import MIB, Clients, Lab, Served, Storage, Volume, needs, run, wait_until
 
 pytestmark = needs("nbdkit", "nbdfuse", "fusermount3", "/dev/fuse", root=True)
@@ -177,3 +180,52 @@ def test_a_mirror_that_hangs_from_the_start_does_not_keep_the_volume_from_being_
     served.stop()
     served.kill()
     volume.assert_equal_disks()
+
+
+def test_the_status_at_rest_says_which_disk_does_not_answer(lab: Lab, volume: Volume, storage: Storage) -> None:
+    """Whoever reads it from a pipe is done then, too: what hangs in the kernel has nothing open."""
+    with volume.served():
+        pass
+    with storage.stopped():
+        began_s = time.monotonic()
+        (described,) = json.loads(Lab.lockstep(lab, "status", "--json").ok())["volumes"]
+        assert time.monotonic() - began_s < PATIENCE_S + SLACK_S
+        assert described["target"]["error"] is None
+        (mirror,) = described["mirrors"]
+        assert (mirror["state"], mirror["dirty_bytes"], mirror["consistent"]) == ("behind", SIZE_BYTES, False)
+        assert f"{storage.path} does not answer" in mirror["error"]
+        assert f"{storage.path} does not answer" in Lab.lockstep(lab, "status", "vol").ok()
+        assert "behind" in Lab.lockstep(lab, "mirror", "list", "vol").ok()
+    (mirror,) = json.loads(lab.lockstep("status", "--json").ok())["volumes"][0]["mirrors"]
+    assert (mirror["state"], mirror["error"]) == ("in-sync", None)
+
+
+def test_who_watches_a_disk_that_does_not_answer_waits_for_it_once(lab: Lab, volume: Volume, storage: Storage) -> None:
+    command = [sys.executable, "-m", "lockstep", "--state-dir", str(lab.state), "status", "--watch", "--json"]
+    with storage.stopped(), subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        for _ in range(3):
+            (described,) = json.loads(watching.stdout.readline())["volumes"]
+            assert "does not answer" in described["mirrors"][0]["error"]
+        left = Path(f"/proc/{watching.pid}/task/{watching.pid}/children").read_text().split()
+        watching.terminate()
+        assert watching.wait(60) == 130
+    assert len(left) == 1
+
+
+def test_a_target_that_does_not_answer_leaves_the_mirror_what_it_is(lab: Lab, storage: Storage) -> None:
+    """An nbdfuse that is stopped itself: then not even a look at the name of its file is answered."""
+    target = storage.path
+    disks = ["--target", target, "--mirror", lab.home / "mirror", "--key-file", lab.key]
+    lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
+    with Volume(lab, "vol", target, lab.home / "mirror", None).served():
+        pass
+    with storage.hidden():
+
+        def is_missed() -> bool:
+            return f"{target} does not answer" in Lab.lockstep(lab, "status").ok()
+
+        wait_until(is_missed, "what the kernel remembers of the name to expire")
+        (described,) = json.loads(Lab.lockstep(lab, "status", "--json").ok())["volumes"]
+        assert f"{target} does not answer" in described["target"]["error"]
+        assert described["mirrors"][0]["state"] == "in-sync"

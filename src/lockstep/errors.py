@@ -587,6 +587,14 @@ class DiskUnreadable(DiskError):
     next_step = "Look into the kernel's messages (`dmesg`) for this disk, and check its cables and its health."
 
 
+class DiskSilent(DiskError):
+    """Data: path, patience_s."""
+
+    happened = "{path} does not answer: it was waited for {patience_s} s."
+    cause = "The disk, or the server of the file system that it lies on, hangs or cannot be reached."
+    next_step = "Look into the kernel's messages (`dmesg`) for it; when it is back, run this again."
+
+
 class DiskToolMissing(DiskError):
     """A program that looks at disks is not installed."""
 

@@ -20,7 +20,7 @@ from lockstep.errors import NotServed, ServerSilent
 from lockstep.service import headers
 from lockstep.service.control_client import ask_status
 from lockstep.service.state import State
-from lockstep.service.status import add_headers, at_rest
+from lockstep.service.status import add_headers, at_rest, look_at
 from lockstep.volume.held import OUTSIDE_WINDOW
 
 WATCH_INTERVAL_S: Final = 1.0
@@ -58,18 +58,23 @@ def gather(state: State, name: str | None) -> dict[str, Any]:
     with state.registry() as registry:
         volumes = (registry.volume(name),) if name is not None else registry.volumes()
         backups = {volume.name: headers.backups(registry, volume) for volume in volumes}
-    described = []
+    described: dict[str, dict[str, Any]] = {}
+    resting: dict[str, str | None] = {}
     for volume in volumes:
         try:
-            described.append(ask_status(state.control(volume.name), volume.name))
+            described[volume.name] = ask_status(state.control(volume.name), volume.name)
         except NotServed:
-            described.append(at_rest(state, volume))
+            resting[volume.name] = None
         except ServerSilent as silence:
             if name is not None:
                 raise
-            described.append(at_rest(state, volume, error=str(silence)))
-        add_headers(described[-1], volume, backups[volume.name])
-    return {"volumes": described}
+            resting[volume.name] = str(silence)
+    seen = look_at(volume for volume in volumes if volume.name in resting)
+    for volume in volumes:
+        if volume.name in resting:
+            described[volume.name] = at_rest(state, volume, seen, resting[volume.name])
+        add_headers(described[volume.name], volume, backups[volume.name])
+    return {"volumes": [described[volume.name] for volume in volumes]}
 
 
 def _render(gathered: dict[str, Any]) -> RenderableType:

@@ -1,14 +1,16 @@
 """The status of a volume as plain data: what `status --json` prints and the terminal's table is drawn from."""
 
 import asyncio
+import functools
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lockstep.crypto import luks
+from lockstep.disk import patience
 from lockstep.disk.mirror import large_enough
-from lockstep.errors import DiskMissing, LockstepError
+from lockstep.errors import DiskMissing, DiskSilent, LockstepError
 from lockstep.registry.access import Verdict
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.state import State
@@ -92,45 +94,75 @@ def _filling_at_rest(state: State, volume: VolumeRecord) -> dict[str, Any] | Non
     return {"done_bytes": done_bytes, "total_bytes": volume.size_bytes, **rate}
 
 
-def at_rest(state: State, volume: VolumeRecord, error: str | None = None) -> dict[str, Any]:
-    """A volume that nobody serves, from its own records; or one whose server does not answer, which is `error`."""
-    mirrors = [_mirror_at_rest(state, volume, mirror) for mirror in volume.mirrors]
+Seen = Mapping[str, Any]
+"""What disks at rest have answered: by the id of a volume its target, by the LUKS UUID of a mirror that."""
+
+
+def look_at(volumes: Iterable[VolumeRecord]) -> Seen:
+    """Look at all disks of volumes that nobody serves; those that do not answer in time are not in it."""
+    questions: dict[str, Callable[[], Any]] = {}
+    for volume in volumes:
+        questions[volume.id] = functools.partial(_look_at_target, volume.target_path)
+        for mirror in volume.mirrors:
+            questions[mirror.luks_uuid] = functools.partial(_look_at_mirror, volume, mirror)
+    return patience.ask(questions)
+
+
+def at_rest(state: State, volume: VolumeRecord, seen: Seen, error: str | None = None) -> dict[str, Any]:
+    """A volume that nobody serves, from its own records and what was seen of its disks.
+
+    Or one whose server does not answer, which is `error`.
+    """
+    written_ns, target_error = seen.get(volume.id) or (None, _silent(volume.target_path))
+    mirrors = [_mirror_at_rest(state, volume, mirror, seen, written_ns) for mirror in volume.mirrors]
     for described in mirrors:
         described["error"] = error or described["error"]
     described = of_volume(volume, mirrors, restore=_filling_at_rest(state, volume))
-    if _written_ns(volume.target_path) is None:
-        described["target"]["error"] = str(DiskMissing(path=volume.target_path))
+    described["target"]["error"] = target_error
     return described
 
 
-def _written_ns(path: str) -> int | None:
-    """When a target was last written, as its bitmap knows it; None if it is gone: nobody has written to it since."""
+def _look_at_target(path: str) -> tuple[int | None, str | None]:
+    """When a target was last written, as its bitmap knows it, or None and why not if it is gone.
+
+    Nobody has written to it since, as far as can be known.
+    """
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return None, str(DiskMissing(path=path))
     except OSError:
-        return 0
-    return found.st_mtime_ns if stat.S_ISREG(found.st_mode) else 0
+        return 0, None
+    return found.st_mtime_ns if stat.S_ISREG(found.st_mode) else 0, None
 
 
-def _mirror_at_rest(state: State, volume: VolumeRecord, mirror: MirrorRecord) -> dict[str, Any]:
-    """A mirror that nobody follows: what its header, its intent bitmap and the record of what is held say together."""
-    identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
-    held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=False)
-    everything = b"\1" * len(held.regions())
+def _look_at_mirror(volume: VolumeRecord, mirror: MirrorRecord) -> tuple[luks.Header | None, str | None]:
+    """Its header, or why it cannot be used."""
     try:
         header = luks.read_header(mirror.header_path or mirror.path)
         large_enough(mirror.path, header.segment, volume.size_bytes)
-        error = None
     except LockstepError as failure:
-        loaded, error = intent.Loaded(bytearray(everything), fits=False), str(failure)
+        return None, str(failure)
+    if header.token is None or (header.token.volume_id, header.uuid) != (volume.id, mirror.luks_uuid):
+        return None, "another disk has taken its place"
+    return header, None
+
+
+def _silent(*paths: str | None) -> str:
+    return str(DiskSilent(path=" or ".join(filter(None, paths)), patience_s=f"{patience.PATIENCE_S:g}"))
+
+
+def _mirror_at_rest(
+    state: State, volume: VolumeRecord, mirror: MirrorRecord, seen: Seen, written_ns: int | None
+) -> dict[str, Any]:
+    """A mirror that nobody follows: what its header, its intent bitmap and the record of what is held say together."""
+    identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
+    held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=False)
+    header, error = seen.get(mirror.luks_uuid) or (None, _silent(mirror.path, mirror.header_path))
+    if header is None:
+        loaded = intent.Loaded(bytearray(b"\1" * len(held.regions())), fits=False)
     else:
-        if header.token is not None and (header.token.volume_id, header.uuid) == (volume.id, mirror.luks_uuid):
-            written_ns, generation = _written_ns(volume.target_path), header.token.generation
-            loaded = intent.load(state.intent(mirror.luks_uuid), identity, generation, written_ns)
-        else:
-            loaded, error = intent.Loaded(bytearray(everything), fits=False), "another disk has taken its place"
+        loaded = intent.load(state.intent(mirror.luks_uuid), identity, header.token.generation, written_ns)
     if not loaded.fits:
         held.frozen_since_s = None
     regions = RegionMap(volume.size_bytes, loaded.marked, held.regions())
