@@ -468,6 +468,20 @@ class RegistryUnreadable(RegistryError):
     next_step = "Create the directory, run as the user who owns it, or name another with --state-dir."
 
 
+class RegistryLost(RegistryError):
+    """Data: registry, path, found (a file that was made after it)."""
+
+    happened = "The registry {registry} is gone or empty, but {path} was used before: {found} is there."
+    cause = (
+        "Somebody deleted, moved or emptied it; servers that still run go on writing to their targets, with the grants "
+        "that they know, and leave the mirrors alone once the audit trail cannot be written."
+    )
+    next_step = (
+        "Put it back from a backup; without one, stop the servers, move {path} away, and make each volume anew: "
+        "`lockstep create NAME --target PATH`, then `lockstep mirror add NAME PATH --adopt`, which keeps its copy."
+    )
+
+
 class RegistryUnreachable(RegistryError):
     """Data: registry, reason."""
 

@@ -10,7 +10,8 @@ import typer
 from lockstep.cli import streams
 from lockstep.cli.options import Credential, KeyFile, Name, TokenOnly, not_empty, patience_s, unlock_from
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import NotAttached, StdoutFailed, TcpMissing
+from lockstep.errors import NotAttached, RegistryLost, StdoutFailed, TcpMissing
+from lockstep.registry.store import check_name
 from lockstep.service import attach as attaching
 from lockstep.service.control_client import ask_status
 from lockstep.service.serve import Listen, Options, group_id, parse_tcp
@@ -128,8 +129,11 @@ def attach(
 def detach(context: typer.Context, name: Name, state_dir: StateDir = None) -> None:
     """Take the block device of a volume away again."""
     state = state_of(context, state_dir)
-    with state.registry() as registry:
-        registry.volume(name)
+    try:
+        with state.registry() as registry:
+            registry.volume(name)
+    except RegistryLost:
+        check_name(name)  # a device can be let go all the same
     try:
         device = attaching.detach(state.run_dir, name).device
     except NotAttached as nothing_to_do:

@@ -10,10 +10,15 @@ run/LUKS-UUID.borrowed           held by who re-keys or drills a mirror, and sha
 run/NAME.sock                    the NBD server
 run/NAME.control                 the control interface
 run/NAME.attached, NAME.fuse/    the block device of an attached volume
+
+Whoever makes any of the others has opened the registry before. So where one of them is and the registry is not, or is
+empty, it was lost, and must not be made anew: all volumes, grants and the audit trail would seem never to have been,
+while servers go on with what they know of them.
 """
 
 import contextlib
 import fcntl
+import glob
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,12 +26,14 @@ from typing import Final
 
 import platformdirs
 
-from lockstep.errors import NotManager, OutputInState, StateDirUnusable
+from lockstep.errors import NotManager, OutputInState, RegistryLost, StateDirUnusable
 from lockstep.nbd.identity import account
 from lockstep.registry.store import Registry
 
 ENVIRONMENT: Final = "LOCKSTEP_STATE_DIR"
 SYSTEM_DIRECTORY: Final = "/var/lib/lockstep"
+
+_OTHERS: Final = ("intent/*.intent", "held/*.held", "filling/*.missing", "run/*.lock", "run/*.keys", "run/*.borrowed")
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,9 @@ class State:
         return cls(os.path.abspath(chosen))
 
     def registry(self) -> Registry:
-        """Open the registry, making the directory if need be. Raises StateDirUnusable and registry errors."""
+        """Open the registry, and make it in a directory that is new. Raises StateDirUnusable and registry errors."""
         self.prepare()
+        self._refuse_lost_registry()
         return Registry.open(f"sqlite:///{self.registry_path}")
 
     def prepare(self) -> None:
@@ -55,6 +63,21 @@ class State:
                 os.makedirs(directory, mode=0o700, exist_ok=True)
         except OSError as error:
             raise StateDirUnusable(path=self.path, reason=error.strerror) from error
+
+    def _refuse_lost_registry(self) -> None:
+        if self._has_registry():
+            return
+        found = [name for pattern in _OTHERS for name in glob.glob(pattern, root_dir=self.path)]
+        if found and not self._has_registry():  # else somebody has just made it, and what was found
+            raise RegistryLost(registry=self.registry_path, path=self.path, found=min(found))
+
+    def _has_registry(self) -> bool:
+        try:
+            return os.path.getsize(self.registry_path) > 0
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # and it cannot be used: who opens it says why
 
     def require_manager(self, uid: int, action: str) -> None:
         """Let root pass, and the directory's owner. Raises NotManager, and StateDirUnusable."""
