@@ -679,6 +679,27 @@ def test_a_terminal_that_cannot_show_a_name_gets_it_escaped(odd: Lab) -> None:
         assert command[0] == "remove" or "a[/x]m[red]\\" in done.ok()
 
 
+def test_a_locale_that_has_no_word_for_a_name_finds_its_file_all_the_same(odd: Lab) -> None:
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+    def said(*command: object) -> str:
+        return Lab.lockstep(odd, *command, environment=ascii_only).ok()
+
+    path = f"{odd.home}/a[/x]m[red]é"
+    for command in ("list", "status", "mirror list vol"):
+        assert path.replace("é", "\\xe9") in said(*command.split())
+    for command in ("status --json", "mirror list vol --json"):
+        described = json.loads(said(*command.split()))
+        (mirror,) = described.get("volumes", [described])[0]["mirrors"]
+        assert (mirror["path"], mirror["error"]) == (path, None)
+    for command in ("audit", "audit --json", "grants", "whocan vol", "verify vol --history", "key list vol"):
+        said(*command.split())
+    said("header", "backup", "vol", odd.home / "backupé")
+    assert (odd.home / "backupé").exists()
+    row = json.loads(odd.lockstep("audit", "vol", "--json").ok().splitlines()[-1])
+    assert row["details"]["output"] == f"{odd.home}/backupé"
+
+
 def test_names_that_are_no_text(odd: Lab, tmp_path: Path) -> None:
     volume, bad = Volume(odd, "vol", odd.home / "a[/x]t[red]", odd.home / "a[/x]m[red]é", None), "\udcff"
     for command in (("status", bad), ("audit", bad), ("audit", "--user", bad), ("mirror", "list", bad), ("list",)):
