@@ -239,6 +239,16 @@ def test_a_copy_takes_the_place_of_nothing_but_a_copy(lab: Lab) -> None:
     assert not (lab.state / "new").exists()
 
 
+def test_a_header_that_nobody_knows_is_not_taken_for_an_earlier_copy(lab: Lab) -> None:
+    volume, forgotten = lab.volume(size_bytes=MIB), lab.volume("forgotten", MIB, header=True)
+    assert forgotten.header is not None
+    lab.lockstep("remove", "forgotten").ok()
+    theirs, before = luks.read_uuid(str(forgotten.header)), forgotten.header.read_bytes()
+    said = lab.lockstep("header", "backup", "vol", forgotten.header, "--force").failed(1, theirs, "another LUKS volume")
+    assert luks.read_uuid(str(volume.mirror)) in said
+    assert forgotten.header.read_bytes() == before
+
+
 def test_a_detached_header_without_a_copy_is_spoken_of(lab: Lab) -> None:
     reminder = "HAS NO SECOND COPY"
     target, mirror = lab.disk("target", MIB), lab.home / "mirror"

@@ -1132,7 +1132,7 @@ class BackupNotWritten(LuksError):
 
     happened = "The header backup {path} cannot be written: {reason}."
     cause = "The directory does not exist or is full, this account may not write to it, or the name is in use."
-    next_step = "Choose another place, on another disk. With --force a header backup takes another one's place only."
+    next_step = "Choose another place, on another disk. With --force, an earlier one of the same mirror is overwritten."
 
 
 class BackupKeysDiffer(LuksError):

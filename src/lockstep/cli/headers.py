@@ -24,7 +24,9 @@ def backup(
     name: Name,
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Where the copy goes: a file on another disk.")],
     mirror: MirrorPath = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite OUTPUT, if that is a header backup.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite OUTPUT, if that is a backup of the same header.")
+    ] = False,
     as_json: Json = False,
     state_dir: StateDir = None,
 ) -> None:

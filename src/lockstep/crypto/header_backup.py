@@ -34,16 +34,17 @@ def write(path: str, output: str) -> None:
         raise BackupNotWritten(path=output, reason=os.strerror(error.errno or 0)) from error
 
 
-def is_copy(path: str) -> bool:
-    """Whether a file is a copy of a header and nothing else: sound, with no byte of data behind it.
+def copied(path: str) -> str | None:
+    """The LUKS UUID of the header of which a file is a copy and nothing else: sound, with no byte of data behind it.
 
     A detached header looks the same. Raises HeaderUnreadable, CryptsetupMissing, CryptsetupHung.
     """
     try:
         metadata = luks.read_metadata(path)
-        return os.path.getsize(path) == len(luks.header_bytes(path, metadata))
+        is_whole = os.path.getsize(path) == len(luks.header_bytes(path, metadata))
+        return luks.read_uuid(path) if is_whole else None
     except (NotLuks2, HeaderDamaged):
-        return False
+        return None
     except OSError as error:
         raise HeaderUnreadable(path=path, reason=os.strerror(error.errno or 0)) from error
 

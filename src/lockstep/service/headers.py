@@ -112,8 +112,8 @@ def reminder(name: str, header: str, backup: str) -> str | None:
 def back_up_header(state: State, name: str, mirror_path: str | None, output: str, *, force: bool) -> MirrorRecord:
     """Copy a mirror's header to a file; it may be served meanwhile.
 
-    Even with `force` it takes the place of nothing but another copy. Raises NotManager, BackupExists, OutputInState,
-    TargetTaken and its like, BackupNotWritten, MirrorOfAnotherVolume, and header errors.
+    Even with `force` it takes the place of nothing but an earlier copy of the same header. Raises NotManager,
+    BackupExists, OutputInState, TargetTaken and its like, BackupNotWritten, MirrorOfAnotherVolume, and header errors.
     """
     actor = manager(state, f"back up a header of {name}")
     with state.registry() as registry:
@@ -121,7 +121,7 @@ def back_up_header(state: State, name: str, mirror_path: str | None, output: str
         mirror = mirrors.chosen(volume, mirror_path)
         path = mirrors.header_path(mirror)
         state.refuse_output(output)
-        _refuse_output(registry, output, force=force)
+        _refuse_output(registry, mirror, output, force=force)
         with state.key_lock(mirror.luks_uuid):
             mirrors.require_same_disk(volume, mirror, luks.read_uuid(path))
             header_backup.write(path, output)
@@ -131,7 +131,7 @@ def back_up_header(state: State, name: str, mirror_path: str | None, output: str
     return mirror
 
 
-def _refuse_output(registry: Registry, output: str, *, force: bool) -> None:
+def _refuse_output(registry: Registry, mirror: MirrorRecord, output: str, *, force: bool) -> None:
     try:
         found = os.stat(output).st_mode
     except FileNotFoundError:
@@ -145,8 +145,13 @@ def _refuse_output(registry: Registry, output: str, *, force: bool) -> None:
     mirrors.refuse_as_output(registry.volumes(), output)
     if found is not None and not force:
         raise BackupExists(path=output)
-    if found is not None and not header_backup.is_copy(output):
+    if found is None:
+        return
+    if (copied := header_backup.copied(output)) is None:
         raise BackupNotWritten(path=output, reason="it is there, and is no header backup")
+    if copied != mirror.luks_uuid:  # perhaps all that opens something of which nobody here knows
+        reason = f"it is the header of another LUKS volume, UUID {copied}, not {mirror.luks_uuid}, or a copy of that"
+        raise BackupNotWritten(path=output, reason=reason)
 
 
 # --- putting back ---
