@@ -2,7 +2,11 @@
 
 import errno
 import os
+import resource
+import select
+import signal
 import tempfile
+import threading
 from array import array
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lockstep import work
+from lockstep.crypto import cipher
 from lockstep.crypto.cipher import FallbackXts
+from lockstep.crypto.luks import CIPHER, Segment
 from lockstep.disk import runs
+from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.nbd import frames, transmission, wire
+from tests.lab import wait_until
 
 native_runs = pytest.importorskip("lockstep.disk._runs", reason="the native loops were not built")
 native_frames = pytest.importorskip("lockstep.nbd._frames", reason="the native loops were not built")
@@ -172,30 +181,77 @@ def test_runs_are_read_alike(extents: list[tuple[int, int]]) -> None:
         assert results[1][1][len(extents) - 1 :][:length] == content[offset : offset + length]
 
 
-@given(extents=EXTENTS, sector=st.sampled_from([512, 4096]), kept=st.integers(0, SIZE), refused=st.booleans())
-def test_jobs_are_carried_out_alike(extents: list[tuple[int, int]], sector: int, kept: int, refused: bool) -> None:
+@given(extents=EXTENTS, kept=st.integers(0, SIZE), refused=st.booleans())
+def test_jobs_are_carried_out_alike(extents: list[tuple[int, int]], kept: int, refused: bool) -> None:
     data, flags = os.urandom(9100), 1 << 30 if refused else 0
-    whole = [(offset // sector * sector, max(1, length // sector) * sector) for offset, length in extents]
     results: list[list[Any]] = []
-    for write_job, fetch_job, xts in (
-        (runs._write_job, runs._fetch_job, FallbackXts(KEY, sector)),
-        (native_runs.write_job, native_runs.fetch_job, native_xts.Xts(KEY, sector)),
-    ):
-        with tempfile.TemporaryFile(dir="/dev/shm") as plain, tempfile.TemporaryFile(dir="/dev/shm") as cipher:
+    for write_job, fetch_job in ((runs._write_job, runs._fetch_job), (native_runs.write_job, native_runs.fetch_job)):
+        with tempfile.TemporaryFile(dir="/dev/shm") as plain:
             left: list[int] = []
             into = bytearray(9100)
-            said = [
-                outcome(write_job(plain.fileno(), flags, data, as_run(extents), len(extents), left.append, False)),
-                outcome(
-                    xts.encrypt_job(cipher.fileno(), 512, 7, data, as_run(whole), len(whole), flags, left.append, False)
-                ),
-            ]
+            said = [outcome(write_job(plain.fileno(), flags, data, as_run(extents), len(extents), left.append, False))]
             plain.truncate(kept)  # so some reads lie past the end
             said.append(outcome(fetch_job(plain.fileno(), into, as_run(extents), len(extents), left.append)))
-            results.append([said, left, plain.read(), cipher.read(), into])
+            results.append([said, left, plain.read(), into])
     assert results[0] == results[1]
     if refused and extents:
-        assert results[0][0][:2] == [errno.EOPNOTSUPP] * 2
+        assert results[0][0][0] == errno.EOPNOTSUPP
+
+
+@pytest.fixture(params=["native", "python"])
+def encrypts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cipher, "_Implementation", native_xts.Xts if request.param == "native" else FallbackXts)
+
+
+def mirror_of(file: Any, sector: int, size_bytes: int) -> EncryptedDisk:
+    fd = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR)
+    return EncryptedDisk(fd, Segment(512, sector, 7, CIPHER, None), cipher.XtsCipher(KEY, sector), size_bytes)
+
+
+@given(extents=EXTENTS, sector=st.sampled_from([512, 4096]), full=st.booleans())
+def test_runs_are_encrypted_by_jobs_alike(extents: list[tuple[int, int]], sector: int, full: bool) -> None:
+    data, results = memoryview(os.urandom(9100)), list[Any]()
+    whole = [(offset // sector * sector, max(1, length // sector) * sector) for offset, length in extents]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for implementation in (native_xts.Xts, FallbackXts):
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryFile(dir="/dev/shm") as file:
+            patch.setattr(cipher, "_Implementation", implementation)
+            disk = mirror_of(file, sector, SIZE)
+            try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2 if full else limits[0], limits[1]))
+                said = outcome(disk.write_job(data, as_run(whole), len(whole)))
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+                disk.close()
+            results.append((said, file.read()))
+    signal.signal(signal.SIGXFSZ, ignored)
+    assert results[0] == results[1]
+    assert results[0][0] in ((0, errno.EFBIG, errno.ENOSPC) if full else (0,))
+
+
+@pytest.mark.usefixtures("encrypts")
+def test_a_mirror_that_is_given_up_is_written_no_further_than_the_piece_it_is_at() -> None:
+    queue, count = work.Queue(), 1000
+    data = memoryview(bytearray(1 << 20))
+    run = array("Q", [word for at in range(count) for word in (at << 20, 1 << 20, 0, 0)])
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        disk = mirror_of(file, 4096, count << 20)
+        job = disk.write_job(data, run, count)
+        job = job if isinstance(job, work.Job) else work.Call(job)
+        job.future = "run"
+        threading.Thread(target=queue.serve, daemon=True).start()
+        queue.put(job)
+        wait_until(lambda: os.fstat(file.fileno()).st_size > 0, "the run to begin")
+        disk.stop()
+        assert queue.give_up() == 0
+        queue.close()
+        assert select.select([queue.fd], [], [], 60)[0]
+        ((_future, _value, failure),) = queue.done()
+        assert isinstance(failure, OSError)
+        assert failure.errno == errno.ECANCELED
+        assert os.fstat(file.fileno()).st_size < 512 + (count << 20)
+        disk.close()
 
 
 @given(kept=st.integers(0, SIZE), length=st.integers(1, 20), from_medium=st.booleans(), refused=st.booleans())

@@ -150,7 +150,7 @@ def test_native_jobs_need_no_interpreter(file: int) -> None:
     sys.setswitchinterval(NEVER_S)
     try:
         crew.queue.put(as_job(native_runs.write_job(file, 0, data, run, 2, None, False), "write"))
-        crew.queue.put(as_job(cipher.encrypt_job(mirror, 0, 0, data, run, 2, 0, None, False), "encrypt"))  # type: ignore[arg-type]
+        crew.queue.put(as_job(cipher.encrypt_job(mirror, 0, 0, data, run, 2, 0, None, False), "encrypt"))  # type: ignore[misc, arg-type]
         ended = list[work.Ended]()
         until_s = time.monotonic() + PATIENCE_S
         while len(ended) < 2 and time.monotonic() < until_s:

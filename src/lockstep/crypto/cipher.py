@@ -76,32 +76,6 @@ class FallbackXts:
                 return at
         return count
 
-    def encrypt_job(
-        self,
-        fd: int,
-        data_offset: int,
-        first_iv: int,
-        data: Buffer,
-        run: array[int],
-        count: int,
-        flags: int,
-        rest: Callable[[int], None],
-        in_turn: bool,  # noqa: ARG002 (for the native queue)
-        /,
-    ) -> Callable[[], None]:
-        """Return what a thread does to encrypt and write a run."""
-        view = _readable(data)
-
-        def job() -> None:
-            for at in range(count):
-                offset, length, position = run[4 * at : 4 * at + 3]
-                source = view[position : position + length]
-                if self.encrypt_to(fd, data_offset + offset, first_iv + offset // 512, source, flags) != length:
-                    rest(at)
-                    return
-
-        return job
-
     def decrypt_job(
         self, fd: int, offset: int, first_iv: int, into: Buffer, from_medium: bool, rest: Callable[[], None], /
     ) -> Callable[[], None]:
@@ -183,9 +157,10 @@ class XtsCipher:
     encrypt_into: Callable[[int, Buffer, Buffer], None]
     encrypt_to: Callable[[int, int, int, Buffer, int], int]
     encrypt_run: Callable[[int, int, int, Buffer, array[int], int, int], int]
-    encrypt_job: Callable[
-        [int, int, int, Buffer, array[int], int, int, Callable[[int], None], bool], Callable[[], None]
-    ]
+    # None where nothing native does it: then each piece has to be asked for (disk/encrypted.py).
+    encrypt_job: (
+        Callable[[int, int, int, Buffer, array[int], int, int, Callable[[int], None], bool], Callable[[], None]] | None
+    )
     decrypt_into: Callable[[int, Buffer, Buffer], None]
     decrypt_job: Callable[[int, int, int, Buffer, bool, Callable[[], None]], Callable[[], None]]
     sector_bytes: int
@@ -196,7 +171,7 @@ class XtsCipher:
         self.encrypt_into = implementation.encrypt_into
         self.encrypt_to = implementation.encrypt_to
         self.encrypt_run = implementation.encrypt_run
-        self.encrypt_job = implementation.encrypt_job
+        self.encrypt_job = getattr(implementation, "encrypt_job", None)
         self.decrypt_into = implementation.decrypt_into
         self.decrypt_job = implementation.decrypt_job
         self.sector_bytes = sector_bytes

@@ -60,8 +60,8 @@ class EncryptedDisk(DiskFile):
         rest = functools.partial(self._write_each, data, run, count, durable)
         if self._direct is not None:
             return functools.partial(self._write_direct, data, run, count, durable)
-        if self._promptness.unknown:
-            return functools.partial(rest, 0)
+        if self._promptness.unknown or self._encrypt_job is None:
+            return functools.partial(rest, 0)  # which looks between two pieces whether it is given up
         where, flags = (self._fd, self._base, self._first_iv), os.RWF_DSYNC if durable else 0
         # The kernel lets the next one in while the medium is waited for; and long ones are encrypted meanwhile.
         in_turn = self._in_turn and not durable and sum(run[1 : WORDS * count : WORDS]) <= PIECE_BYTES
