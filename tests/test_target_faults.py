@@ -167,6 +167,49 @@ def test_what_a_truncated_target_lacks_comes_from_the_mirror_and_is_no_zeroes(la
         handle.shutdown()
 
 
+@pytest.mark.parametrize("options", [[], ["--direct"]], ids=["cached", "direct"])
+def test_a_truncated_target_is_spoken_of_and_does_not_grow_over_what_was_lost(lab: Lab, options: list[str]) -> None:
+    volume = lab.volume("vol", SIZE_BYTES, content=random.Random(4).randbytes(SIZE_BYTES))
+    expected, end = bytearray(volume.target.read_bytes()), 2 * MIB
+    with volume.served(*options) as served:
+        handle = libnbd().NBD()
+        handle.connect_uri(served.uri)
+        handle.pwrite(b"w" * 4096, 7 * MIB)  # what comes next there is recorded already, and could be written at once
+        expected[7 * MIB : 7 * MIB + 4096] = b"w" * 4096
+        os.truncate(volume.target, end)
+        wait_until(lambda: "was cut short" in (served.now()["target"]["error"] or ""), "the server to see it")
+        assert "was cut short" in " ".join(lab.lockstep("status", "vol").ok().split())
+        assert handle.pread(4096, 6 * MIB) == expected[6 * MIB : 6 * MIB + 4096]
+        assert served.mirror_state() == "in-sync"
+        for offset in (7 * MIB, SIZE_BYTES - 4096, end - 2048):
+            assert error_of(handle.pwrite, b"n" * 4096, offset) == "EIO"
+        for flags in (0, libnbd().CMD_FLAG_NO_HOLE):
+            assert error_of(handle.zero, 4096, 5 * MIB, flags) == "EIO"
+        assert volume.target.stat().st_size == end
+        mirror = served.mirror()
+        assert mirror["state"] == "behind"
+        assert "it is shorter than it was" in mirror["error"]
+        handle.pwrite(b"i" * 4096, MIB)  # within
+        expected[MIB : MIB + 4096] = b"i" * 4096
+        handle.flush()
+        assert handle.pread(4096, 6 * MIB) == expected[6 * MIB : 6 * MIB + 4096], "of the rest the mirror knows"
+        handle.shutdown()
+    assert volume.target.read_bytes() == expected[:end]
+    lab.lockstep("serve", "vol", "--key-file", lab.key).failed(1, "The file was truncated")
+    output = lab.home / "output"
+    volume.restore(output, "--incomplete").ok()
+    assert output.read_bytes()[6 * MIB : 7 * MIB] == expected[6 * MIB : 7 * MIB]
+
+
+def test_a_truncated_mirror_is_not_called_in_sync(lab: Lab) -> None:
+    volume = lab.volume("vol", SIZE_BYTES)
+    with volume.served() as served:
+        whole = volume.mirror.stat().st_size
+        os.truncate(volume.mirror, whole - MIB)
+        wait_until(lambda: served.mirror_state() == "degraded", "the server to see it")
+        assert "it is shorter than it was" in served.mirror()["error"]
+
+
 def error_of(request: Callable[..., object], *arguments: object) -> object:
     try:
         request(*arguments)

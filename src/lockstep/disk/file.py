@@ -1,6 +1,7 @@
 """The open file or device below a disk, whatever its content: how it takes writes, and what makes them durable."""
 
 import os
+import stat
 from collections.abc import Callable
 
 from lockstep.disk.direct import DirectFile
@@ -10,7 +11,9 @@ from lockstep.disk.transfer import Promptness, cached_read_flag, writes_take_tur
 
 
 class DiskFile:
-    """A descriptor whose content begins at `base` bytes. Any thread may call; failures are OSErrors."""
+    """A descriptor with content of `size_bytes` from `base` bytes on. Any thread may call; failures are OSErrors."""
+
+    size_bytes: int
 
     def __init__(self, fd: int, base: int = 0) -> None:
         """Take over `fd`; it must allow whatever will be asked (reading, writing)."""
@@ -28,6 +31,11 @@ class DiskFile:
     def left(self, path: str) -> bool:
         """Whether `path` leads here no more: the file was renamed, taken away, or replaced by another."""
         return leads_elsewhere(path, node_of(self._fd))
+
+    def cut_short(self) -> bool:
+        """Whether it is a file that has become shorter than its content."""
+        found = os.fstat(self._fd)
+        return stat.S_ISREG(found.st_mode) and found.st_size < self._base + self.size_bytes
 
     @property
     def direct(self) -> bool:

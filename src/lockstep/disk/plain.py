@@ -17,7 +17,7 @@ from lockstep.disk.file import DiskFile
 from lockstep.disk.lock import lock_exclusive
 from lockstep.disk.probe import Disk, open_disk
 from lockstep.disk.runs import fetch_job, places, read_run, requests, write_job, write_run
-from lockstep.disk.transfer import read_all, write_all
+from lockstep.disk.transfer import SHORTER, read_all, write_all
 
 _FALLOC_FL_KEEP_SIZE: Final = 0x01  # linux/falloc.h
 _FALLOC_FL_PUNCH_HOLE: Final = 0x02
@@ -39,6 +39,7 @@ class PlainDisk(DiskFile):
         super().__init__(fd)
         self.disk = disk
         self.size_bytes = disk.size_bytes if size_bytes is None else size_bytes
+        self._grows = True  # where something is written beyond its end
 
     @classmethod
     def claim(cls, disk: Disk, size_bytes: int | None = None, *, direct: bool = False) -> Self:
@@ -55,6 +56,14 @@ class PlainDisk(DiskFile):
         except BaseException:
             os.close(fd)
             raise
+
+    def keep_short(self) -> None:
+        """From here on fail with EIO what would make a file that was cut short long again: a hole is not what was lost.
+
+        For the thread that asks whether it is `prompt`, which it is no more.
+        """
+        self._grows = False
+        self._promptness.flags, self._promptness.unknown = None, False
 
     @property
     def block_bytes(self) -> int:
@@ -98,6 +107,7 @@ class PlainDisk(DiskFile):
 
     def write(self, offset: int, data: memoryview | bytes, *, durable: bool = False) -> None:
         """Write all of `data` at `offset`."""
+        self._refuse_growth(offset, len(data))
         if self._direct is not None:
             self._direct.write(offset, data, durable=durable)
             return
@@ -115,10 +125,10 @@ class PlainDisk(DiskFile):
     def write_job(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> Callable[[], None]:
         """Return what a thread does to write a run."""
         rest = functools.partial(self._write_each, data, run, count, durable)
+        if self._promptness.unknown or not self._grows:
+            return functools.partial(rest, 0)
         if self._direct is not None:
             return functools.partial(self._write_direct, data, run, count, durable)
-        if self._promptness.unknown:
-            return functools.partial(rest, 0)
         in_turn = self._in_turn and not durable  # the kernel lets the next one in while the medium is waited for
         return write_job(self._fd, os.RWF_DSYNC if durable else 0, data, run, count, rest, in_turn)
 
@@ -138,6 +148,7 @@ class PlainDisk(DiskFile):
         On a block device a punched hole is a zeroing discard (block/fops.c), which unlike BLKDISCARD says what
         is read afterwards.
         """
+        self._refuse_growth(offset, length)
         mode = _FALLOC_FL_ZERO_RANGE if allocate else _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
         try:
             _fallocate(self._fd, mode, offset, length)
@@ -147,6 +158,10 @@ class PlainDisk(DiskFile):
             for position in range(offset, offset + length, len(_ZEROES)):
                 piece = min(len(_ZEROES), offset + length - position)
                 self.write(position, memoryview(_ZEROES)[:piece])
+
+    def _refuse_growth(self, offset: int, length: int) -> None:
+        if not self._grows and offset + length > os.fstat(self._fd).st_size:
+            raise OSError(errno.EIO, SHORTER)
 
     def resize(self, size_bytes: int) -> None:
         """Empty a file and give it a size: all of it reads as zeroes then."""

@@ -9,6 +9,9 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable
+from typing import Final
+
+SHORTER: Final = "it is shorter than it was"
 
 
 def write_all(fd: int, data: memoryview | bytes | bytearray, offset: int, *, durable: bool = False) -> None:
@@ -33,7 +36,7 @@ def read_all(fd: int, into: memoryview, offset: int, *, block_bytes: int = 1) ->
     while into:
         count = os.preadv(fd, (into,), offset)
         if not count or count % block_bytes:
-            raise OSError(errno.EIO, "it is shorter than it was")
+            raise OSError(errno.EIO, SHORTER)
         into, offset = into[count:], offset + count
 
 

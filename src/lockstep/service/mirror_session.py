@@ -36,6 +36,7 @@ from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.mirror import open_mirror
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import inspect, leads_elsewhere, node_of
+from lockstep.disk.transfer import SHORTER
 from lockstep.errors import (
     DiskBusy,
     DiskChanged,
@@ -196,7 +197,7 @@ class MirrorSession:
             self.link.drop("updating the header of", failure)
 
     async def look(self) -> None:
-        """Drop the mirror where nobody would find it: its path, or its header's, leads elsewhere by now."""
+        """Drop the mirror that is not all there, or where nobody would find it: a path of it leads elsewhere by now."""
         if self.link.error is not None:
             return
         try:
@@ -204,14 +205,15 @@ class MirrorSession:
         except TimeoutError as failure:
             self.link.drop("looking after", failure)
             return
-        if lost:
-            self.link.drop("looking after", OSError(errno.ESTALE, f"{lost} leads to another file by now, or to none"))
+        if lost is not None:
+            self.link.drop("looking after", lost)
 
-    def _lost(self) -> str | None:
-        """The path that leads elsewhere."""
+    def _lost(self) -> OSError | None:
+        if self.link.cut_short():
+            return OSError(errno.EIO, SHORTER)
         if self.link.left():
-            return self.mirror.path
-        return self._header_path if leads_elsewhere(self._header_path, self._header_node) else None
+            return _gone(self.mirror.path)
+        return _gone(self._header_path) if leads_elsewhere(self._header_path, self._header_node) else None
 
     async def advance(self) -> None:
         """Give mirror and bitmap a new generation: copies of the mirror from before are none of it."""
@@ -431,6 +433,10 @@ class MirrorSession:
 
     def _new_workers(self) -> Workers:
         return Workers("lockstep-mirror", MIRROR_THREADS, self._patience_s)
+
+
+def _gone(path: str) -> OSError:
+    return OSError(errno.ESTALE, f"{path} leads to another file by now, or to none")
 
 
 def _as_disk_error(error: LockstepError) -> OSError:

@@ -70,7 +70,7 @@ class VolumeSession:
         self.resyncs = tuple(
             Resync(self.writes, session.link, gate, workers, compare=session.mirror.compare) for session in mirrors
         )
-        self.target_error: str | None = None  # that its path leads elsewhere, in words
+        self.target_error: str | None = None  # that its path leads elsewhere, or that it was cut short, in words
         self._state = state
         self.filling = self.writes.filling = self._filling(record, target)
 
@@ -87,17 +87,24 @@ class VolumeSession:
         return filling
 
     async def look_after_target(self) -> None:
-        """See whether the target can still be found by its path: the next start looks for it there."""
+        """See whether the target is all there, and is found by its path: the next start looks for it there."""
         path = self.target.disk.path
-        lost = await self.workers.run(self.target.left, path)
-        if lost and self.target_error is None:
-            self.target_error = (
+        found = None
+        if await self.workers.run(self.target.cut_short):
+            self.target.keep_short()
+            found = (
+                f"{path} was cut short. What it lacks is read from a mirror that is equal there, and cannot be written."
+                f" Stop the server, and put the target back, or have it filled anew: `lockstep replace-target"
+                f" {self.record.name} PATH`."
+            )
+        elif await self.workers.run(self.target.left, path):
+            found = (
                 f"{path} leads to another file by now, or to none. What is written goes to the one that was opened; the"
                 " next start would take the other for the target. Put the right one back."
             )
-            log.error("%s", self.target_error)
-        elif not lost:
-            self.target_error = None
+        if found and found != self.target_error:
+            log.error("%s", found)
+        self.target_error = found
 
     def note_filled(self) -> None:
         """Note, durably, that the new target has everything; then it is one like any other. Blocks.

@@ -156,6 +156,11 @@ class MirrorLink:
         disk = self._disk
         return self.error is None and disk is not None and disk.left(self.path)
 
+    def cut_short(self) -> bool:
+        """Whether the mirror that is followed has lost its end. Blocks."""
+        disk = self._disk
+        return self.error is None and disk is not None and disk.cut_short()
+
     @property
     def at_rest(self) -> bool:
         """Whether nothing that was asked of the mirror is still under way."""
