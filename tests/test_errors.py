@@ -6,6 +6,7 @@ whose disk is full.
 
 import ast
 import inspect
+import pickle
 import re
 import string
 from collections import defaultdict
@@ -104,6 +105,13 @@ def test_a_leaf_hangs_on_drawn_branches_and_takes_their_exit_code(error: type[Lo
     special = {drawn_tree()[name] for name in branches} - {1}
     assert error.exit_code == (special.pop() if special else 1)
     assert not special, "two branches with different exit codes"
+
+
+@every_leaf
+def test_another_process_can_be_told_of_it(error: type[LockstepError]) -> None:
+    one = filled(error)
+    other = pickle.loads(pickle.dumps(one))
+    assert (type(other), other.data, str(other)) == (type(one), one.data, str(one))
 
 
 # --- the texts --------------------------------------------------------------------------------------------

@@ -229,3 +229,27 @@ def test_a_target_that_does_not_answer_leaves_the_mirror_what_it_is(lab: Lab, st
         (described,) = json.loads(Lab.lockstep(lab, "status", "--json").ok())["volumes"]
         assert f"{target} does not answer" in described["target"]["error"]
         assert described["mirrors"][0]["state"] == "in-sync"
+
+
+def test_a_disk_that_does_not_answer_keeps_nobody_from_restoring_another(
+    lab: Lab, volume: Volume, storage: Storage
+) -> None:
+    other = lab.volume("other", MIB, content=b"o" * MIB)
+    with other.served():
+        pass
+    before = other.mirror.read_bytes()
+    with storage.hidden():
+
+        def is_missed() -> bool:
+            return "does not answer" in Lab.lockstep(lab, "status").ok()
+
+        wait_until(is_missed, "what the kernel remembers of the name to expire")
+        said = other.restore(other.mirror, "--force")
+        assert said.code != 0, "no mirror is taken for an output"
+        other.restore(lab.home / "output").ok()
+        lab.lockstep("header", "backup", "other", lab.home / "backup").ok()
+        create = ("create", "third", "--target", lab.disk("third", MIB))
+        assert f"{storage.path} does not answer" in lab.lockstep(*create).failed(1, "dmesg")
+    assert (lab.home / "output").read_bytes() == b"o" * MIB
+    assert other.mirror.read_bytes() == before
+    lab.lockstep(*create).ok()

@@ -15,6 +15,8 @@ passes by keyword. The data stays on the error (`error.data`) for JSON output an
 No secret may ever be passed as data.
 """
 
+import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 
@@ -29,6 +31,10 @@ class LockstepError(Exception):
     def __init__(self, **data: object) -> None:
         self.data = data
         super().__init__(self.happened.format(**data))
+
+    def __reduce__(self) -> tuple[Callable[[], "LockstepError"], tuple[()]]:
+        """How one process tells another of it."""
+        return functools.partial(type(self), **self.data), ()
 
     @property
     def likely_cause(self) -> str:

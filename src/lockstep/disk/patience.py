@@ -13,6 +13,8 @@ import signal
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn, TypeVar
 
+from lockstep.errors import DiskSilent
+
 Answer = TypeVar("Answer")
 
 PATIENCE_S: Final = 5.0
@@ -49,6 +51,11 @@ def ask(questions: Mapping[str, Callable[[], Answer]], patience_s: float = PATIE
                 os.killpg(pid, signal.SIGKILL)
                 _left_behind[name] = pid
     return answers
+
+
+def silent(*paths: str | None) -> DiskSilent:
+    """What to say of a disk, on one of these paths, that does not answer."""
+    return DiskSilent(path=" or ".join(filter(None, paths)), patience_s=f"{PATIENCE_S:g}")
 
 
 def _still_asked(name: str) -> bool:

@@ -12,6 +12,7 @@ Where something is held from another mirror, no mirror is added: it would be giv
 
 import asyncio
 import contextlib
+import functools
 import os
 import secrets
 import uuid
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from lockstep.crypto import luks
 from lockstep.crypto.unlock import Unlock
+from lockstep.disk import patience
 from lockstep.disk.mirror import SECTOR_SIZES, make_mirror, open_mirror, refuse_unfit, whole_sectors
 from lockstep.disk.probe import Disk, inspect, overlap
 from lockstep.errors import (
@@ -126,13 +128,21 @@ def require_sector(plan: MirrorPlan) -> None:
 def refuse_taken(registry: Registry, paths: list[str], *, but: str | None = None) -> None:
     """Refuse a disk that has a role already under another name; the registry itself compares names.
 
-    `but` is a path whose role does not count.
+    `but` is a path whose role does not count. Raises TargetTaken and its like, and DiskSilent where a disk with a role
+    does not answer: it might be the one that is given.
     """
     wanted = [inspect(path) for path in paths if os.path.exists(path)]
-    for volume in registry.volumes():
-        for path, taken in mirrors.roles(volume):
-            if path != but and os.path.exists(path) and any(overlap(inspect(path), disk) for disk in wanted):
-                raise taken(path=path, volume=volume.name)
+    roles = [(path, taken, volume) for volume in registry.volumes() for path, taken in mirrors.roles(volume)]
+    answers = patience.ask({path: functools.partial(_is_one_of, path, wanted) for path, _, _ in roles if path != but})
+    for path, taken, volume in roles:
+        if path != but and path not in answers:
+            raise patience.silent(path)
+        if path != but and answers[path]:
+            raise taken(path=path, volume=volume.name)
+
+
+def _is_one_of(path: str, disks: list[Disk]) -> bool:
+    return os.path.exists(path) and any(overlap(inspect(path), disk) for disk in disks)
 
 
 def forget_records(state: State, luks_uuid: str) -> None:

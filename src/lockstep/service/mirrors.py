@@ -1,9 +1,11 @@
 """Which mirror of a volume is meant, whether the disk that is there is that mirror, and which disks have a role."""
 
+import functools
 import os
 from collections.abc import Iterable, Iterator
 
 from lockstep.crypto import luks
+from lockstep.disk import patience
 from lockstep.disk.probe import Disk, inspect, overlap
 from lockstep.errors import (
     DiskError,
@@ -74,17 +76,19 @@ def refuse_as_output(
 ) -> None:
     """Refuse to write anew what has one of these roles: by its name if it is not there, else under every name.
 
-    A disk of the registry that cannot be looked at is known by its name alone: it must not keep anybody from restoring.
+    A disk of the registry that cannot be looked at, or does not answer, is known by its name alone: it must not keep
+    anybody from restoring.
     """
-    output = inspect(path) if os.path.exists(path) else None
-    for volume in volumes:
-        for known, taken in roles(volume):
-            if taken in refused and (os.path.realpath(known) == os.path.realpath(path) or _shares(known, output)):
-                raise taken(path=known, volume=volume.name)
+    named, output = os.path.realpath(path), inspect(path) if os.path.exists(path) else None
+    known = {known: (taken, volume) for volume in volumes for known, taken in roles(volume) if taken in refused}
+    answers = patience.ask({each: functools.partial(_is_output, each, named, output) for each in known})
+    for each, (taken, volume) in known.items():
+        if answers.get(each, each == named):
+            raise taken(path=each, volume=volume.name)
 
 
-def _shares(known: str, output: Disk | None) -> bool:
+def _is_output(known: str, named: str, output: Disk | None) -> bool:
     try:
-        return output is not None and overlap(inspect(known), output) is not None
+        return os.path.realpath(known) == named or (output is not None and overlap(inspect(known), output) is not None)
     except DiskError:
         return False

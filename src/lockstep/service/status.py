@@ -10,7 +10,7 @@ from typing import Any
 from lockstep.crypto import luks
 from lockstep.disk import patience
 from lockstep.disk.mirror import large_enough
-from lockstep.errors import DiskMissing, DiskSilent, LockstepError
+from lockstep.errors import DiskMissing, LockstepError
 from lockstep.registry.access import Verdict
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.state import State
@@ -113,7 +113,7 @@ def at_rest(state: State, volume: VolumeRecord, seen: Seen, error: str | None = 
 
     Or one whose server does not answer, which is `error`.
     """
-    written_ns, target_error = seen.get(volume.id) or (None, _silent(volume.target_path))
+    written_ns, target_error = seen.get(volume.id) or (None, str(patience.silent(volume.target_path)))
     mirrors = [_mirror_at_rest(state, volume, mirror, seen, written_ns) for mirror in volume.mirrors]
     for described in mirrors:
         described["error"] = error or described["error"]
@@ -148,17 +148,13 @@ def _look_at_mirror(volume: VolumeRecord, mirror: MirrorRecord) -> tuple[luks.He
     return header, None
 
 
-def _silent(*paths: str | None) -> str:
-    return str(DiskSilent(path=" or ".join(filter(None, paths)), patience_s=f"{patience.PATIENCE_S:g}"))
-
-
 def _mirror_at_rest(
     state: State, volume: VolumeRecord, mirror: MirrorRecord, seen: Seen, written_ns: int | None
 ) -> dict[str, Any]:
     """A mirror that nobody follows: what its header, its intent bitmap and the record of what is held say together."""
     identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
     held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=False)
-    header, error = seen.get(mirror.luks_uuid) or (None, _silent(mirror.path, mirror.header_path))
+    header, error = seen.get(mirror.luks_uuid) or (None, str(patience.silent(mirror.path, mirror.header_path)))
     if header is None:
         loaded = intent.Loaded(bytearray(b"\1" * len(held.regions())), fits=False)
     else:
