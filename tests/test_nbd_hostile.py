@@ -37,6 +37,7 @@ SIZE = 34 * MIB + 333
 LARGEST = 32 * MIB
 POOL_CLIENTS = payload.DEFAULT_LIMIT_BYTES // LARGEST  # so many of the largest payloads fill the pool
 PLENTY_OF_DESCRIPTORS = 2 * server.MAX_CONNECTIONS + 500
+SO_SNDBUFFORCE = 32  # socket(7); the socket module does not name it
 # What no request takes, however busy the machine, unless it waits for somebody who stalls; and what is usual then.
 STALLED_S = 0.8 * connection.CONTENDED_STALL_S
 NORMAL_S = 0.25
@@ -389,6 +390,34 @@ def test_too_many_clients_are_refused_and_the_others_go_on(site: Site) -> None:
                 return False
 
         wait_until(there_is_room, "a new client to be admitted after another one left")
+
+
+@pytest.mark.skipif(not is_root(), reason="only root may have so much sent at once")
+def test_the_buffers_of_those_who_send_much_at_once_are_bounded(site: Site) -> None:
+    """Who sends more at once than a receive buffer takes gets a larger one until it goes, unless too many have one."""
+    count, written = 300, os.urandom(64 << 10)
+    each = connection.RECEIVE_BYTES + MIB // 8
+    before = site.served.resident_bytes()
+    bound = before + payload.SMALL_LIMIT_BYTES + 2 * payload.KEEP_BYTES + count * each
+    assert bound < before + count * connection.BULK_RECEIVE_BYTES
+    most = []
+    for _ in range(2):
+        with contextlib.ExitStack() as clients:
+            for _ in range(count):
+                client = clients.enter_context(site.client())
+                client.socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 8 * MIB)
+                os.kill(site.pid, signal.SIGSTOP)
+                try:
+                    for n in range(16):
+                        client.send(client.request(nbd.WRITE, MIB + n * len(written), payload=written).wire())
+                finally:
+                    os.kill(site.pid, signal.SIGCONT)
+                assert [reply.error for reply in client.replies().values()] == [0] * 16
+            most.append(site.served.resident_bytes())
+            assert before + payload.SMALL_LIMIT_BYTES < most[-1] < bound
+            assert client.read(MIB + 15 * len(written), len(written)) == written
+        site.all_gone()
+    assert most[1] > most[0] - 16 * MIB, "those of the first crowd are still taken"
 
 
 needs_root = pytest.mark.skipif(not is_root(), reason="only root may count the descriptors of a protected process")

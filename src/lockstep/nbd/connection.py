@@ -65,7 +65,8 @@ from lockstep.nbd.transmission import (
 
 log = logging.getLogger(__name__)
 
-RECEIVE_BYTES: Final = 256 << 10  # fits the second-level cache; larger payloads get a pool block of their own
+RECEIVE_BYTES: Final = 256 << 10  # half of it: the longest payload that needs no pool block of its own
+BULK_RECEIVE_BYTES: Final = 1 << 20  # of who fills that, and so has to be woken up, and go on, for each of its parts
 # Replies leave after this much data has moved, in either direction: what has arrived together is answered together,
 # since a client that is woken up costs as much as a write of 4 KiB.
 REPLY_BATCH_BYTES: Final = 256 << 10
@@ -125,6 +126,7 @@ class Host(Protocol):
     export: Export
     pools: tuple[PayloadPool, ...]
     arrived: PayloadPool  # for writes that have arrived whole, which wait for the disks alone
+    receiving: PayloadPool  # for receive buffers of who sends much at once
     loop: asyncio.AbstractEventLoop
     now_s: float
 
@@ -184,6 +186,7 @@ class Connection(Securable):
         self._negotiation: Negotiation | None = None
         self._agreement = Agreement("", structured=False, allocation=False)
         self._buffer = page_aligned(RECEIVE_BYTES)
+        self._bulk: Block | None = None  # whose memory the buffer is
         self._start = self._end = 0
         self._skip = 0  # bytes of a refused payload that are still to be thrown away
         self._block: Block | None = None
@@ -249,8 +252,17 @@ class Connection(Securable):
             self._skip_payload()
         if self._negotiation is not None:
             self._negotiate(self._negotiation)
-        else:
-            self._advance()
+            return
+        if self._end == len(self._buffer) and self._bulk is None:
+            self._enlarge_buffer()
+        self._advance()
+
+    def _enlarge_buffer(self) -> None:
+        """Have more room for what this client sends at once, if there is memory for it."""
+        self._bulk = self._server.receiving.take(BULK_RECEIVE_BYTES)
+        if self._bulk is not None:
+            self._bulk.memory[: self._end] = self._buffer
+            self._buffer = self._bulk.memory
 
     def eof_received(self) -> bool:
         """The client sends no more; answer what is under way, then close."""
@@ -280,6 +292,8 @@ class Connection(Securable):
         if self._block is not None:
             self._give_block(self._block)
             self._block = None
+        if self._bulk is not None:
+            self._server.receiving.give(self._bulk)
         self._release_undrained()
         self._server.dismiss(self)
 

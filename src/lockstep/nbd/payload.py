@@ -1,10 +1,11 @@
 """Memory for requests too large, or too slow, to stay in a connection's own receive buffer.
 
 Pools serve all connections, so that the sum is bounded however many clients send 32 MiB writes at once, and no
-connection may hold more than a share of any. There are three. Small and large blocks for what waits for a client, to
-send the rest of a payload or to take a reply, are apart: who needs one may wait until those before it in the queue were
-served, or cut off because they stalled. Writes that have arrived whole wait for nobody but the disks, and have a pool
-of their own: no number of clients that stall delays them.
+connection may hold more than a share of any. There are three for payloads. Small and large blocks for what waits for a
+client, to send the rest of a payload or to take a reply, are apart: who needs one may wait until those before it in the
+queue were served, or cut off because they stalled. Writes that have arrived whole wait for nobody but the disks, and
+have a pool of their own: no number of clients that stall delays them. A fourth is for the receive buffers of who sends
+much at once; nobody waits for one.
 
 A request takes its whole payload before its first byte is received: no set of half-received requests can then wait
 for each other. Freed blocks are kept for reuse, since the page faults of fresh memory cost as much as encrypting it.

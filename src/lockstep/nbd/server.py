@@ -52,6 +52,7 @@ class NbdServer:
         self._large = pool or PayloadPool()
         self._small = PayloadPool(SMALL_LIMIT_BYTES, SMALL_SHARE_BYTES)
         self.arrived = PayloadPool(SMALL_LIMIT_BYTES, SMALL_SHARE_BYTES)
+        self.receiving = PayloadPool(SMALL_LIMIT_BYTES)
         self.pools: tuple[PayloadPool, ...] = (self._small, self._large, self.arrived)
         self.loop = asyncio.get_running_loop()
         self.now_s = time.monotonic()
