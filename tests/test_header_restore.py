@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from lockstep.crypto import keyslots, luks
+from lockstep.errors import BackupKeyFormer
 from tests.forks import ForkLab
 from tests.keys import NEW, Keys, opens
 from tests.lab import MIB, PASSPHRASE, Lab, Volume, run
+from tests.test_service_refusals import assert_error
 
 
 @pytest.fixture
@@ -175,6 +177,32 @@ def test_another_disk_in_the_mirrors_place_keeps_its_header(lab: Lab) -> None:
     lab.lockstep("header", "restore", "vol", lab.home / "copy").failed(1, "ext4 file system", "--force")
     assert volume.mirror.read_bytes() == before
     lab.lockstep("header", "restore", "vol", lab.home / "copy", "--force").ok()
+
+
+def test_a_copy_from_before_a_rekeying_takes_force_where_nothing_tells_how_far_that_came(lab: Lab) -> None:
+    """The header may only be unreadable for the moment, and it alone has the new key."""
+    volume = lab.volume(size_bytes=MIB, content=os.urandom(MIB), header=True)
+    assert volume.header is not None
+    with volume.served():
+        pass
+    old, new = lab.home / "old", lab.home / "renewed"
+    lab.lockstep("header", "backup", "vol", old).ok()
+    lab.lockstep("key", "rekey", "vol", "--key-file", lab.key).ok()
+    lab.lockstep("header", "backup", "vol", new).ok()
+    for damage in (damage_both, wipe):
+        damage(volume.header)
+        before = volume.header.read_bytes()
+        expected = BackupKeyFormer(backup=old, path=volume.mirror)
+        assert_error(lab.lockstep("header", "restore", "vol", old), expected)
+        assert volume.header.read_bytes() == before
+        lab.lockstep("header", "restore", "vol", new).ok()
+    volume.restore(lab.home / "output", "--incomplete").ok()
+    assert (lab.home / "output").read_bytes() == volume.target.read_bytes()
+    damage_both(volume.header)
+    lab.lockstep("header", "restore", "vol", old, "--force").ok()
+    with volume.served():
+        pass
+    volume.assert_equal_disks()
 
 
 def test_a_served_mirror_keeps_its_header(lab: Lab) -> None:

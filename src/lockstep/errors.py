@@ -1152,6 +1152,17 @@ class BackupKeysDiffer(LuksError):
     )
 
 
+class BackupKeyFormer(LuksError):
+    """Data: backup, path."""
+
+    happened = "{backup} has the volume key that {path} had before a re-keying, and the header in use cannot be read."
+    cause = "It was made before `lockstep key rekey`; what has the new key by now is noise under the old one."
+    next_step = (
+        "Give a backup that was made since. If the disk only fails to read (`dmesg`), see to that: the header may be "
+        "sound. If the target is whole, repeat with --force: the next start copies all of it."
+    )
+
+
 class EmptyPassphrase(LuksError):
     """An empty passphrase protects nothing."""
 

@@ -5,7 +5,9 @@ made after the last change of a passphrase; the audit trail knows, and `reminder
 
 Putting a copy back
     1. The copy must be of this mirror: LUKS UUID, volume, and volume key if the header that is there can be read.
-    2. It takes force where its key slots are others than those that are there: what was removed would come back.
+    2. It takes force where its key slots are others than those that are there: what was removed would come back. So
+       it does where the header that is there cannot be read, and the audit trail tells of a re-keying since: what has
+       the new key already would be noise for ever, should the header only be unreadable for the moment.
     3. The copy's token is of its time, and says nothing about the data of today. So it gets a new token first, in a
        copy of the copy: a new generation, which fits no intent bitmap, so that everything is copied; and the state that
        the header that is there tells, or else `syncing`: what the mirror holds is not known. Then the header is
@@ -24,12 +26,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from lockstep.crypto import header_backup, luks
+from lockstep.crypto import header_backup, luks, reencryption
 from lockstep.crypto.header_backup import Content
 from lockstep.disk.mirror import require_unused
 from lockstep.disk.probe import inspect, signatures
 from lockstep.errors import (
     BackupExists,
+    BackupKeyFormer,
     BackupKeysDiffer,
     BackupMissing,
     BackupNotWritten,
@@ -161,7 +164,7 @@ def restore_header(state: State, name: str, mirror_path: str | None, backup: str
     """Put a copy of a mirror's header back, over whatever is there.
 
     Raises NotManager, StillServed, BackupMissing, BackupOfAnother, MirrorOfAnotherVolume, DiskBusy, DiskLocked; unless
-    `force` BackupKeysDiffer, and MirrorHoldsData where the header's place was given to something else.
+    `force` BackupKeysDiffer, BackupKeyFormer, and MirrorHoldsData where the header's place was given to something else.
     """
     actor = manager(state, f"restore a header of {name}")
     with state.registry() as registry, contextlib.ExitStack() as stack:
@@ -173,7 +176,7 @@ def restore_header(state: State, name: str, mirror_path: str | None, backup: str
         stack.enter_context(state.key_lock(mirror.luks_uuid))
         token = _token_of(backup, volume, mirror)
         require_unused(inspect(mirror.path))
-        back, gone = _compared(volume, mirror, backup, force=force)
+        back, gone = _compared(registry, volume, mirror, backup, force=force)
         compared = back is not None
         token = _renewed(token, mirror, _present_token(path))
         _put_back(state, path, backup, token)
@@ -205,7 +208,7 @@ def _token_of(backup: str, volume: VolumeRecord, mirror: MirrorRecord) -> luks.T
 
 
 def _compared(
-    volume: VolumeRecord, mirror: MirrorRecord, backup: str, *, force: bool
+    registry: Registry, volume: VolumeRecord, mirror: MirrorRecord, backup: str, *, force: bool
 ) -> tuple[Slots, Slots] | tuple[None, None]:
     """Return the key slots that would come back, and those that would be lost; None where that cannot be known."""
     path = mirrors.header_path(mirror)
@@ -214,6 +217,7 @@ def _compared(
     except (NotLuks2, HeaderDamaged, HeaderUnreadable):
         if not force:
             _refuse_other_content(path)
+            _refuse_former_key(registry, volume, mirror, backup)
         return None, None
     mirrors.require_same_disk(volume, mirror, luks.read_uuid(path))
     offered = Content.of(backup)
@@ -230,6 +234,11 @@ def _refuse_other_content(path: str) -> None:
         found = [each for each in signatures(inspect(path)) if "luks" not in each.lower()]
         if found:
             raise MirrorHoldsData(path=path, found=" and ".join(found))
+
+
+def _refuse_former_key(registry: Registry, volume: VolumeRecord, mirror: MirrorRecord, backup: str) -> None:
+    if reencryption.key_mark(backup) in rekey.former_keys(registry, volume.name, mirror.luks_uuid):
+        raise BackupKeyFormer(backup=backup, path=mirror.path)
 
 
 def _present_token(path: str) -> luks.Token | None:

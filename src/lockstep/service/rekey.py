@@ -32,7 +32,7 @@ from lockstep.crypto.unlock import Unlock
 from lockstep.disk.mirror import claim_for_rekeying, whole_sectors
 from lockstep.disk.probe import inspect
 from lockstep.errors import LockstepError, NotServed, RekeyDropsKeys, TargetUnfinished
-from lockstep.registry.store import MirrorRecord, VolumeRecord
+from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
 from lockstep.service import borrowing
 from lockstep.service.gate import VolumeGate
 from lockstep.service.managing import MirrorWork, working_on
@@ -114,6 +114,12 @@ def _former_key(work: _Work) -> str | None:
         if row.details.get("luks_uuid") == work.mirror.luks_uuid:
             former = str(row.details["volume_key"]) if row.event == BEGUN else None
     return former
+
+
+def former_keys(registry: Registry, volume: str, luks_uuid: str) -> set[str]:
+    """What `reencryption.key_mark` says of each volume key that a re-keying of this mirror began to replace."""
+    rows = registry.audit_rows(volume=volume, events=(BEGUN,))
+    return {str(row.details["volume_key"]) for row in rows if row.details.get("luks_uuid") == luks_uuid}
 
 
 # --- re-encrypting ---
