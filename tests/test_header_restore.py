@@ -1,7 +1,9 @@
 """Copies of a mirror's header: what they bring back, what is refused, and that no old header makes a mirror in sync."""
 
+import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from lockstep.crypto import keyslots, luks
 from lockstep.errors import BackupKeyFormer
 from tests.forks import ForkLab
 from tests.keys import NEW, Keys, opens
-from tests.lab import MIB, PASSPHRASE, Lab, Volume, run
+from tests.lab import MIB, PASSPHRASE, Lab, Volume, needs, run
 from tests.test_service_refusals import assert_error
 
 
@@ -203,6 +205,32 @@ def test_a_copy_from_before_a_rekeying_takes_force_where_nothing_tells_how_far_t
     with volume.served():
         pass
     volume.assert_equal_disks()
+
+
+@needs(root=True)
+def test_without_room_for_the_audit_trail_no_header_is_copied_or_put_back(lab: Lab) -> None:
+    lab.state.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(lab.state))
+    try:
+        volume = lab.volume(size_bytes=MIB, header=True)
+        assert volume.header is not None
+        copy, junk = lab.home / "copy", lab.state / "junk"
+        lab.lockstep("header", "backup", "vol", copy).ok()
+        damage_both(volume.header)
+        before = volume.header.read_bytes()
+        with contextlib.suppress(OSError), junk.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        lab.lockstep("header", "restore", "vol", copy).failed(1, "registry", "full")
+        assert volume.header.read_bytes() == before
+        shutil.copyfile(copy, volume.header)
+        lab.lockstep("header", "backup", "vol", lab.home / "second").failed(1, "registry", "full")
+        assert not [each for each in lab.home.iterdir() if each.name.startswith((".lockstep-", "second"))]
+        junk.unlink()
+        shutil.copyfile(copy, volume.header)
+        lab.lockstep("header", "restore", "vol", copy).ok()
+    finally:
+        run("umount", "-l", str(lab.state))
 
 
 def test_a_served_mirror_keeps_its_header(lab: Lab) -> None:

@@ -5,19 +5,25 @@ A copy is a whole header, which `--header` takes as well. It opens with the pass
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lockstep.crypto import cryptsetup, luks
 from lockstep.errors import BackupNotWritten, HeaderDamaged, HeaderUnreadable, NotLuks2
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
-def write(path: str, output: str) -> None:
+
+@contextlib.contextmanager
+def written(path: str, output: str) -> Iterator[None]:
     """Copy the header at `path` to the file `output`, durably, in place of what has that name.
 
-    BackupNotWritten, and what `luks.read_header` raises; then `output` is as it was.
+    The copy is complete when the block begins, and gets its name when that ends. BackupNotWritten, and what
+    `luks.read_header` raises; then, or if the block fails, `output` is as it was.
     """
     luks.read_header(path)
     output = os.path.abspath(output)
@@ -28,6 +34,7 @@ def write(path: str, output: str) -> None:
             cryptsetup.checked("back up the header of", path, "luksHeaderBackup", f"--header-backup-file={made}")
             luks.read_header(made)
             _sync(made)
+            yield
             os.replace(made, output)
         _sync(directory)
     except OSError as error:
@@ -49,14 +56,17 @@ def copied(path: str) -> str | None:
         raise HeaderUnreadable(path=path, reason=os.strerror(error.errno or 0)) from error
 
 
-def put_back(path: str, backup: str) -> None:
-    """Write the copy `backup` over the header at `path`, whatever is there; a missing file is made.
+def put_back(path: str, backup: str, *, fds: Sequence[int] = ()) -> None:
+    """Write the copy `backup`, which may be one of `fds`, over the header at `path`, whatever is there.
+
+    A missing file is made.
 
     HeaderNotCreated, CryptsetupMissing, CryptsetupFailed, CryptsetupHung.
     """
     created = not os.path.lexists(path) and luks.create_header_file(path)
     try:
-        cryptsetup.checked("restore the header of", path, "luksHeaderRestore", f"--header-backup-file={backup}")
+        arguments = ("luksHeaderRestore", f"--header-backup-file={backup}")
+        cryptsetup.checked("restore the header of", path, *arguments, fds=fds)
     except BaseException:
         if created:
             os.unlink(path)

@@ -294,15 +294,16 @@ def refused(action: str, path: str, result: cryptsetup.Completed, passphrase: Bu
     return cryptsetup.failure(action, path, result)
 
 
-def write_token(path: str, token: Token, *, token_id: int | None) -> None:
+def write_token(path: str, token: Token, *, token_id: int | None, fds: Sequence[int] = ()) -> None:
     """Store the token: in place of token `token_id` in one header update, or as the first one (None).
 
-    HeaderUnreadable, NotLuks2, HeaderDamaged, CryptsetupMissing, CryptsetupFailed, CryptsetupHung.
+    `path` may be one of `fds`, below /dev/fd. HeaderUnreadable, NotLuks2, HeaderDamaged, CryptsetupMissing,
+    CryptsetupFailed, CryptsetupHung.
     """
     where = [] if token_id is None else [f"--token-id={token_id}", "--token-replace"]
     arguments = ("token", "import", "--json-file=-", *where)
     _sound_copy(path)
-    cryptsetup.checked("write the token of", path, *arguments, stdin=token.to_json().encode())
+    cryptsetup.checked("write the token of", path, *arguments, stdin=token.to_json().encode(), fds=fds)
 
 
 def wipe(secret: bytearray) -> None:

@@ -9,9 +9,9 @@ Putting a copy back
        it does where the header that is there cannot be read, and the audit trail tells of a re-keying since: what has
        the new key already would be noise for ever, should the header only be unreadable for the moment.
     3. The copy's token is of its time, and says nothing about the data of today. So it gets a new token first, in a
-       copy of the copy: a new generation, which fits no intent bitmap, so that everything is copied; and the state that
-       the header that is there tells, or else `syncing`: what the mirror holds is not known. Then the header is
-       overwritten at once.
+       copy of the copy, in memory: a new generation, which fits no intent bitmap, so that everything is copied; and the
+       state that the header that is there tells, or else `syncing`: what the mirror holds is not known. Then the header
+       is overwritten at once.
     4. Whatever fails before that has changed nothing. If overwriting is interrupted, the header may be damaged, and
        putting the copy back again mends it.
 """
@@ -19,14 +19,12 @@ Putting a copy back
 import contextlib
 import os
 import secrets
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from lockstep.crypto import header_backup, luks, reencryption
+from lockstep.crypto import cryptsetup, header_backup, luks, reencryption
 from lockstep.crypto.header_backup import Content
 from lockstep.disk.mirror import require_unused
 from lockstep.disk.probe import inspect, signatures
@@ -127,10 +125,10 @@ def back_up_header(state: State, name: str, mirror_path: str | None, output: str
         _refuse_output(registry, mirror, output, force=force)
         with state.key_lock(mirror.luks_uuid):
             mirrors.require_same_disk(volume, mirror, luks.read_uuid(path))
-            header_backup.write(path, output)
             reason = f"{actor.user} copied the header of the mirror {mirror.path} to {os.path.abspath(output)}"
             details = {"mirror": mirror.path, "luks_uuid": mirror.luks_uuid, "output": os.path.abspath(output)}
-            registry.audit(BACKED_UP, actor=actor, volume=name, reason=reason, details=details)
+            with header_backup.written(path, output):  # there is none that is not in the audit trail
+                registry.audit(BACKED_UP, actor=actor, volume=name, reason=reason, details=details)
     return mirror
 
 
@@ -174,24 +172,25 @@ def restore_header(state: State, name: str, mirror_path: str | None, backup: str
         if not stack.enter_context(state.volume_lock(name)):
             raise StillServed(volume=name, action="given another header")
         stack.enter_context(state.key_lock(mirror.luks_uuid))
-        token = _token_of(backup, volume, mirror)
+        token, token_id = _token_of(backup, volume, mirror)
         require_unused(inspect(mirror.path))
         back, gone = _compared(registry, volume, mirror, backup, force=force)
         compared = back is not None
         token = _renewed(token, mirror, _present_token(path))
-        _put_back(state, path, backup, token)
-        registry.set_generation(mirror.id, token.generation)
         done = Restored(mirror, compared, back or (), gone or (), token.state)
         reason = f"{actor.user} restored the header of the mirror {mirror.path} from {os.path.abspath(backup)}"
         reason += f": {_listed(done.back)} came back, {_listed(done.gone)} lost" if compared else ""
         details = {"mirror": mirror.path, "luks_uuid": mirror.luks_uuid, "backup": os.path.abspath(backup)}
         what = {"compared": compared, "slots_back": done.back, "slots_gone": done.gone}
+        # Before it is done: no passphrase comes back that is not in the audit trail.
         registry.audit(RESTORED, actor=actor, volume=name, reason=reason, details=details | what)
+        _put_back(path, backup, token, token_id)
+        registry.set_generation(mirror.id, token.generation)
     return done
 
 
-def _token_of(backup: str, volume: VolumeRecord, mirror: MirrorRecord) -> luks.Token:
-    """Return the token of a copy that is one of this mirror's header."""
+def _token_of(backup: str, volume: VolumeRecord, mirror: MirrorRecord) -> tuple[luks.Token, int | None]:
+    """Return the token of a copy that is one of this mirror's header, and its number there."""
     try:
         header = luks.read_header(backup)
     except (NotLuks2, HeaderDamaged, HeaderUnreadable) as error:
@@ -204,7 +203,7 @@ def _token_of(backup: str, volume: VolumeRecord, mirror: MirrorRecord) -> luks.T
     if header.token.volume_id != volume.id:
         reason = f"it belongs to the volume {header.token.volume_name}"
         raise BackupOfAnother(backup=backup, path=mirror.path, reason=reason)
-    return header.token
+    return header.token, header.token_id
 
 
 def _compared(
@@ -262,13 +261,10 @@ def _renewed(token: luks.Token, mirror: MirrorRecord, present: luks.Token | None
     return replace(token, generation=generation, state=present.state if present else SYNCING)
 
 
-def _put_back(state: State, path: str, backup: str, token: luks.Token) -> None:
-    with tempfile.TemporaryDirectory(dir=state.run_dir, prefix="header-") as aside:
-        renewed = f"{aside}/header"
-        try:
-            shutil.copyfile(backup, renewed)
-        except OSError as error:
-            raise BackupMissing(path=backup, reason=error.strerror or str(error)) from error
-        luks.write_token(renewed, token, token_id=luks.read_header(renewed).token_id)
-        header_backup.put_back(path, renewed)
+def _put_back(path: str, backup: str, token: luks.Token, token_id: int | None) -> None:
+    copy = luks.header_bytes(backup, luks.read_metadata(backup))
+    with cryptsetup.memory_file(copy) as fd:
+        renewed = f"/dev/fd/{fd}"
+        luks.write_token(renewed, token, token_id=token_id, fds=[fd])
+        header_backup.put_back(path, renewed, fds=[fd])
     luks.read_header(path)
