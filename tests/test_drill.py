@@ -216,6 +216,20 @@ def test_there_must_be_a_mirror(lab: Lab) -> None:
     lab.lockstep("drill", "alone", "--key-file", lab.key).failed(1, "has no mirror")
 
 
+def test_what_was_not_tried_to_the_end_has_not_passed(lab: Lab) -> None:
+    """Nobody reads what it says after the first step."""
+    volume = backed_up(lab, file_system(lab, 8 * MIB, *EXT4))
+    command = [sys.executable, "-m", "lockstep", "--state-dir", str(lab.state), "drill", "vol", "--key-file"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([*command, str(lab.key)], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, "Standard output cannot be written" in done.stderr) == (1, True)
+    assert_clean(volume)
+    row = json.loads(lab.lockstep("audit", "vol", "--json").ok().splitlines()[-1])
+    assert (row["event"], row["details"]["passed"]) == ("drill", False)
+    assert row["reason"].endswith("it was not finished")
+    assert [(step["step"], step["passed"]) for step in row["details"]["steps"]] == [("open", True)]
+
+
 class Waiting:
     """A drill whose command copies the device to `seen`, and then waits for leave."""
 

@@ -106,11 +106,19 @@ class Report:
     volume: str
     mirror: str
     steps: list[Step] = field(default_factory=list)
+    ended: bool = False  # by itself: whatever was to be tried was tried, up to the first step that failed
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed."""
-        return all(step.passed for step in self.steps)
+        """Whether everything was tried, and nothing failed."""
+        return self.ended and all(step.passed for step in self.steps)
+
+    @property
+    def outcome(self) -> str:
+        """How it ended, in words."""
+        if self.passed:
+            return "it passed"
+        return "it failed" if self.ended or not all(step.passed for step in self.steps) else "it was not finished"
 
 
 class _Wrong(Exception):
@@ -144,8 +152,7 @@ def drill(
                     _Drill(state, report, place, on_step).run(mirror, unlock, command)
             finally:
                 if report.steps:
-                    outcome = "passed" if report.passed else "failed"
-                    reason = f"{actor.user} drilled the mirror {mirror.path}: it {outcome}"
+                    reason = f"{actor.user} drilled the mirror {mirror.path}: {report.outcome}"
                     registry.audit("drill", actor=actor, volume=name, reason=reason, details=described(report))
             reports.append(report)
         return reports
@@ -249,6 +256,7 @@ class _Drill:
             with borrowing.alone(self._state, mirror):
                 served = borrowing.ask(self._state, self._report.volume, mirror, borrowing.DRILL)
                 self._run(mirror, unlock, command)
+            self._report.ended = True
         finally:
             if served:
                 self._give_back(mirror)
