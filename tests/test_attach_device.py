@@ -27,6 +27,7 @@ from lockstep.errors import (
     FuseMissing,
     LockstepError,
     NotAttached,
+    StateDirUnusable,
 )
 from lockstep.service import attach as attaching
 from lockstep.service.attach import Attachment, attach, current, detach
@@ -281,8 +282,9 @@ def test_a_failing_later_step_undoes_the_earlier_ones(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(attaching, "_write_record", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StateDirUnusable) as unusable:
         attach(server.socket, "vol", run_dir, 512)
+    assert_told(unusable.value, "No space left")
     assert leftovers(run_dir) == []
 
 

@@ -3,6 +3,7 @@
 Nothing is left behind, and the mirror is as it was.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -11,7 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def drill(volume: Volume, *options: object) -> tuple[int, dict[str, object], lis
 
 def assert_clean(volume: Volume) -> None:
     home = str(volume.lab.home)
-    assert home not in Path("/proc/self/mountinfo").read_text()
+    assert f"{home}/state/run" not in Path("/proc/self/mountinfo").read_text()
     assert home not in run("losetup", "--list", "--noheadings", "--output", "BACK-FILE")
     assert not [name for name in os.listdir(volume.lab.state / "run") if name.startswith(".drill")]
 
@@ -228,6 +229,46 @@ def test_what_was_not_tried_to_the_end_has_not_passed(lab: Lab) -> None:
     assert (row["event"], row["details"]["passed"]) == ("drill", False)
     assert row["reason"].endswith("it was not finished")
     assert [(step["step"], step["passed"]) for step in row["details"]["steps"]] == [("open", True)]
+
+
+@pytest.fixture
+def state_disk(lab: Lab) -> Iterator[Path]:
+    """The state directory, on a small disk of its own."""
+    lab.state.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=64", "tmpfs", str(lab.state))
+    yield lab.state
+    run("umount", "-l", str(lab.state))
+
+
+def files_that_fit(directory: Path) -> list[Path]:
+    """Make empty files until there is no room for another one."""
+    made: list[Path] = []
+    with contextlib.suppress(OSError):
+        while True:
+            path = directory / f"junk {len(made)}"
+            path.touch()
+            made.append(path)
+    return made
+
+
+def test_a_state_directory_that_takes_nothing_is_named(lab: Lab, state_disk: Path) -> None:
+    volume = backed_up(lab, file_system(lab, 8 * MIB, *EXT4))
+    command = ("drill", "vol", "--key-file", lab.key)
+    junk = files_that_fit(state_disk)
+    lab.lockstep(*command).failed(1, "state directory", "No space left")
+    ended = 1
+    while ended:  # with room for its directory, then its mount point too, its overlay, a row of the audit trail
+        junk.pop().unlink()
+        done = lab.lockstep(*command)
+        ended = done.code
+        if ended:
+            done.failed(1)
+        assert_clean(volume)
+    run("mount", "-o", "remount,ro", str(state_disk))
+    lab.lockstep(*command).failed(1, "state directory", "Read-only")
+    run("mount", "-o", "remount,rw", str(state_disk))
+    lab.lockstep(*command).ok()
+    assert_clean(volume)
 
 
 class Waiting:

@@ -1391,7 +1391,7 @@ class StateDirUnusable(ServiceError):
 
     happened = "The state directory {path} cannot be used: {reason}."
     cause = "It belongs to another user, or its disk is full or read-only."
-    next_step = "Run this as its owner, or name another with --state-dir."
+    next_step = "Make room there, or run this as its owner; --state-dir names another one."
 
 
 class StillAttached(ServiceError):

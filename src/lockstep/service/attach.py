@@ -63,6 +63,7 @@ from lockstep.errors import (
     FuseMissing,
     LockstepError,
     NotAttached,
+    StateDirUnusable,
     UserNameInvalid,
 )
 from lockstep.nbd.identity import is_user_name
@@ -139,28 +140,35 @@ def attach(
     """Give the served export a block device. An attachment that works is returned as it is; a dead one is replaced.
 
     `uri_socket` is the path of the server's unix socket; `user` is on whose behalf, if not root's own. Raises
-    AttachNeedsRoot, AttachToolMissing, FuseMissing, AttachFailed, AttachedForAnother, or DetachRefused and DetachStuck
-    where a dead attachment is still in use or does not go away.
+    AttachNeedsRoot, AttachToolMissing, FuseMissing, AttachFailed, AttachedForAnother, StateDirUnusable, or
+    DetachRefused and DetachStuck where a dead attachment is still in use or does not go away.
     """
     require_root()
     place = _Place(run_dir, export, user)
-    os.makedirs(run_dir, exist_ok=True)
-    with _alone(place):
-        existing = _current(place)
-        if existing is not None and _answers(existing):
-            if existing.user != user:
-                raise AttachedForAnother(export=export, device=existing.device, user=existing.user or "root itself")
-            return existing
-        _take_down(place, existing)
-        way = _attach_nbd if _kernel_speaks_nbd() else _attach_fuse
-        try:
-            with ExitStack() as undo:
-                attachment = way(os.path.abspath(uri_socket), place, logical_sector_bytes, undo)
-                _write_record(place, attachment)
-                undo.pop_all()
-        except _StepFailed as failed:
-            raise AttachFailed(export=export, step=failed.step, reason=failed.reason) from failed
-        return attachment
+    try:
+        os.makedirs(run_dir, exist_ok=True)
+        with _alone(place):
+            return _attached(os.path.abspath(uri_socket), place, logical_sector_bytes)
+    except _StepFailed as failed:
+        raise AttachFailed(export=export, step=failed.step, reason=failed.reason) from failed
+    except OSError as error:
+        raise StateDirUnusable(path=run_dir, reason=error.strerror or str(error)) from error
+
+
+def _attached(socket: str, place: _Place, logical_sector_bytes: int) -> Attachment:
+    existing = _current(place)
+    if existing is not None and _answers(existing):
+        if existing.user != place.user:
+            device, user = existing.device, existing.user or "root itself"
+            raise AttachedForAnother(export=place.export, device=device, user=user)
+        return existing
+    _take_down(place, existing)
+    way = _attach_nbd if _kernel_speaks_nbd() else _attach_fuse
+    with ExitStack() as undo:
+        attachment = way(socket, place, logical_sector_bytes, undo)
+        _write_record(place, attachment)
+        undo.pop_all()
+    return attachment
 
 
 def detach(run_dir: str, export: str) -> Attachment:
@@ -171,7 +179,7 @@ def detach(run_dir: str, export: str) -> Attachment:
     """
     require_root()
     place = _Place(run_dir, export)
-    if not os.path.isdir(run_dir):
+    if not os.path.exists(place.lock):  # nobody has attached anything here; nor need there be room to make it
         raise NotAttached(export=export)
     with _alone(place):
         existing = _current(place)

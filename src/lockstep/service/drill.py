@@ -53,6 +53,7 @@ from lockstep.errors import (
     LockstepError,
     NotAttached,
     NotServed,
+    StateDirUnusable,
 )
 from lockstep.registry.store import MirrorRecord
 from lockstep.service import attach as attaching
@@ -135,7 +136,7 @@ def drill(
 ) -> list[Report]:
     """Try every mirror of a volume, one after the other; `on_step` is told of each step as it ends.
 
-    Raises DrillBusy, DrillWithoutMirror, NotManager, AttachNeedsRoot, and what opening the mirror and
+    Raises DrillBusy, DrillWithoutMirror, NotManager, AttachNeedsRoot, StateDirUnusable, and what opening the mirror and
     attaching raise. A mirror that does not pass is no error here: see the reports.
     """
     actor = manager(state, f"drill the volume {name}")
@@ -201,6 +202,11 @@ class _Place:
         with contextlib.suppress(FileNotFoundError):
             os.rmdir(self.mount)
 
+    def remove(self) -> None:
+        """Take everything away, and the directory as well."""
+        self.clear()
+        os.rmdir(self.directory)
+
     def _devices(self) -> list[str]:
         current = attaching.current(self.directory, self.export)
         return [current.device] if current else _loops_over(f"{self.directory}/{self.export}.fuse/{self.export}")
@@ -209,27 +215,30 @@ class _Place:
 @contextlib.contextmanager
 def _place(state: State, name: str) -> Iterator[_Place]:
     directory = f"{state.run_dir}/.drill-{name}"
-    os.makedirs(directory, mode=0o700, exist_ok=True)
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    place = _Place(directory, name)
+    with contextlib.ExitStack() as stack:
         try:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            place.clear()
+            stack.callback(place.remove)
+            os.mkdir(place.mount, mode=0o700)
         except BlockingIOError as error:
             raise DrillBusy(volume=name) from error
-        place = _Place(directory, name)
-        place.clear()
-        try:
-            yield place
-        finally:
-            place.clear()
-            os.rmdir(directory)
-    finally:
-        os.close(fd)
+        except OSError as error:
+            raise StateDirUnusable(path=state.path, reason=error.strerror or str(error)) from error
+        yield place
 
 
 def _loops_over(path: str) -> list[str]:
-    backings = Path("/sys/block").glob("loop*/loop/backing_file")
-    return [f"/dev/{backing.parts[3]}" for backing in backings if backing.read_text().rstrip("\n") == path]
+    found = []
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):  # others' come and go
+            if backing.read_text().rstrip("\n") == path:
+                found.append(f"/dev/{backing.parts[3]}")
+    return found
 
 
 def _detach_loops(path: str) -> None:
@@ -410,7 +419,6 @@ def _require_something_to_check(found: list[_Found]) -> None:
 
 @contextlib.contextmanager
 def _mounted(found: _Found, options: str, where: str) -> Iterator[None]:
-    os.makedirs(where, mode=0o700, exist_ok=True)
     _run("mount", "-t", found.kind, "-o", options, found.device, where)
     try:
         yield
