@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pwd
+import shutil
 import signal
 import struct
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from lockstep.crypto.luks import read_header
+from lockstep.errors import DrillOverlayFailed
 from tests.lab import MIB, Lab, Served, Volume, needs, run, wait_until
 
 pytestmark = needs("nbdfuse", "fusermount3", "losetup", "mount", "blkid", "mkfs.ext4", "/dev/fuse", root=True)
@@ -269,6 +271,49 @@ def test_a_state_directory_that_takes_nothing_is_named(lab: Lab, state_disk: Pat
     run("mount", "-o", "remount,rw", str(state_disk))
     lab.lockstep(*command).ok()
     assert_clean(volume)
+
+
+def test_an_overlay_that_has_no_room_is_not_the_mirrors_fault(lab: Lab, state_disk: Path) -> None:
+    """Nor has a command passed that did not look whether what it wrote was taken."""
+    volume = backed_up(lab, file_system(lab, 8 * MIB, *EXT4))
+    for ends in ("conv=fsync", "conv=fsync; true"):
+        command = f"dd if=/dev/urandom of=$LOCKSTEP_DEVICE bs=1M count=8 {ends}"
+        done = lab.lockstep("drill", "vol", "--key-file", lab.key, "--command", command)
+        overlay = state_disk / "run" / ".drill-vol" / "overlay"
+        said = done.failed(1, str(DrillOverlayFailed(volume="vol", overlay=overlay, reason="No space left on device")))
+        assert "make a new mirror" not in said
+        assert_clean(volume)
+        row = json.loads(lab.lockstep("audit", "vol", "--json").ok().splitlines()[-1])
+        assert (row["event"], row["details"]["passed"]) == ("drill", False)
+    lab.lockstep("drill", "vol", "--key-file", lab.key).ok()
+
+
+# Stands in mount's place: somebody goes into what was mounted, and stays there.
+_VISITED_MOUNT = """#!/bin/sh
+"{real}" "$@" || exit
+for where; do :; done
+cd "$where"
+sleep 600 > /dev/null 2>&1 &
+echo $! > "{visitor}"
+"""
+
+
+def test_whoever_stays_in_a_file_system_is_not_the_mirrors_fault(lab: Lab) -> None:
+    volume = backed_up(lab, file_system(lab, 8 * MIB, *EXT4))
+    program, visitor = lab.home / "visited" / "mount", lab.home / "visitor"
+    program.parent.mkdir()
+    program.write_text(_VISITED_MOUNT.format(real=shutil.which("mount"), visitor=visitor))
+    program.chmod(0o755)
+    path = {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+    try:
+        said = lab.lockstep("drill", "vol", "--key-file", lab.key, environment=path).failed(
+            1, "could not be taken away", "busy"
+        )
+        assert "make a new mirror" not in said
+    finally:
+        os.kill(int(visitor.read_text()), signal.SIGKILL)
+    code, _, steps, _ = drill(volume)  # which clears up first
+    assert (code, steps) == (0, GOOD)
 
 
 class Waiting:

@@ -1287,6 +1287,22 @@ class DrillWithoutMirror(ServiceError):
     next_step = "See `lockstep list`; a volume with a mirror is made with `lockstep create --mirror`."
 
 
+class DrillOverlayFailed(ServiceError):
+    """Data: volume, overlay, reason."""
+
+    happened = "The drill of {volume} proves nothing: its overlay {overlay} did not take what was written: {reason}."
+    cause = "The file system of the state directory is full or failing; the mirror may be as good as ever."
+    next_step = "Make room there for what journals and commands write, then run the drill again."
+
+
+class DrillStuck(ServiceError):
+    """Data: volume, directory, reason."""
+
+    happened = "What the drill of {volume} has in {directory} could not be taken away: {reason}."
+    cause = "A program has something open there, or a command of yours left it in use."
+    next_step = "End that use, then run the drill again: it begins by taking away what is left."
+
+
 class DrillFailed(ServiceError):
     """Data: volume, step, reason."""
 

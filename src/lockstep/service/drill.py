@@ -46,9 +46,13 @@ from typing import Any, Final
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk.probe import mounted_paths
 from lockstep.errors import (
+    DetachRefused,
+    DetachStuck,
     DetachUnflushed,
     DrillBusy,
     DrillFailed,
+    DrillOverlayFailed,
+    DrillStuck,
     DrillWithoutMirror,
     LockstepError,
     NotAttached,
@@ -61,11 +65,14 @@ from lockstep.service import borrowing
 from lockstep.service.managing import manager
 from lockstep.service.opening import exported, opened
 from lockstep.service.state import State
+from lockstep.volume.overlay import Overlay
 
 SAMPLE_FILES: Final = 2000
 SAMPLE_BYTES: Final = 1 << 30
 _READ_BYTES: Final = 1 << 20
 COMMAND_ENDS_S: Final = 10.0
+UNMOUNT_S: Final = 3.0
+POLL_S: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,8 @@ def drill(
 ) -> list[Report]:
     """Try every mirror of a volume, one after the other; `on_step` is told of each step as it ends.
 
-    Raises DrillBusy, DrillWithoutMirror, NotManager, AttachNeedsRoot, StateDirUnusable, and what opening the mirror and
-    attaching raise. A mirror that does not pass is no error here: see the reports.
+    Raises DrillBusy, DrillWithoutMirror, NotManager, AttachNeedsRoot, StateDirUnusable, DrillOverlayFailed, DrillStuck,
+    and what opening the mirror and attaching raise. A mirror that does not pass is no error here: see the reports.
     """
     actor = manager(state, f"drill the volume {name}")
     attaching.require_root()
@@ -189,9 +196,16 @@ class _Place:
         self.mount = f"{directory}/mount"
 
     def clear(self) -> None:
-        """Take away whatever there is."""
+        """Take away whatever there is. Raises DrillStuck."""
+        try:
+            self._clear()
+        except (_Wrong, DetachRefused, DetachStuck) as error:
+            reason = str(error).removesuffix(".")
+            raise DrillStuck(volume=self.export, directory=self.directory, reason=reason) from error
+
+    def _clear(self) -> None:
         while self.mount in mounted_paths():
-            _run("umount", self.mount)
+            _unmount(self.mount)
         for device in self._devices():
             _detach_loops(device)
         with contextlib.suppress(NotAttached, DetachUnflushed):  # the overlay goes as well: nothing is lost
@@ -232,6 +246,20 @@ def _place(state: State, name: str) -> Iterator[_Place]:
         yield place
 
 
+def _unmount(where: str) -> None:
+    """Unmount; a program that looks at what is mounted gets a moment to finish. Raises _Wrong."""
+    deadline_s = time.monotonic() + UNMOUNT_S
+    while True:
+        try:
+            _run("umount", where)
+        except _Wrong:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(POLL_S)
+        else:
+            return
+
+
 def _loops_over(path: str) -> list[str]:
     found = []
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
@@ -257,6 +285,7 @@ class _Drill:
         self._report = report
         self._place = place
         self._on_step = on_step
+        self._overlay: Overlay | None = None  # as long as something may be written to it
 
     def run(self, mirror: MirrorRecord, unlock: Unlock, command: str | None) -> None:
         """Take all steps, or those up to the first that fails."""
@@ -286,6 +315,8 @@ class _Drill:
                     mirror.path, unlock, header_path=mirror.header_path, overlay_path=lambda _: place.overlay
                 )
                 view = stack.enter_context(unlocked)
+                self._overlay = view.overlay
+                stack.callback(setattr, self, "_overlay", None)
                 stack.enter_context(exported(view, place.socket))
                 note(f"{view.size_bytes} bytes{', frozen' if view.frozen else ''}")
             with self._step("attach") as note:
@@ -305,14 +336,14 @@ class _Drill:
                     self._try(each)
 
     def _try(self, found: "_Found") -> None:
-        kind, mount = KINDS[found.kind], self._place.mount
+        kind, place = KINDS[found.kind], self._place
         what = f"{found.kind} on {found.what}"
-        with self._step("replay", what), _mounted(found, kind.options, mount):
+        with self._step("replay", what), _mounted(found, kind.options, place):
             pass
         with self._step("check", what) as note:
             note(_said(_run(*kind.check, found.device, package=kind.package), lines=1))
-        with self._step("read", what) as note, _mounted(found, f"ro,{kind.options}", mount):
-            note(_read_sample(mount))
+        with self._step("read", what) as note, _mounted(found, f"ro,{kind.options}", place):
+            note(_read_sample(place.mount))
 
     @contextlib.contextmanager
     def _step(self, name: str, what: str = "") -> Iterator[Callable[[str], None]]:
@@ -324,7 +355,8 @@ class _Drill:
             self._on_step(step)
 
         try:
-            yield details.append
+            with self._overlay_blamed():
+                yield details.append
         except (_Wrong, LockstepError) as error:
             ended(False, str(error).removesuffix("."))
             raise
@@ -332,6 +364,21 @@ class _Drill:
             ended(False, "it was interrupted")
             raise
         ended(True, details[-1])
+
+    @contextlib.contextmanager
+    def _overlay_blamed(self) -> Iterator[None]:
+        """Raise DrillOverlayFailed, whatever came of a step, where the overlay lost something."""
+        try:
+            yield
+        except (_Wrong, LockstepError):
+            self._require_overlay()
+            raise
+        self._require_overlay()
+
+    def _require_overlay(self) -> None:
+        if self._overlay is not None and (failure := self._overlay.failure):
+            reason = failure.strerror or str(failure)
+            raise DrillOverlayFailed(volume=self._report.volume, overlay=self._place.overlay, reason=reason)
 
 
 @dataclass(frozen=True)
@@ -418,12 +465,16 @@ def _require_something_to_check(found: list[_Found]) -> None:
 
 
 @contextlib.contextmanager
-def _mounted(found: _Found, options: str, where: str) -> Iterator[None]:
-    _run("mount", "-t", found.kind, "-o", options, found.device, where)
+def _mounted(found: _Found, options: str, place: _Place) -> Iterator[None]:
+    """Raises DrillStuck where somebody keeps it from being unmounted: that is no fault of the mirror's."""
+    _run("mount", "-t", found.kind, "-o", options, found.device, place.mount)
     try:
         yield
     finally:
-        _run("umount", where)
+        try:
+            _unmount(place.mount)
+        except _Wrong as error:
+            raise DrillStuck(volume=place.export, directory=place.mount, reason=str(error)) from error
 
 
 def _read_sample(root: str) -> str:

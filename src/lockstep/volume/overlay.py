@@ -161,6 +161,7 @@ class Overlay:
         self._noting = threading.Lock()  # held for moments
         self._flushing = threading.Lock()
         self._sync_failed: int | None = None
+        self.failure: OSError | None = None  # the first, of the file: it does not have everything that was written
 
     def close(self) -> None:
         """Flush, and give up the file and its lock. Raises OSError; it is closed all the same."""
@@ -220,7 +221,11 @@ class Overlay:
             read_any(self, end, whole[end - start :])
             whole[offset - start : end - start] = data
             data = whole
-        self._data.write(start, data)
+        try:
+            self._data.write(start, data)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
         self._note(start, stop, HERE)
 
     def zero(self, offset: int, length: int, *, allocate: bool) -> None:
