@@ -16,7 +16,20 @@ import pytest
 
 from lockstep.crypto import luks
 from tests.forks import ForkLab
-from tests.lab import MIB, PASSPHRASE, Clients, Lab, OpenMirror, Volume, libnbd, needs, opened, run, wait_until
+from tests.lab import (
+    MIB,
+    PASSPHRASE,
+    Clients,
+    Lab,
+    OpenMirror,
+    Storage,
+    Volume,
+    libnbd,
+    needs,
+    opened,
+    run,
+    wait_until,
+)
 
 SIZE_BYTES = 8 * MIB + 700  # no multiple of anything
 CONTENT = random.Random(4).randbytes(3 * MIB)
@@ -94,6 +107,28 @@ def test_it_serves_the_target_without_the_target_and_without_a_registry(made: Ma
     assert digest(volume.mirror) == before
     assert not lab.state.exists()
     assert not list((lab.home / "lockstep-open").iterdir())
+
+
+@needs("nbdkit", "nbdfuse", "fusermount3", "/dev/fuse", root=True)
+def test_a_mirror_that_hangs_does_not_keep_it_from_ending(made: Made, lab: Lab) -> None:
+    volume = made.copy(lab, "inline")
+    storage = Storage(lab.home / "storage", volume.mirror.stat().st_size)
+    try:
+        shutil.copyfile(volume.mirror, storage.image)
+        volume.mirror = storage.path
+        with opened(volume) as (process, uri), storage.stopped():
+            client = Clients(uri, 1)
+            client.handles[0].aio_pread(client.nbd.Buffer(4096), 4 * MIB)
+            threads = Path(f"/proc/{process.process.pid}/task")
+            waiting = re.compile("folio|request_wait|fuse")  # for a page of the file, or for FUSE's answer
+            wait_until(
+                lambda: any(waiting.search(each.read_text()) for each in threads.glob("*/wchan")), "the read to hang"
+            )
+            process.stop()
+            assert not Path(uri.partition("?socket=")[2]).exists()
+            assert "did not answer" in process.log.read_text()
+    finally:
+        storage.close()
 
 
 def test_a_closed_terminal_ends_it_in_order(made: Made, lab: Lab) -> None:

@@ -4,6 +4,7 @@ The commands are forks of this process (ForkLab). Some of them have the calls th
 in front of the n-th. So every moment of a restore can be hit.
 """
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -36,7 +37,7 @@ from lockstep.volume import restore as copying
 from lockstep.volume.restore import PIECE_BYTES, RUN_BYTES
 from lockstep.volume.restore_record import RestoreRecord
 from tests.forks import ForkLab, become_lockstep
-from tests.lab import MIB, Result, run, wait_until
+from tests.lab import MIB, Result, Storage, needs, run, wait_until
 from tests.test_restore import Elsewhere
 from tests.test_service_refusals import assert_error, everything_below, holder, mounted
 
@@ -211,6 +212,33 @@ def test_a_signal_in_the_middle(there: There, number: signal.Signals) -> None:
         assert "--resume" in said
     lines = [json.loads(line) for line in there.resume("--json").ok().splitlines()]
     assert lines[0]["done_bytes"] == lines[-1]["resumed_bytes"] > 0
+    there.assert_whole()
+
+
+@needs("nbdkit", "nbdfuse", "fusermount3", "/dev/fuse", root=True)
+def test_who_insists_ends_it_while_the_mirror_hangs(there: There, tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "storage", there.mirror.stat().st_size, read_delay_ms=100)
+    try:
+        shutil.copyfile(there.mirror, storage.image)
+        command = ["restore", storage.path, there.output, "--key-file", there.key]
+        with subprocess.Popen(
+            [sys.executable, "-m", "lockstep", *map(str, command)], stderr=subprocess.PIPE, text=True
+        ) as process:
+            wait_until(there.record.exists, "the restore to begin")
+            with storage.stopped():
+                for _ in range(6):
+                    process.send_signal(signal.SIGTERM)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(2)
+                        break
+                assert process.poll() == 130
+            assert process.stderr is not None
+            said = process.stderr.read()
+        assert "--resume" in said
+        assert "Traceback" not in said
+    finally:
+        storage.close()
+    there.resume().ok()
     there.assert_whole()
 
 

@@ -143,8 +143,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, SystemExit) and ended.code != 130:
             raise
-        streams.discard_output()  # a pipe that is full would keep the program from ending
-        sys.exit(130)
+        streams.end(130)
     except BrokenPipeError:
         streams.discard_output()
         sys.exit(1)

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import fcntl
 import itertools
+import logging
 import os
 import re
 import tempfile
@@ -45,7 +46,10 @@ from lockstep.volume.ranges import Ranges
 from lockstep.volume.rounds import Rounds
 from lockstep.volume.workers import Workers
 
+log = logging.getLogger(__name__)
+
 WORKERS: Final = 16
+STOP_PATIENCE_S: Final = 10.0
 
 _READ: Final = wire.HAS_FLAGS | wire.SEND_FLUSH | wire.CAN_MULTI_CONN
 _READ_ONLY: Final = _READ | wire.READ_ONLY
@@ -308,9 +312,17 @@ async def _serve(view: Opened, socket: str, ready: Future[Callable[[], object]])
             ready.set_result(lambda: loop.call_soon_threadsafe(stop.set))
             await stop.wait()
         finally:
-            await server.drain()
+            await _drain(server)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(socket)
+
+
+async def _drain(server: NbdServer) -> None:
+    """Answer what is under way, unless the mirror hangs: then those who wait get no answer."""
+    try:
+        await asyncio.wait_for(server.drain(), STOP_PATIENCE_S)
+    except TimeoutError:
+        log.warning("the mirror, or the overlay, did not answer for %g s: clients are left alone", STOP_PATIENCE_S)
 
 
 @contextlib.contextmanager
