@@ -6,6 +6,8 @@ Where a test must catch the server in the middle, the mirror is slow to read (nb
 import contextlib
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -361,6 +363,20 @@ def test_a_larger_device_is_used_as_far_as_the_target_was_long(lab: Lab, loop: C
     output = lab.home / "padded"  # what the last sector has behind the end is zeroes still
     output.write_bytes(expected)
     Volume(lab, "vol", output, volume.mirror, None).assert_equal_disks()
+
+
+@needs("prlimit")
+def test_a_new_file_that_cannot_be_so_large_is_not_left_behind(lab: Lab) -> None:
+    volume, new = lab.volume("vol", 4 * MIB, content=noise(4 * MIB)), lab.home / "new"
+    with volume.served():
+        pass
+    volume.target.unlink()
+    command = ["replace-target", "vol", new, "--key-file", lab.key]
+    limited = ["prlimit", f"--fsize={2 * MIB}", sys.executable, "-m", "lockstep", "--state-dir", lab.state, *command]
+    done = subprocess.run([*map(str, limited)], capture_output=True, check=False)
+    Result(done).failed(1, "File too large")
+    assert not new.exists()
+    lab.lockstep(*command).ok()
 
 
 def test_refusals_change_nothing(tmp_path: Path) -> None:

@@ -232,14 +232,18 @@ def _have_compared(state: State, volume: VolumeRecord, mirror: MirrorRecord) -> 
 
 
 def _make_file(path: str, size_bytes: int) -> None:
+    """Make the file, durably; it is not left if that fails, for nobody would take one of another size."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(fd, size_bytes)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        sync_directory(path)
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.unlink, path)
+            try:
+                os.ftruncate(fd, size_bytes)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            sync_directory(path)
+            undo.pop_all()
     except OSError as error:
         raise not_made(path, error) from error
 
