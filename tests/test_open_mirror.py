@@ -1,5 +1,6 @@
 """`lockstep open`: a mirror in use without its target, also for writing; `lockstep commit` makes a disk of the two."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -7,6 +8,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -276,6 +279,28 @@ def test_without_a_name_the_overlay_is_where_one_is(made: Made, lab: Lab, monkey
     with opened(volume, "--writable") as (process, _):
         assert process.line("overlay") == str(lab.home / "vol.overlay")
     assert (lab.home / "vol.overlay").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_commit_that_is_killed_leaves_nothing_that_looks_whole(made: Made, lab: Lab) -> None:
+    """It is held there by a pipe for its progress that nobody empties."""
+    volume, overlay, output = made.copy(lab, "inline"), lab.home / "overlay", lab.home / "output"
+    with opened(volume, "--writable", "--overlay", overlay):
+        pass
+    command = ["commit", volume.mirror, overlay, output, "--key-file", lab.key]
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"\n" * (fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096) - 250))
+    program = [sys.executable, "-m", "lockstep", *map(str, command), "--json"]
+    with subprocess.Popen(program, stdout=write_end) as process:
+        os.close(write_end)
+        wait_until(lambda: "pipe" in Path(f"/proc/{process.pid}/wchan").read_text(), "the pipe to be full")
+        process.kill()
+    os.close(read_end)
+    unfinished = lab.home / "output.committing"
+    assert (unfinished.exists(), output.exists()) == (True, False)
+    lab.lockstep(*command).failed(1, str(unfinished), "--force")
+    lab.lockstep(*command, "--force").ok()
+    assert (unfinished.exists(), output.exists()) == (False, True)
+    assert output.read_bytes() == volume.target.read_bytes()
 
 
 # --- commit -------------------------------------------------------------------------------------------------

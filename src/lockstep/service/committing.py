@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk.plain import PlainDisk
@@ -13,7 +14,11 @@ from lockstep.service.noting import note_if_known
 from lockstep.service.opening import opened
 from lockstep.service.recovery import refuse_content, refuse_known, refuse_same_storage
 from lockstep.service.state import State
+from lockstep.volume.pages import sync_directory
 from lockstep.volume.restore import DiskSink, Extent, Progress, copy_out
+
+UNFINISHED: Final = ".committing"
+"""What a file is called, after its own name, before it has everything."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ def commit(
         raise OverlayMissing(path=overlay_path)
     inspect(overlay_path)
     refuse_known(state, output_path)
-    if os.path.lexists(output_path):
-        refuse_same_storage(output_path, output_path, mirror_path, header_path, overlay_path)
+    for path in filter(os.path.lexists, (output_path, output_path + UNFINISHED)):
+        refuse_same_storage(path, path, mirror_path, header_path, overlay_path)
     with opened(
         mirror_path,
         unlock,
@@ -81,19 +86,39 @@ def commit(
 
 @contextlib.contextmanager
 def _claimed(path: str, size_bytes: int, *, force: bool) -> Iterator[PlainDisk]:
-    """The output, which is made where there is none, and then taken away again if the block fails."""
+    """The output. One that is not there yet is made under another name, and gets its own when the block has ended well.
+
+    So no file that has the name, and the size, lacks anything, whatever ended this.
+    """
+    made = not os.path.lexists(path)
+    place = path + UNFINISHED if made else path
     with contextlib.ExitStack() as undo:
-        if not os.path.lexists(path):
-            try:
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            except OSError as error:
-                raise not_made(path, error) from error
-            undo.callback(os.unlink, path)
+        if os.path.lexists(place):
+            _refuse_output(place, size_bytes, force=force)
         else:
-            _refuse_output(path, size_bytes, force=force)
-        with contextlib.closing(PlainDisk.claim(inspect(path))) as output:
+            _make_file(place)
+        if made:
+            undo.callback(os.unlink, place)
+        with contextlib.closing(PlainDisk.claim(inspect(place))) as output:
             yield output
+        if made:
+            _name(place, path)
         undo.pop_all()
+
+
+def _make_file(path: str) -> None:
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise not_made(path, error) from error
+
+
+def _name(place: str, path: str) -> None:
+    try:
+        os.rename(place, path)
+        sync_directory(path)
+    except OSError as error:
+        raise not_made(path, error) from error
 
 
 def _refuse_output(path: str, size_bytes: int, *, force: bool) -> None:
