@@ -1,6 +1,7 @@
 """Making a disk of a mirror and the overlay that was written over it: the new target."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -101,9 +102,9 @@ def _claimed(path: str, size_bytes: int, *, force: bool) -> Iterator[PlainDisk]:
             undo.callback(os.unlink, place)
         with contextlib.closing(PlainDisk.claim(inspect(place))) as output:
             yield output
-        if made:
-            _name(place, path)
         undo.pop_all()
+    if made:
+        _name(place, path)
 
 
 def _make_file(path: str) -> None:
@@ -115,6 +116,8 @@ def _make_file(path: str) -> None:
 
 def _name(place: str, path: str) -> None:
     try:
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, f"it was made meanwhile; {place} has everything")
         os.rename(place, path)
         sync_directory(path)
     except OSError as error:
