@@ -47,6 +47,11 @@ class DiskFile:
         """Whether `write_run` may be called where nothing may block."""
         return self._promptness.flags is not None
 
+    @property
+    def cached(self) -> bool:
+        """Whether a flush may find something left to write out."""
+        return self._promptness.cached
+
     def flush(self) -> None:
         """Make every completed write durable."""
         os.fdatasync(self._fd)
@@ -57,7 +62,7 @@ class DiskFile:
 
     def write_back_job(self) -> Callable[[], None] | None:
         """Return what a thread does to have less to wait for in the next flush; None where none waits for writing."""
-        return write_back_job(self._fd) if self._promptness.cached else None
+        return write_back_job(self._fd) if self.cached else None
 
     def forget_cache(self, offset: int, length: int) -> None:
         """Have the range read from the medium next time, as far as it was flushed; 0 bytes mean up to the end."""

@@ -25,13 +25,15 @@ import asyncio
 import errno
 import functools
 import logging
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from lockstep.disk.encrypted import EncryptedDisk
-from lockstep.disk.runs import places
+from lockstep.disk.runs import WORDS, places, run_of
+from lockstep.volume.backlog import Backlog
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import IntentBitmap
 from lockstep.volume.progress import SyncProgress
@@ -77,6 +79,8 @@ class Asked:
 
     workers: Workers
     ended: "asyncio.Future[None]"
+    taken: int  # of the backlog, by then
+    began_s: float
 
 
 class MirrorLink:
@@ -100,6 +104,8 @@ class MirrorLink:
         self.target_error: str | None = None  # why the target cannot be copied from
         self.waiting = held.frozen_since_s is not None  # nothing may be copied now
         self.as_left = True  # whether it is the mirror as it was when it was last followed
+        self._backlog = Backlog(None)
+        self._writing_out: asyncio.Task[bool] | None = None
         self._freezing = asyncio.Lock()
         self._thawing = False
         self._disk: EncryptedDisk | None = None
@@ -116,6 +122,7 @@ class MirrorLink:
         assert disk.sector_bytes <= self.sector_bytes
         self._disk, self._workers = disk, workers
         self.error, self.silent = None, False
+        self._backlog = Backlog(workers.patience_s, may_grow=not self.timeouts)
         self.admissions += 1
 
     def drop(self, doing: str, failure: OSError) -> None:
@@ -296,10 +303,13 @@ class MirrorLink:
         """Carry recorded writes of whole sectors to a prompt mirror; how many it took, from the front."""
         if self.error is not None or self._disk is None:
             return count  # it misses them: they lie in marked regions, all of which count as different
+        self._count(run, count)
         return self._disk.write_run(data, run, count)
 
     def begin_update(self, data: memoryview, run: "array[int]", count: int, *, durable: bool) -> Asked | None:
         """Begin to carry a run of whole sectors to the mirror; `settle` takes what is returned."""
+        if not durable:
+            self._count(run, count)
         return self._ask(lambda disk: disk.write_job(data, run, count, durable))
 
     async def settle(self, asked: Asked | None, run: "array[int]", count: int) -> None:
@@ -308,8 +318,15 @@ class MirrorLink:
             for offset, length in places(run, count):
                 self.regions.mark(offset, length)
 
+    def _count(self, run: "array[int]", count: int) -> None:
+        if self.error is None and self._disk is not None and self._disk.cached:
+            self._backlog.taken += sum(run[1 : WORDS * count : WORDS])
+            if self._backlog.large:
+                self._write_out()
+
     async def clear(self, offset: int, length: int) -> None:
         """Carry zeroes to the mirror, whole sectors; failures as in `settle`."""
+        self._count(run_of(offset, length), 1)
         if not await self._succeeds("writing", self._ask(lambda disk: functools.partial(disk.zero, offset, length))):
             self.regions.mark(offset, length)
 
@@ -331,7 +348,27 @@ class MirrorLink:
 
     async def flushed(self, asked: Asked | None) -> bool:
         """Wait for a flush; False, and the mirror is dropped, when it failed."""
-        return await self._succeeds("flushing", asked)
+        backlog = self._backlog
+        done = await self._succeeds("flushing", asked)
+        if done and asked is not None:
+            backlog.flushed(asked.taken, asked.began_s)
+        return done
+
+    @property
+    def full(self) -> bool:
+        """Whether it has so much to write out that whoever gives it more has to wait for `room`."""
+        return self._backlog.full and self.error is None
+
+    async def room(self) -> None:
+        """Wait while it is full; a mirror that fails or hangs meanwhile is dropped."""
+        while self.full:
+            await asyncio.shield(self._write_out())
+
+    def _write_out(self) -> "asyncio.Task[bool]":
+        """Flush what it has cached, unless that is under way."""
+        if self._writing_out is None or self._writing_out.done():
+            self._writing_out = asyncio.get_running_loop().create_task(self.flush())
+        return self._writing_out
 
     def write_back(self) -> None:
         """Have the next flush find less to wait for."""
@@ -342,7 +379,8 @@ class MirrorLink:
         if self.error is not None or self._workers is None or self._disk is None:
             return None
         try:
-            return Asked(self._workers, self._workers.begin(what(self._disk)))
+            ended = self._workers.begin(what(self._disk))
+            return Asked(self._workers, ended, self._backlog.taken, time.monotonic())
         except (OSError, MemoryError) as failure:  # the target has to be given its write all the same
             self.drop("asking", failure if isinstance(failure, OSError) else OSError(errno.ENOMEM, "no memory is left"))
             return None

@@ -149,6 +149,7 @@ class Resync:
                 if not self._may_go_on() or any(self._link.regions.held(*stretch) for stretch in piece):
                     return False
                 await self._copy_piece(piece, buffers)
+            await self._link.room()
             if not self._may_go_on():
                 return False
             await pace.rest(sum(count for _, count in piece))
@@ -183,6 +184,7 @@ class Resync:
         count = len(run) // WORDS
         if count:
             await link.settle(link.begin_update(data, run, count, durable=False), run, count)
+            link.write_back()
 
     async def _without_equal(self, run: "array[int]", data: memoryview, theirs: memoryview) -> "array[int]":
         """Return a run of those parts that are not on the mirror."""

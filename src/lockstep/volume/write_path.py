@@ -33,6 +33,8 @@ Rules:
 8. The kernel tells one caller of what it failed to write out, and takes it for clean then. So once the target has
    failed a FLUSH, or FUA for any other reason than the write itself, it has lost something of whoever wrote; everything
    marked counts as different, and every FLUSH and FUA fails until somebody has looked after the target.
+9. What a mirror has cached is bounded (lockstep/volume/backlog.py): whoever flushes waits for all of it, as long as the
+   mirror's patience lasts.
 """
 
 import asyncio
@@ -159,6 +161,7 @@ class WritePath:
         at = 0
         try:
             while at < count:
+                await self._room()
                 rest = run[WORDS * at :]
                 number = max(1, aligned(rest, count - at, self._sector_mask))
                 async with self._hold(user, places(rest, number)) as mirrors:
@@ -181,6 +184,7 @@ class WritePath:
         end = offset + length
         while offset < end:
             stop = min(end, (offset // CLEAR_PIECE_BYTES + 1) * CLEAR_PIECE_BYTES)
+            await self._room()
             async with self._hold(user, [(offset, stop - offset)]) as mirrors:
                 await self._clear(mirrors, offset, stop - offset, allocate)
             offset = stop
@@ -250,8 +254,13 @@ class WritePath:
             return 0
         count = self.ranges.free_run(run, aligned(run, count, self._sector_mask))
         for mirror in self.mirrors:
-            count = mirror.recorded(run, count)
+            count = 0 if mirror.full else mirror.recorded(run, count)
         return count
+
+    async def _room(self) -> None:
+        """Wait for mirrors that have too much to write out: rule 9."""
+        for mirror in self.mirrors:
+            await mirror.room()
 
     @contextlib.asynccontextmanager
     async def _hold(self, user: str, writes: Extents) -> AsyncIterator[Mirrors]:
