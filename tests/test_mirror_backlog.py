@@ -13,11 +13,14 @@ from typing import Final
 import pytest
 
 from lockstep.volume.backlog import LEAST_BYTES, MOST_BYTES, Backlog
-from tests.lab import MIB, Clients, Lab, Storage, Volume, needs
+from tests.lab import MIB, Clients, Lab, Storage, Volume, needs, wait_until
 
 SIZE_BYTES: Final = 256 * MIB
 RATE_BYTES_S: Final = 64 * MIB
+SLACK_S: Final = 5.0  # what a busy machine may add
 TIMEOUT_S: Final = 2.5  # to write out all of it takes 4 s; a backlog, 1 s
+
+needs_slow_disk = needs("nbdkit", "nbdfuse", "fusermount3", "losetup", "/dev/fuse", root=True)
 
 
 @pytest.fixture
@@ -29,13 +32,17 @@ def slow(lab: Lab) -> Iterator[Storage]:
     storage.close()
 
 
-@needs("nbdkit", "nbdfuse", "fusermount3", "losetup", "/dev/fuse", root=True)
-def test_a_mirror_slower_than_its_cache_is_followed(lab: Lab, slow: Storage, loop: Callable[..., str]) -> None:
+@pytest.fixture
+def volume(lab: Lab, slow: Storage, loop: Callable[..., str]) -> Volume:
     target = lab.disk("target", SIZE_BYTES)
     mirror = Path(loop(slow.path))
     disks = ["--target", target, "--mirror", mirror, "--key-file", lab.key]
     lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
-    volume = Volume(lab, "vol", target, mirror, None)
+    return Volume(lab, "vol", target, mirror, None)
+
+
+@needs_slow_disk
+def test_a_mirror_slower_than_its_cache_is_followed(volume: Volume) -> None:
     with volume.served("--mirror-timeout", TIMEOUT_S) as served:
         clients = Clients(served.uri, 1)
         flushes = []
@@ -51,6 +58,27 @@ def test_a_mirror_slower_than_its_cache_is_followed(lab: Lab, slow: Storage, loo
         assert served.mirror_state() == "in-sync"
         assert max(flushes) < TIMEOUT_S
     assert not re.search("degraded|behind", served.log.read_text()), served.log.read_text()
+    volume.assert_equal_disks()
+
+
+@needs_slow_disk
+def test_one_that_hangs_with_a_full_cache_holds_clients_up_once(volume: Volume, slow: Storage) -> None:
+    with volume.served("--mirror-timeout", TIMEOUT_S) as served:
+        clients = Clients(served.uri, 1)
+        took = []
+        with slow.stopped():
+            for offset in range(0, SIZE_BYTES, 16 * MIB):
+                began_s = time.monotonic()
+                clients.write(0, offset, offset.to_bytes(8, "little") * (2 * MIB))
+                clients.finish()
+                took.append(time.monotonic() - began_s)
+            assert served.mirror_state() == "degraded"
+            assert "flushing the mirror failed: it did not answer" in served.log.read_text()
+        held_up = [each for each in took if each > TIMEOUT_S / 2]
+        assert len(held_up) == 1
+        assert held_up[0] < TIMEOUT_S + SLACK_S
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be back")
+        clients.close()
     volume.assert_equal_disks()
 
 

@@ -361,8 +361,8 @@ class MirrorLink:
 
     async def room(self) -> None:
         """Wait while it is full; a mirror that fails or hangs meanwhile is dropped."""
-        while self.full:
-            await asyncio.shield(self._write_out())
+        while self.full and await asyncio.shield(self._write_out()):
+            pass
 
     def _write_out(self) -> "asyncio.Task[bool]":
         """Flush what it has cached, unless that is under way."""
