@@ -56,6 +56,10 @@ class Disk:
         return job
 
     prompt = True
+    cached = False
+
+    def write_back_job(self) -> None:
+        return None
 
     def write_run(self, data: memoryview, run: "array[int]", count: int) -> int:
         self.write_all(data, run, count)
