@@ -79,8 +79,7 @@ class Asked:
 
     workers: Workers
     ended: "asyncio.Future[None]"
-    taken: int  # of the backlog, by then
-    began_s: float
+    then: Callable[[], None]  # what its success means
 
 
 class MirrorLink:
@@ -344,15 +343,14 @@ class MirrorLink:
 
     def begin_flush(self) -> Asked | None:
         """Begin to make the mirror durable; `flushed` takes what is returned."""
-        return self._ask(lambda disk: disk.flush_job())
+        backlog = self._backlog
+        return self._ask(
+            lambda disk: disk.flush_job(), functools.partial(backlog.flushed, backlog.taken, time.monotonic())
+        )
 
     async def flushed(self, asked: Asked | None) -> bool:
         """Wait for a flush; False, and the mirror is dropped, when it failed."""
-        backlog = self._backlog
-        done = await self._succeeds("flushing", asked)
-        if done and asked is not None:
-            backlog.flushed(asked.taken, asked.began_s)
-        return done
+        return await self._succeeds("flushing", asked)
 
     @property
     def full(self) -> bool:
@@ -375,12 +373,13 @@ class MirrorLink:
         if self.error is None and self._workers and self._disk and (job := self._disk.write_back_job()):
             self._workers.hint(job)
 
-    def _ask(self, what: Callable[[EncryptedDisk], Callable[[], None]]) -> Asked | None:
+    def _ask(
+        self, what: Callable[[EncryptedDisk], Callable[[], None]], then: Callable[[], None] = lambda: None
+    ) -> Asked | None:
         if self.error is not None or self._workers is None or self._disk is None:
             return None
         try:
-            ended = self._workers.begin(what(self._disk))
-            return Asked(self._workers, ended, self._backlog.taken, time.monotonic())
+            return Asked(self._workers, self._workers.begin(what(self._disk)), then)
         except (OSError, MemoryError) as failure:  # the target has to be given its write all the same
             self.drop("asking", failure if isinstance(failure, OSError) else OSError(errno.ENOMEM, "no memory is left"))
             return None
@@ -394,6 +393,7 @@ class MirrorLink:
             if self._workers is asked.workers:
                 self.drop(doing, failure)
             return False
+        asked.then()
         return True
 
     # --- the target ---
