@@ -184,7 +184,7 @@ def detach(run_dir: str, export: str) -> Attachment:
     with _alone(place):
         existing = _current(place)
         last_known = existing or _read_record(place)
-        loops = _loops_over(place)
+        loops = loops_over(place.file)
         if last_known is None and not loops and not _is_mounted(place):
             raise NotAttached(export=export)
         unflushed = _take_down(place, existing)
@@ -217,7 +217,7 @@ def _current(place: _Place) -> Attachment | None:
     if recorded.mountpoint is None:
         return recorded if recorded.pid == _nbd_pid(recorded.device) is not None else None
     served = recorded.pid is not None and _is_our_nbdfuse(recorded.pid, place) and _is_mounted(place)
-    return recorded if served and recorded.device in _loops_over(place) else None
+    return recorded if served and recorded.device in loops_over(place.file) else None
 
 
 def _read_record(place: _Place) -> Attachment | None:
@@ -242,11 +242,12 @@ def _is_mounted(place: _Place) -> bool:
     return place.mountpoint in probe.mounted_paths()
 
 
-def _loops_over(place: _Place) -> list[str]:
+def loops_over(path: str) -> list[str]:
+    """The loop devices whose backing file has this path."""
     return [
         f"/dev/{backing.parts[3]}"
         for backing in sorted(Path("/sys/block").glob("loop*/loop/backing_file"))
-        if _text(backing) == place.file
+        if _text(backing) == path
     ]
 
 
@@ -341,7 +342,7 @@ def _attach_fuse(socket: str, place: _Place, sector_bytes: int, undo: ExitStack)
         command.append(f"--sizelimit={usable_bytes}")
     undo.callback(_quietly, _release_loops, place)
     _run("losetup", [*command, place.file], READY_S)
-    device = _loops_over(place)[0]
+    device = loops_over(place.file)[0]
     # A loop device that somebody made read-only while it had another use remains so.
     _run("blockdev --setrw", ["blockdev", "--setrw", device], STEP_S)
     return Attachment(device, place.mountpoint, pid, place.export, place.user)
@@ -395,9 +396,9 @@ def _end_nbdfuse(place: _Place) -> None:
 
 
 def _release_loops(place: _Place) -> None:
-    for device in _loops_over(place):
+    for device in loops_over(place.file):
         _run("losetup -d", ["losetup", "-d", device], STEP_S)
-    _wait_until("losetup -d", lambda: not _loops_over(place), STEP_S)
+    _wait_until("losetup -d", lambda: not loops_over(place.file), STEP_S)
 
 
 def _remove_files(place: _Place) -> None:
@@ -414,7 +415,7 @@ def _remove_files(place: _Place) -> None:
 def _take_down(place: _Place, existing: Attachment | None) -> str | None:
     """Remove every piece of an attachment, dead or alive; returns why the last writes may be lost, if they may."""
     nbd = existing.device if existing is not None and existing.mountpoint is None else None
-    devices = [nbd] if nbd else _loops_over(place)
+    devices = [nbd] if nbd else loops_over(place.file)
     for device in devices:
         _require_unused(device, place.export)
     try:

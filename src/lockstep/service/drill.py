@@ -40,7 +40,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from lockstep.crypto.unlock import Unlock
@@ -223,7 +222,9 @@ class _Place:
 
     def _devices(self) -> list[str]:
         current = attaching.current(self.directory, self.export)
-        return [current.device] if current else _loops_over(f"{self.directory}/{self.export}.fuse/{self.export}")
+        return (
+            [current.device] if current else attaching.loops_over(f"{self.directory}/{self.export}.fuse/{self.export}")
+        )
 
 
 @contextlib.contextmanager
@@ -260,18 +261,9 @@ def _unmount(where: str) -> None:
             return
 
 
-def _loops_over(path: str) -> list[str]:
-    found = []
-    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):  # others' come and go
-            if backing.read_text().rstrip("\n") == path:
-                found.append(f"/dev/{backing.parts[3]}")
-    return found
-
-
 def _detach_loops(path: str) -> None:
     """Take away the loop devices over `path`, and those over these."""
-    for device in _loops_over(path):
+    for device in attaching.loops_over(path):
         _detach_loops(device)
         _run("losetup", "-d", device)
 
