@@ -17,7 +17,7 @@ from lockstep.disk.direct import require_direct
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.half_rekeyed import HalfRekeyedDisk
 from lockstep.disk.lock import lock_exclusive, lock_shared
-from lockstep.disk.probe import Disk, holds_data, inspect, not_made, open_disk, overlap, signatures, users_of
+from lockstep.disk.probe import Disk, holds_data, inspect, make_file, open_disk, overlap, signatures, users_of
 from lockstep.errors import (
     DiskBusy,
     DiskChanged,
@@ -65,7 +65,7 @@ def make_mirror(
     with contextlib.ExitStack() as undo:
         if not os.path.lexists(path):
             undo.callback(_unlink_if_there, path)
-            _make_file(path, needed_bytes)
+            make_file(path, needed_bytes)
         disk = inspect(path)
         refuse_unfit(target, disk, needed_bytes, detached=header is not None)
         if not force:
@@ -256,17 +256,6 @@ def _refuse_busy(disk: Disk) -> None:
     users = users_of(disk)
     if users:
         raise DiskBusy(path=disk.path, users=" and ".join(users))
-
-
-def _make_file(path: str, size_bytes: int) -> None:
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(fd, size_bytes)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise not_made(path, error) from error
 
 
 def _unlink_if_there(path: str) -> None:

@@ -176,6 +176,19 @@ def _catalogued(path: str, error: OSError, access: str) -> DiskError:
     return DiskUnreadable(path=path, reason=reason)
 
 
+def make_file(path: str, size_bytes: int = 0) -> None:
+    """Make a file of so many zeroes, for its owner, where nothing is yet. Raises DiskFailed, DirectoryMissing."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            if size_bytes:
+                os.ftruncate(fd, size_bytes)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise not_made(path, error) from error
+
+
 def not_made(path: str, error: OSError, doing: str = "Making") -> DiskError:
     """Why a file could not be made: that its directory is missing is no failure of a disk."""
     if error.errno in {errno.ENOENT, errno.ENOTDIR}:

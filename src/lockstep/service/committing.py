@@ -9,7 +9,7 @@ from typing import Final
 
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import inspect, not_made, users_of
+from lockstep.disk.probe import inspect, make_file, not_made, users_of
 from lockstep.errors import DiskBusy, DiskFailed, OutputTooSmall, OverlayMissing
 from lockstep.service.noting import note_if_known
 from lockstep.service.opening import opened
@@ -97,7 +97,7 @@ def _claimed(path: str, size_bytes: int, *, force: bool) -> Iterator[PlainDisk]:
         if os.path.lexists(place):
             _refuse_output(place, size_bytes, force=force)
         else:
-            _make_file(place)
+            make_file(place)
         if made:
             undo.callback(os.unlink, place)
         with contextlib.closing(PlainDisk.claim(inspect(place))) as output:
@@ -105,13 +105,6 @@ def _claimed(path: str, size_bytes: int, *, force: bool) -> Iterator[PlainDisk]:
         undo.pop_all()
     if made:
         _name(place, path)
-
-
-def _make_file(path: str) -> None:
-    try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    except OSError as error:
-        raise not_made(path, error) from error
 
 
 def _name(place: str, path: str) -> None:

@@ -27,7 +27,7 @@ from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.half_rekeyed import HalfRekeyedDisk
 from lockstep.disk.mirror import open_mirror, open_unfinished
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import Disk, holds_data, inspect, not_made, overlap, signatures, users_of
+from lockstep.disk.probe import Disk, holds_data, inspect, make_file, overlap, signatures, users_of
 from lockstep.disk.stream import Stream
 from lockstep.errors import (
     DiskBusy,
@@ -301,10 +301,7 @@ class _DiskRestore:
     def _made_output(self) -> PlainDisk:
         """Make the output and its record; neither is left if one of them cannot be made."""
         with contextlib.ExitStack() as undo:
-            try:
-                os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            except OSError as error:
-                raise not_made(self._path, error) from error
+            make_file(self._path)
             undo.callback(os.unlink, self._path)
             output = PlainDisk.claim(inspect(self._path))
             undo.callback(output.close)
