@@ -4,12 +4,14 @@ import os
 import random
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lockstep.disk.plain import PlainDisk
+from lockstep.disk.probe import inspect
 from tests.lab import MIB, Clients, Lab, Volume, libnbd, loop_devices, needs, run, wait_until
 
 pytestmark = needs("nbdkit", "nbdfuse", "fusermount3", "/dev/fuse", "qemu-io", root=True)
@@ -291,3 +293,15 @@ def test_a_durable_write_that_the_disk_has_no_room_for_is_nobody_elses_loss(lab:
             handle.shutdown()
     finally:
         run("umount", str(room))
+
+
+def test_a_target_that_was_cut_short_and_made_long_again_is_not_called_whole(tmp_path: Path) -> None:
+    path = tmp_path / "target"
+    path.write_bytes(b"t" * MIB)
+    with closing(PlainDisk.claim(inspect(str(path)))) as target:
+        assert not target.cut_short()
+        os.truncate(path, MIB // 2)
+        assert target.cut_short()
+        target.keep_short()
+        os.truncate(path, MIB)
+        assert target.cut_short()

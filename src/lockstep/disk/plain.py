@@ -65,6 +65,13 @@ class PlainDisk(DiskFile):
         self._grows = False
         self._promptness.flags, self._promptness.unknown = None, False
 
+    def cut_short(self) -> bool:
+        """Whether it is a file that has become shorter than its content, or was: `keep_short` was called.
+
+        One that somebody has made long again is no better for it: what it lost is a hole by then.
+        """
+        return not self._grows or super().cut_short()
+
     @property
     def block_bytes(self) -> int:
         """What writes have to themselves, though they be smaller: more than a byte only with direct I/O."""
