@@ -4,28 +4,40 @@ A flush waits for all of it; and a mirror that does not end a flush within its p
 cache takes gigabytes, which a hard disk writes out in minutes. So a mirror begins to write out when it has a little,
 and whoever writes more waits when it has twice that. It is followed at its own rate, and not dropped for its cache.
 
-A mirror that was seen to be quick may have more, so that it takes a burst as its cache does.
+How little, depends on the disk and is found out: it may have more while a flush of all that it may have is over in a
+moment, and less when that takes long. One that did not answer in time was given too much: when it is back it has less,
+and no more than that again.
+
+What is scattered takes a hard disk longest, and it may come after much that was not, and was quick. So each write
+counts for as much as a disk could have written while it looked for the place.
 """
 
 import time
 from typing import Final
 
-LEAST_BYTES: Final = 32 << 20
+LEAST_BYTES: Final = 1 << 20
+FIRST_BYTES: Final = 4 << 20
 MOST_BYTES: Final = 1 << 30
-QUICK: Final = 0.05  # of the patience: with the limit doubled, and reached twice over, a flush takes four times that
+SCATTERED_BYTES: Final = 64 << 10
+QUICK: Final = 0.025  # of the patience: with the limit doubled, and reached twice over, a flush takes four times that
+SLOW: Final = 0.1  # of the patience: to update the header is half a dozen flushes and reads, each behind what is cached
 
 
 class Backlog:
-    """Counts what one mirror was given, in bytes, and what of it was flushed."""
+    """Counts what one mirror was given, in bytes as above, and what of it was flushed."""
 
-    def __init__(self, patience_s: float | None, *, may_grow: bool = True) -> None:
-        """Nothing is cached. Unless it `may_grow`, the limit stays at LEAST_BYTES."""
-        self.taken = 0
+    def __init__(self, patience_s: float | None, timeouts: int = 0) -> None:
+        """Nothing is cached. `timeouts` is how often the mirror did not answer in time."""
+        self.taken = 0  # at any time, altogether
         self._flushed = 0
         self._since_s = time.monotonic()  # when the last flush began
-        self._limit = LEAST_BYTES
-        self._quick_s = QUICK * patience_s if patience_s else float("inf")
-        self._may_grow = may_grow
+        self._most = max(LEAST_BYTES, FIRST_BYTES >> 2 * (timeouts - 1)) if timeouts else MOST_BYTES
+        self._limit = min(FIRST_BYTES, self._most)
+        self._patience_s = patience_s or float("inf")
+
+    def take(self, length: int, count: int) -> None:
+        """Note so many writes, of so many bytes together."""
+        self.taken += max(length, count * SCATTERED_BYTES)
 
     @property
     def large(self) -> bool:
@@ -40,9 +52,13 @@ class Backlog:
     def flushed(self, taken: int, began_s: float) -> None:
         """Note that a flush has ended that began when so much was `taken`, at that time of the monotonic clock.
 
-        What was not only flushed, but taken as well, in a moment, does not tell of a cache that somebody had emptied.
+        Only a flush of all that the mirror may have tells of it. And what was flushed in a moment, but taken over a
+        long time, tells of a cache that somebody had emptied.
         """
-        quick = time.monotonic() - self._since_s < self._quick_s
-        if self._may_grow and quick and taken - self._flushed >= self._limit:
-            self._limit = min(2 * self._limit, MOST_BYTES)
+        now_s = time.monotonic()
+        if taken - self._flushed >= self._limit:
+            if now_s - self._since_s < QUICK * self._patience_s:
+                self._limit = min(2 * self._limit, self._most)
+            elif now_s - began_s > SLOW * self._patience_s:
+                self._limit = max(self._limit // 2, LEAST_BYTES)
         self._flushed, self._since_s = max(self._flushed, taken), began_s

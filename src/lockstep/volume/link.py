@@ -121,7 +121,7 @@ class MirrorLink:
         assert disk.sector_bytes <= self.sector_bytes
         self._disk, self._workers = disk, workers
         self.error, self.silent = None, False
-        self._backlog = Backlog(workers.patience_s, may_grow=not self.timeouts)
+        self._backlog = Backlog(workers.patience_s, self.timeouts)
         self.admissions += 1
 
     def drop(self, doing: str, failure: OSError) -> None:
@@ -319,7 +319,7 @@ class MirrorLink:
 
     def _count(self, run: "array[int]", count: int) -> None:
         if self.error is None and self._disk is not None and self._disk.cached:
-            self._backlog.taken += sum(run[1 : WORDS * count : WORDS])
+            self._backlog.take(sum(run[1 : WORDS * count : WORDS]), count)
             if self._backlog.large:
                 self._write_out()
 

@@ -150,6 +150,7 @@ class Resync:
                     return False
                 await self._copy_piece(piece, buffers)
             await self._link.room()
+            await self._path.tidied()
             if not self._may_go_on():
                 return False
             await pace.rest(sum(count for _, count in piece))

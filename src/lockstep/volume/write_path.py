@@ -228,6 +228,11 @@ class WritePath:
         async with self._tidying:
             await self._tidy()
 
+    async def tidied(self) -> None:
+        """Wait while marks are being cleared: whatever a slow mirror is given now holds its header up."""
+        async with self._tidying:
+            pass
+
     async def _tidy(self) -> None:
         idle = {mirror: [r for r in mirror.intent.idle() if self._at_rest(mirror, r)] for mirror in self.mirrors}
         if not any(idle.values()):
