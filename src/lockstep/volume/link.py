@@ -373,6 +373,11 @@ class MirrorLink:
         if self.error is None and self._workers and self._disk and (job := self._disk.write_back_job()):
             self._workers.hint(job)
 
+    async def forget_cache(self) -> None:
+        """Give back the memory of what was written out: nobody reads it, and what is copied is a whole disk."""
+        if self._disk is not None and self._disk.cached:
+            await self._succeeds("flushing", self._ask(lambda disk: functools.partial(disk.forget_cache, 0, 0)))
+
     def _ask(
         self, what: Callable[[EncryptedDisk], Callable[[], None]], then: Callable[[], None] = lambda: None
     ) -> Asked | None:

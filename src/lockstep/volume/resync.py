@@ -93,8 +93,10 @@ class Resync:
             until_s = time.monotonic() + TURN_S
             hands = range(1 if self._gently else HANDS)
             await asyncio.gather(*(self._copy_regions(link.sync, number, until_s) for number in hands))
+            await link.forget_cache()
         self._gently = self._gently or link.timeouts > timeouts
         if not link.regions.dirty_bytes and await link.flush():
+            await link.forget_cache()
             with contextlib.suppress(OSError):  # of a record, or of the target: both are seen again
                 await self._finish()
         link.sync, link.waiting = None, not self._permitted()

@@ -21,6 +21,7 @@ from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
 
 HANDS: Final = 3
+UNCACHE_BYTES: Final = 64 << 20  # how much of the mirror is in the page cache at most: nobody reads it again
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Verify:
         await self._path.flush()
         self.found.error = None
         await asyncio.gather(*(self._compare(number, may_go_on) for number in range(HANDS)))
+        await self._link.forget_cache()
         if self._link.error is not None:
             self.found.error = self._link.error
         elif self._stopping.is_set():
@@ -97,6 +99,8 @@ class Verify:
                 whole = -(-length // sector) * sector
                 await self._compare_piece(offset, length, [buffer[:whole] for buffer in buffers], sector)
             self.found.done_bytes += count
+            if start // UNCACHE_BYTES != (start + count) // UNCACHE_BYTES:
+                await self._link.forget_cache()
             await pace.rest(count)
 
     def _known_equal(self, start: int, count: int) -> list[tuple[int, int]]:
