@@ -1,15 +1,19 @@
-"""The same registry on PostgreSQL. LOCKSTEP_TEST_POSTGRESQL_URL names a database that these tests may empty."""
+"""The same registry on PostgreSQL."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from threading import Barrier
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from lockstep import errors
@@ -17,19 +21,38 @@ from lockstep.registry import store
 from lockstep.registry.audit import Actor
 from lockstep.registry.models import METADATA
 from lockstep.registry.store import Registry
+from tests import test_registry_audit as on_sqlite
+from tests.lab import needs
+from tests.postgres import BIN, PROGRAMS, Postgres
 
-URL = os.environ.get("LOCKSTEP_TEST_POSTGRESQL_URL", "")
-
-pytestmark = pytest.mark.skipif(not URL, reason="LOCKSTEP_TEST_POSTGRESQL_URL names no PostgreSQL database to test on")
+pytestmark = needs("runuser", *(str(BIN / program) for program in PROGRAMS), root=True)
 
 ADA = Actor("ada", "a test")
 
 
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """The database of a server that runs for these tests."""
+    with tempfile.TemporaryDirectory(prefix="lockstep-pg-") as directory:
+        os.chmod(directory, 0o711)
+        data = Path(directory) / "data"
+        data.mkdir(mode=0o700)
+        shutil.chown(data, "postgres")
+        server = Postgres(data, Path(directory) / "home")
+        server.run("initdb", "-D", str(data), "--auth=trust", "--no-sync")
+        try:
+            server.start()
+            yield f"postgresql://postgres@/postgres?host={server.home}"
+        finally:
+            server.kill()
+
+
 @pytest.fixture
-def fresh() -> Iterator[None]:
-    engine = create_engine(make_url(URL).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+def fresh(url: str) -> Iterator[None]:
+    engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
     with engine.begin() as connection:
-        connection.execute(text("DROP TABLE IF EXISTS alembic_version, mirrors, volumes"))
+        connection.execute(text("DROP SCHEMA public CASCADE"))
+        connection.execute(text("CREATE SCHEMA public"))
     yield
     with engine.connect() as connection:
         migrated = MigrationContext.configure(connection)
@@ -37,8 +60,8 @@ def fresh() -> Iterator[None]:
 
 
 @pytest.fixture
-def registry(fresh: None) -> Iterator[Registry]:
-    with Registry.open(URL) as opened:
+def registry(url: str, fresh: None) -> Iterator[Registry]:
+    with Registry.open(url) as opened:
         yield opened
 
 
@@ -72,6 +95,29 @@ def test_it_keeps_volumes_and_mirrors(registry: Registry) -> None:
     assert registry.mirrors_of(added.id) == ()
 
 
+@pytest.mark.parametrize(
+    "holds",
+    [
+        on_sqlite.test_who_creates_a_volume_is_granted_it_and_nobody_else,
+        on_sqlite.test_a_grant_is_replaced_and_revoked,
+        on_sqlite.test_every_change_of_the_registry_is_in_the_trail,
+        on_sqlite.test_what_no_database_can_hold_is_escaped,
+    ],
+)
+def test_grants_and_the_audit_trail(registry: Registry, holds: Callable[[Registry], None]) -> None:
+    registry.add_volume("vm1", target_path="/t", size_bytes=1, sector_bytes=512, actor=ADA)
+    holds(registry)
+
+
+@pytest.mark.parametrize("change", ["DELETE FROM audit", "UPDATE audit SET reason = ''", "TRUNCATE audit"])
+def test_the_audit_trail_is_append_only(url: str, registry: Registry, change: str) -> None:
+    registry.add_volume("vm1", target_path="/t", size_bytes=1, sector_bytes=512, actor=ADA)
+    engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    with pytest.raises(DBAPIError, match="append-only"), engine.begin() as connection:
+        connection.execute(text(change))
+    assert registry.check_audit().rows == 1
+
+
 def test_constraints_are_the_referee(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     registry.add_volume("a", target_path="/t", size_bytes=1, sector_bytes=512, actor=ADA)
     monkeypatch.setattr(store, "_refuse_taken", lambda *_: None)
@@ -79,9 +125,9 @@ def test_constraints_are_the_referee(registry: Registry, monkeypatch: pytest.Mon
         registry.add_volume("b", target_path="/t", size_bytes=1, sector_bytes=512, actor=ADA)
 
 
-def test_a_fresh_registry_opened_by_many_at_once(fresh: None) -> None:
+def test_a_fresh_registry_opened_by_many_at_once(url: str, fresh: None) -> None:
     def reopen(_: int) -> object:
-        with Registry.open(URL) as opened:
+        with Registry.open(url) as opened:
             return opened.volumes()
 
     assert _at_once(8, reopen) == [()] * 8
@@ -100,20 +146,20 @@ def test_target_here_and_mirror_there_at_once_have_one_winner(registry: Registry
     assert set(outcomes) - {True} <= {errors.TargetTaken, errors.MirrorTaken}
 
 
-def test_a_server_that_does_not_answer_or_refuses_is_unreachable_and_no_password_shows() -> None:
-    for url in (
-        make_url(URL).set(host="127.0.0.1", port=1, password="secret", query={}),
-        make_url(URL).set(database="no-such-database"),
+def test_a_server_that_does_not_answer_or_refuses_is_unreachable_and_no_password_shows(url: str) -> None:
+    for wrong in (
+        make_url(url).set(host="127.0.0.1", port=1, password="secret", query={}),
+        make_url(url).set(database="no-such-database"),
     ):
         with pytest.raises(errors.RegistryUnreachable) as caught:
-            Registry.open(url.render_as_string(hide_password=False))
+            Registry.open(wrong.render_as_string(hide_password=False))
         assert "secret" not in f"{caught.value} {caught.value.data}"
 
 
-def test_a_locked_registry_says_so(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_registry_says_so(url: str, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     opening = store._OPENING["postgresql", True]
     monkeypatch.setitem(store._OPENING, ("postgresql", True), ("SET LOCAL lock_timeout = 50", *opening[1:]))
-    engine = create_engine(make_url(URL).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
     with engine.begin() as holder:
         holder.execute(text(opening[1]))
         with pytest.raises(errors.RegistryBusy):
