@@ -190,7 +190,7 @@ class PagedBits:
 
 def sync_directory(path: str) -> None:
     """Make the name `path` durable, or its absence."""
-    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
