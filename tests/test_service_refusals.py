@@ -528,7 +528,20 @@ def test_an_empty_value_is_another_thing_than_none(tmp_path: Path) -> None:
         name = ("alice",) if command == ("client",) else ()
         assert_error(lab.lockstep("tls", *command, "", *name), ValueEmpty(option="DIR"))
     assert_error(lab.lockstep("tls", "client", tmp_path, "alice", "--out", ""), ValueEmpty(option="--out"))
-    assert_error(lab.lockstep("open", lab.home / "vol.mirror", "--socket", ""), ValueEmpty(option="--socket"))
+    mirror, free = lab.home / "vol.mirror", lab.disk("free", MIB)
+    refused: list[tuple[tuple[object, ...], str]] = [
+        (("open", mirror, "--socket", ""), "--socket"),
+        (("create", "new", "--target", free, "--mirror", tmp_path / "m", "--header", ""), "--header"),
+        (("header", "backup", "vol", ""), "OUTPUT"),
+        (("restore", mirror, ""), "OUTPUT"),
+        (("list", "--state-dir", ""), "--state-dir"),
+        (("--state-dir", "", "list"), "--state-dir"),
+        (("status", ""), "NAME"),
+    ]
+    for arguments, option in refused:
+        assert_error(lab.lockstep(*arguments), ValueEmpty(option=option))
+    volumes = json.loads(lab.lockstep("status", "--json").ok())["volumes"]
+    assert [each["mirrors"][0]["header_backup"] for each in volumes] == ["missing"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "::", "example.org"])
@@ -706,9 +719,8 @@ def test_names_that_are_no_text(odd: Lab, tmp_path: Path) -> None:
         done = odd.lockstep(*command)
         assert done.code in (0, 1)
         assert "Traceback" not in done.err
-    for name in ("", bad):
-        for names in (("status", name), ("mirror", "list", name), ("grants", name)):
-            odd.lockstep(*names).failed(1, "There is no volume")
+    for names in (("status", bad), ("mirror", "list", bad), ("grants", bad)):
+        odd.lockstep(*names).failed(1, "There is no volume")
     odd.lockstep("revoke", "vol", bad).failed(1, "has no grant")
     volume.copy_by_hand()
     said = odd.lockstep("restore", volume.mirror, tmp_path / bad, "--key-file", odd.key).ok()
@@ -794,7 +806,7 @@ def test_what_would_be_silently_useless(odd: Lab) -> None:
     head = json.loads(odd.lockstep("audit", "--check", "--json").ok())["head"]
     odd.lockstep("audit", "--check", "--head", head.upper()).ok()
     odd.lockstep("audit", "--head", head).failed(2, "there is no --check")
-    for wrong in ("", head[1:], "g" * 64):
+    for wrong in (head[1:], "g" * 64):
         odd.lockstep("audit", "--check", "--head", wrong).failed(2, "64 hexadecimal digits")
     odd.lockstep("set", "vol", "on-denied=hold", "--timezone", "Bad/Zone").failed(2, "has no time zone")
     odd.lockstep("set", "vol", "scrub=off", "--timezone", "").failed(2, "--timezone is empty")

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lockstep.cli.options import Credential, Json, KeyFile, Name, TokenOnly, not_empty, unlock_from
+from lockstep.cli.options import Credential, Json, KeyFile, Name, TokenOnly, unlock_from
 from lockstep.cli.output import print_json
 from lockstep.cli.state import StateDir, state_of
 from lockstep.service.drill import Step, described, require_passed
@@ -21,7 +21,6 @@ def drill(
         str | None,
         typer.Option(
             metavar="COMMAND",
-            callback=not_empty,
             help="Run this in the shell, with the device in $LOCKSTEP_DEVICE, instead of checking file systems.",
         ),
     ] = None,

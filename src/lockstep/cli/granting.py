@@ -7,7 +7,7 @@ import typer
 import tzlocal
 from rich.text import Text
 
-from lockstep.cli.options import Json, Name, moment, not_empty
+from lockstep.cli.options import Json, Name, moment
 from lockstep.cli.output import human_moment, print_json
 from lockstep.cli.screen import Listing, console, plain
 from lockstep.cli.state import StateDir, state_of
@@ -31,9 +31,7 @@ def grant(
     ] = None,
     timezone: Annotated[
         str | None,
-        typer.Option(
-            metavar="ZONE", callback=not_empty, help="Whose clock the windows are read on. Default: this machine's."
-        ),
+        typer.Option(metavar="ZONE", help="Whose clock the windows are read on. Default: this machine's."),
     ] = None,
     state_dir: StateDir = None,
 ) -> None:
@@ -135,9 +133,7 @@ def set_(
     ],
     timezone: Annotated[
         str | None,
-        typer.Option(
-            metavar="ZONE", callback=not_empty, help="Whose clock the window is read on. Default: this machine's."
-        ),
+        typer.Option(metavar="ZONE", help="Whose clock the window is read on. Default: this machine's."),
     ] = None,
     state_dir: StateDir = None,
 ) -> None:

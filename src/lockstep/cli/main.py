@@ -17,6 +17,7 @@ from typer.main import get_command
 import lockstep
 from lockstep import signals
 from lockstep.cli import streams
+from lockstep.cli.options import not_empty
 from lockstep.cli.output import report_error
 from lockstep.crypto.cipher import KERNEL
 from lockstep.errors import LockstepError, StdoutFailed, Unforeseen
@@ -65,11 +66,20 @@ class _Commands(TyperGroup):
             return None
         with _no_collections():
             found = importlib.import_module(f"lockstep.cli.{_COMMANDS[cmd_name]}").COMMANDS[cmd_name]
-            if isinstance(found, typer.Typer):
-                return get_command(found)
-            single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-            single.command(cmd_name)(found)
-            return get_command(single)
+            if not isinstance(found, typer.Typer):
+                single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+                single.command(cmd_name)(found)
+                found = single
+            return _refusing_empty_values(get_command(found))
+
+
+def _refusing_empty_values(command: Any) -> Any:
+    """What comes from a variable that is not set is refused, whatever it is for."""
+    for parameter in command.params:
+        parameter.callback = parameter.callback or not_empty
+    for each in getattr(command, "commands", {}).values():
+        _refusing_empty_values(each)
+    return command
 
 
 @contextlib.contextmanager
@@ -137,7 +147,7 @@ def main() -> None:
             signal.signal(number, _interrupt)
     streams.prepare()
     try:
-        app()
+        _refusing_empty_values(get_command(app))()
     except LockstepError as error:
         _fail(error)
     except (KeyboardInterrupt, SystemExit) as ended:

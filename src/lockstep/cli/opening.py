@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lockstep import signals
-from lockstep.cli.options import Credential, Header, Incomplete, KeyFile, Mirror, TokenOnly, not_empty, unlock_from
+from lockstep.cli.options import Credential, Header, Incomplete, KeyFile, Mirror, TokenOnly, unlock_from
 from lockstep.cli.output import EARLIER, report_error
 from lockstep.errors import DetachRefused, NotAttached, OverlayUnwanted
 from lockstep.service import attach as attaching
@@ -26,7 +26,7 @@ def open_mirror(
     token_only: TokenOnly = False,
     socket: Annotated[
         str | None,
-        typer.Option(metavar="PATH", callback=not_empty, help="Unix socket for NBD clients. Default: one below /run."),
+        typer.Option(metavar="PATH", help="Unix socket for NBD clients. Default: one below /run."),
     ] = None,
     writable: Annotated[
         bool, typer.Option("--writable", help="Let clients write, to an overlay; the mirror is only read.")

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from datetime import MAXYEAR, MINYEAR, datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,11 +23,11 @@ from lockstep.errors import (
 )
 
 
-def not_empty(parameter: typer.CallbackParam, value: str | None) -> str | None:
+def not_empty(_context: object, parameter: Any, value: Any) -> Any:
     """Refuse a value that is empty, or blank: it is another thing than none. Raises ValueEmpty."""
-    if value is not None and not value.strip():
+    if isinstance(value, str) and not value.strip():
         is_option = parameter.opts[0].startswith("-")
-        raise ValueEmpty(option=parameter.opts[0] if is_option else parameter.metavar)
+        raise ValueEmpty(option=parameter.opts[0] if is_option else parameter.metavar.strip("[]"))
     return value
 
 

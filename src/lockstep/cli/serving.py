@@ -8,7 +8,7 @@ from urllib.parse import unquote
 import typer
 
 from lockstep.cli import streams
-from lockstep.cli.options import Credential, KeyFile, Name, TokenOnly, not_empty, patience_s, unlock_from
+from lockstep.cli.options import Credential, KeyFile, Name, TokenOnly, patience_s, unlock_from
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import NotAttached, RegistryLost, StdoutFailed, TcpMissing
 from lockstep.registry.store import check_name
@@ -32,21 +32,16 @@ def serve(
     token_only: TokenOnly = False,
     socket: Annotated[
         str | None,
-        typer.Option(
-            metavar="PATH", callback=not_empty, help="Unix socket for NBD clients. Default: STATE/run/NAME.sock."
-        ),
+        typer.Option(metavar="PATH", help="Unix socket for NBD clients. Default: STATE/run/NAME.sock."),
     ] = None,
     socket_group: Annotated[
         str | None,
-        typer.Option(
-            metavar="GROUP", callback=not_empty, help="Members of GROUP may connect to the unix socket as well."
-        ),
+        typer.Option(metavar="GROUP", help="Members of GROUP may connect to the unix socket as well."),
     ] = None,
     tcp: Annotated[
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            callback=not_empty,
             help="Serve on this address as well: a loopback address, or with --tls-dir.",
         ),
     ] = None,
@@ -54,7 +49,6 @@ def serve(
         str | None,
         typer.Option(
             metavar="DIR",
-            callback=not_empty,
             help="Over TCP, serve only clients that have a certificate of this TLS directory (`lockstep tls init`).",
         ),
     ] = None,

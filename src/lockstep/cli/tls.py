@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lockstep.cli.options import Json, not_empty
+from lockstep.cli.options import Json
 from lockstep.cli.output import print_json
 from lockstep.cli.screen import Listing, console
 from lockstep.service.certificates import (
@@ -16,7 +16,7 @@ from lockstep.service.certificates import (
     make_client,
 )
 
-Directory = Annotated[str, typer.Argument(metavar="DIR", callback=not_empty, help="The TLS directory.")]
+Directory = Annotated[str, typer.Argument(metavar="DIR", help="The TLS directory.")]
 Days = Annotated[
     int, typer.Option(metavar="N", min=1, max=36500, help="Lifetime of the certificate; none outlives its authority.")
 ]
@@ -52,7 +52,7 @@ def client(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The user that the client will be.")],
     out: Annotated[
         str | None,
-        typer.Option(metavar="DIR2", callback=not_empty, help="Where its files go. Default: DIR/clients/NAME."),
+        typer.Option(metavar="DIR2", help="Where its files go. Default: DIR/clients/NAME."),
     ] = None,
     days: Days = LEAF_DAYS,
 ) -> None:
