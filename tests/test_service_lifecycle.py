@@ -344,6 +344,17 @@ def test_status_json_is_what_the_contract_says(lab: Lab) -> None:
     assert run("cryptsetup", "luksUUID", str(volume.mirror)).strip() == closed["mirrors"][0]["uuid"]
 
 
+def test_who_watches_through_a_pipe_is_shown_every_second(lab: Lab) -> None:
+    lab.lockstep("create", "vol", "--target", lab.disk("target", MIB)).ok()
+    command = [sys.executable, "-m", "lockstep", "--state-dir", str(lab.state), "status", "--watch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        shown = (line for line in watching.stdout if line.startswith("vol "))
+        assert next(shown) == next(shown)
+        watching.terminate()
+        assert watching.wait(60) == 130
+
+
 @pytest.mark.parametrize("header", [False, True])
 def test_a_mirror_whose_data_is_not_there_is_not_called_in_sync(lab: Lab, header: bool) -> None:
     volume = lab.volume("vol", MIB, header=header)

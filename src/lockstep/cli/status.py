@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -36,21 +36,26 @@ def status(
 ) -> None:
     """Show volumes, their clients, and how far their mirrors are."""
     state = state_of(context, state_dir)
-    if as_json:
-        print_json(gather(state, name))
+    screen = console()
+    drawn = screen.is_terminal and not screen.is_dumb_terminal  # else Live shows nothing before its end
+    if as_json or not (watch and drawn):
+        _print(screen, gather(state, name), as_json=as_json)
         while watch:
             sys.stdout.flush()
             time.sleep(WATCH_INTERVAL_S)
-            print_json(gather(state, name))
-        return
-    screen = console()
-    if not watch:
-        screen.print(_render(gather(state, name)))
+            _print(screen, gather(state, name), as_json=as_json)
         return
     with Live(_render(gather(state, name)), console=screen, auto_refresh=False) as live:
         while True:
             time.sleep(WATCH_INTERVAL_S)
             live.update(_render(gather(state, name)), refresh=True)
+
+
+def _print(screen: Console, gathered: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(gathered)
+    else:
+        screen.print(_render(gathered))
 
 
 def gather(state: State, name: str | None) -> dict[str, Any]:
