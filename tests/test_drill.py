@@ -404,6 +404,8 @@ def test_a_mirror_that_is_incomplete_stays_with_its_server(lab: Lab) -> None:
         wait_until(lambda: served.mirror_state() == "behind", "that nobody may update the mirror")
         lab.lockstep("drill", "vol", "--key-file", lab.key).failed(1, "not drilled", "lockstep status")
         assert served.mirror_state() == "behind"
+    said = lab.lockstep("drill", "vol", "--key-file", lab.key).failed(1, "not drilled", "lockstep status")
+    assert "--incomplete" not in said, "it has no such option"
 
 
 def is_gone(pid: int) -> bool:

@@ -54,6 +54,8 @@ from lockstep.errors import (
     DrillStuck,
     DrillWithoutMirror,
     LockstepError,
+    MirrorIncomplete,
+    MirrorNotDrilled,
     NotAttached,
     NotServed,
     StateDirUnusable,
@@ -306,7 +308,10 @@ class _Drill:
                 unlocked = opened(
                     mirror.path, unlock, header_path=mirror.header_path, overlay_path=lambda _: place.overlay
                 )
-                view = stack.enter_context(unlocked)
+                try:
+                    view = stack.enter_context(unlocked)
+                except MirrorIncomplete as error:
+                    raise MirrorNotDrilled(path=mirror.path, state=error.data["state"]) from error
                 self._overlay = view.overlay
                 stack.callback(setattr, self, "_overlay", None)
                 stack.enter_context(exported(view, place.socket))
