@@ -202,6 +202,8 @@ def test_a_command_of_the_users(lab: Lab) -> None:
     code, _, steps, said = drill(volume, "--command", "echo all is lost; exit 3")
     assert (code, steps) == (1, [*GOOD[:2], ("command", False)])
     assert "it ended with 3: all is lost" in said
+    _, _, _, said = drill(volume, "--command", "false")
+    assert "it ended with 1: it said nothing." in said
 
 
 def test_a_mirror_that_cannot_be_opened_fails_and_is_on_record(lab: Lab) -> None:

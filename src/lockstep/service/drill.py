@@ -74,6 +74,7 @@ _READ_BYTES: Final = 1 << 20
 COMMAND_ENDS_S: Final = 10.0
 UNMOUNT_S: Final = 3.0
 POLL_S: Final = 0.05
+_SILENT: Final = "it said nothing"
 
 
 @dataclass(frozen=True)
@@ -524,7 +525,7 @@ def _run(*command: str, package: str = "util-linux") -> str:
     except FileNotFoundError as error:
         raise _Wrong(f"the program {command[0]} is not installed (package {package})") from error
     if done.returncode:
-        raise _Wrong(f"{command[0]} ended with {done.returncode}: {_said(done.stdout + done.stderr)}")
+        raise _Wrong(f"{command[0]} ended with {done.returncode}: {_said(done.stdout + done.stderr) or _SILENT}")
     return done.stdout
 
 
@@ -552,7 +553,7 @@ def _run_command(command: str, device: str) -> str:
         child.wait()
         raise
     if child.returncode:
-        raise _Wrong(f"it ended with {child.returncode}: {_said(said)}")
+        raise _Wrong(f"it ended with {child.returncode}: {_said(said) or _SILENT}")
     return _said(said)
 
 
