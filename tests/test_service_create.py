@@ -28,6 +28,7 @@ from lockstep.errors import (
     DiskMissing,
     EmptyPassphrase,
     HeaderExists,
+    HeaderIsDisk,
     HeaderTaken,
     KeyFileUnreadable,
     LockstepError,
@@ -335,6 +336,8 @@ def test_the_mirror_is_the_target(bench: Bench, loop: Callable[..., str], force:
     hard.hardlink_to(bench.target)
     for path in (bench.target, symbolic, hard):
         bench.refuses(MirrorIsTarget(path=path, target=bench.target, how="the same file"), *force, mirror=path)
+        error = HeaderIsDisk(path=path, disk=bench.target, how="the same file")
+        bench.refuses(error, "--header", path, *force, mirror=bench.home / "free")
     device = loop(bench.target)
     how = f"{device} is a loop device over {bench.target}"
     bench.refuses(MirrorIsTarget(path=device, target=bench.target, how=how), *force, mirror=device)

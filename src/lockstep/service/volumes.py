@@ -7,8 +7,8 @@ claimed, and no disk that has a role already is overwritten. If formatting fails
 import contextlib
 import os
 
-from lockstep.disk.probe import inspect, overlap
-from lockstep.errors import MirrorIsTarget, StillAttached, StillServed, TargetEmpty
+from lockstep.disk.probe import Disk, inspect, overlap
+from lockstep.errors import HeaderIsDisk, MirrorIsTarget, StillAttached, StillServed, TargetEmpty
 from lockstep.registry.store import OnDenied, VolumeRecord
 from lockstep.service import attach, borrowing
 from lockstep.service.managing import manager
@@ -31,10 +31,7 @@ def create_volume(
         raise TargetEmpty(path=target.path)
     if mirror is not None:
         require_sector(mirror)
-    if mirror is not None and os.path.exists(mirror.path):
-        how = overlap(target, inspect(mirror.path))
-        if how:
-            raise MirrorIsTarget(path=os.path.abspath(mirror.path), target=target.path, how=how)
+        _refuse_target(target, mirror)
     with state.registry() as registry:
         refuse_taken(registry, [target_path] + ([mirror.path, mirror.header or ""] if mirror else []))
         volume = registry.add_volume(
@@ -52,6 +49,15 @@ def create_volume(
                 registry.remove_volume(name, actor=actor)
                 raise
         return registry.volume(name)
+
+
+def _refuse_target(target: Disk, mirror: MirrorPlan) -> None:
+    """Raises MirrorIsTarget, HeaderIsDisk."""
+    if os.path.exists(mirror.path) and (how := overlap(target, inspect(mirror.path))):
+        raise MirrorIsTarget(path=os.path.abspath(mirror.path), target=target.path, how=how)
+    header = mirror.header
+    if header is not None and os.path.exists(header) and (how := overlap(target, inspect(header))):
+        raise HeaderIsDisk(path=os.path.abspath(header), disk=target.path, how=how)
 
 
 def remove_volume(state: State, name: str) -> VolumeRecord:
