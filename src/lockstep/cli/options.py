@@ -31,6 +31,8 @@ def not_empty(_context: object, parameter: Any, value: Any) -> Any:
     return value
 
 
+MOST_ITER_TIME_MS = 60_000  # each use of the passphrase takes as long, and cryptsetup is given twice that
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The volume's name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KeyFile = Annotated[
@@ -62,7 +64,12 @@ MirrorPath = Annotated[
 ]
 IterTime = Annotated[
     int | None,
-    typer.Option(metavar="MS", min=1, help="How long one guess of the passphrase takes. Default: cryptsetup's."),
+    typer.Option(
+        metavar="MS",
+        min=1,
+        max=MOST_ITER_TIME_MS,
+        help="How long one guess of the passphrase takes. Default: cryptsetup's.",
+    ),
 ]
 Header = Annotated[
     str | None, typer.Option(metavar="FILE", help="The LUKS2 header is in this file instead of on the mirror.")
