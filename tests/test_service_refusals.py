@@ -808,6 +808,11 @@ def test_what_would_be_silently_useless(odd: Lab) -> None:
     odd.lockstep("audit", "--head", head).failed(2, "there is no --check")
     for wrong in (head[1:], "g" * 64):
         odd.lockstep("audit", "--check", "--head", wrong).failed(2, "64 hexadecimal digits")
+    odd.lockstep("audit", "vo1", "--user", "mallory").failed(1, "There is no volume vo1. Did you mean vol?")
+    odd.lockstep("create", "gone", "--target", odd.disk("gone", MIB)).ok()
+    odd.lockstep("remove", "gone").ok()
+    assert "removed the volume gone" in odd.lockstep("audit", "gone").ok()
+    odd.lockstep("audit", "gone", "--since", "2100-01-01").ok()
     odd.lockstep("set", "vol", "on-denied=hold", "--timezone", "Bad/Zone").failed(2, "has no time zone")
     odd.lockstep("set", "vol", "scrub=off", "--timezone", "").failed(2, "--timezone is empty")
 

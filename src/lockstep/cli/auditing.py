@@ -44,6 +44,8 @@ def audit(
             since_s=moment(since) if since else None,
             until_s=moment(until) if until else None,
         )
+        if name is not None and not rows and not registry.audit_rows(volume=name):
+            registry.volume(name)  # or there never was such a volume
     if as_json:
         for row in rows:
             print_json(row.to_json())
