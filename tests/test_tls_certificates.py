@@ -10,7 +10,7 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from lockstep.errors import HostInvalid, TlsDirUnusable, TlsFilesExist, UserNameInvalid
+from lockstep.errors import HostInvalid, TlsAuthorityAway, TlsDirUnusable, TlsFilesExist, UserNameInvalid
 from lockstep.service.certificates import client_directory, list_certificates, load_terms, make_authority, make_client
 from tests.lab import Lab, run
 
@@ -125,11 +125,23 @@ def test_a_new_server_certificate_keeps_the_authority_and_the_clients(tls: Path)
     load_terms(str(tls))
 
 
+def test_an_authority_whose_key_is_kept_elsewhere(tls: Path) -> None:
+    for name in ("ca-key.pem", "server-cert.pem", "server-key.pem"):
+        (tls / name).rename(tls.parent / name)
+    with pytest.raises(TlsAuthorityAway, match=r"ca-key\.pem is not there"):
+        make_authority(str(tls))
+    with pytest.raises(TlsAuthorityAway, match=r"ca-key\.pem is not there"):
+        make_client(str(tls), "alice")
+    (tls.parent / "ca-key.pem").rename(tls / "ca-key.pem")
+    make_authority(str(tls))
+    make_client(str(tls), "alice")
+
+
 @pytest.mark.parametrize("name", ["ca-cert.pem", "ca-key.pem", "server-cert.pem", "server-key.pem"])
 def test_one_file_that_exists_leaves_everything_as_it_was(tmp_path: Path, name: str) -> None:
     (tmp_path / "tls").mkdir()
     (tmp_path / "tls" / name).write_text("mine")
-    with pytest.raises(TlsFilesExist):
+    with pytest.raises((TlsFilesExist, TlsAuthorityAway)):
         make_authority(str(tmp_path / "tls"))
     assert names(tmp_path / "tls") == {name}
     assert (tmp_path / "tls" / name).read_text() == "mine"

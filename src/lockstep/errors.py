@@ -1394,6 +1394,14 @@ class TlsDirUnusable(ServiceError):
     next_step = "Look at it with `lockstep tls show {path}`; `lockstep tls init` makes what is missing, or a new one."
 
 
+class TlsAuthorityAway(ServiceError):
+    """Data: path."""
+
+    happened = "No certificate can be made: the authority's key {path} is not there."
+    cause = "It was moved to a safe place, as it should be."
+    next_step = "Put it back for as long as this takes. If it is lost, make a new directory, and all certificates anew."
+
+
 class TlsFilesExist(ServiceError):
     """Data: path."""
 

@@ -35,7 +35,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from lockstep.errors import HostInvalid, TlsDirUnusable, TlsFilesExist, UserNameInvalid
+from lockstep.errors import HostInvalid, TlsAuthorityAway, TlsDirUnusable, TlsFilesExist, UserNameInvalid
 from lockstep.nbd.identity import is_user_name
 from lockstep.nbd.tls import server_context
 
@@ -101,12 +101,12 @@ def make_authority(directory: str, hosts: Sequence[str] = (), days: int = LEAF_D
 
     Where the directory has an authority already, and no server certificate, that alone is made: so a server gets
     a new one, and the clients keep theirs. `hosts` are the names and addresses by which clients reach the server,
-    besides this machine's own name and localhost. Raises HostInvalid, TlsFilesExist, TlsDirUnusable.
+    besides this machine's own name and localhost. Raises HostInvalid, TlsFilesExist, TlsDirUnusable, TlsAuthorityAway.
     """
     alternatives = [_general_name(host) for host in dict.fromkeys([*hosts, socket.gethostname(), *_ALWAYS])]
     _require_absent(directory, SERVER_CERT, SERVER_KEY)
     files: dict[str, bytes] = {}
-    if os.path.exists(f"{directory}/{CA_CERT}") and os.path.exists(f"{directory}/{CA_KEY}"):
+    if os.path.exists(f"{directory}/{CA_CERT}"):
         authority = _load_authority(directory)
     else:
         _require_absent(directory, CA_CERT, CA_KEY)
@@ -123,7 +123,8 @@ def make_client(
 ) -> list[str]:
     """Make what the client of `user` needs, in `out`, by default in the directory's clients/; return the files made.
 
-    `began` is when its lifetime begins, by default now. Raises UserNameInvalid, TlsFilesExist, TlsDirUnusable.
+    `began` is when its lifetime begins, by default now. Raises UserNameInvalid, TlsFilesExist, TlsDirUnusable,
+    TlsAuthorityAway.
     """
     if not is_user_name(user):
         raise UserNameInvalid(user=user)
@@ -257,6 +258,8 @@ def _general_name(host: str) -> x509.GeneralName:
 
 
 def _load_authority(directory: str) -> _Authority:
+    if os.path.exists(f"{directory}/{CA_CERT}") and not os.path.lexists(f"{directory}/{CA_KEY}"):
+        raise TlsAuthorityAway(path=f"{directory}/{CA_KEY}")
     try:
         certificate = x509.load_pem_x509_certificate(Path(directory, CA_CERT).read_bytes())
         key = serialization.load_pem_private_key(Path(directory, CA_KEY).read_bytes(), None)
