@@ -130,6 +130,7 @@ def _refuse_output(path: str, size_bytes: int, *, force: bool) -> None:
 
 def note_commit(state: State, mirror_path: str, overlay_path: str, done: Committed) -> None:
     """Put a commit into the audit trail of the state directory, if that knows the mirror."""
-    did = f"wrote the mirror {os.path.abspath(mirror_path)} and the overlay {overlay_path} to {done.output}"
-    details = {"overlay": os.path.abspath(overlay_path), "output": done.output, "bytes": done.size_bytes}
+    mirror, overlay, output = map(os.path.abspath, (mirror_path, overlay_path, done.output))
+    did = f"wrote the mirror {mirror} and the overlay {overlay} to {output}"
+    details = {"overlay": overlay, "output": output, "bytes": done.size_bytes}
     note_if_known(state, "commit", did, mirror_path, done.luks_uuid, details)

@@ -148,8 +148,9 @@ def _header(path: str) -> tuple[luks.Header, reencryption.Unfinished | None]:
 def note_restore(state: State, mirror_path: str, done: Restored) -> None:
     """Put a restore into the audit trail of the state directory, if that knows the mirror."""
     path = os.path.abspath(mirror_path)
-    details = {"output": done.output, "bytes": done.extent.length, "offset": done.extent.offset, "frozen": done.frozen}
-    note_if_known(state, "restore", f"restored the mirror {path} to {done.output}", path, done.luks_uuid, details)
+    output = STDOUT if done.output == STDOUT else os.path.abspath(done.output)
+    details = {"output": output, "bytes": done.extent.length, "offset": done.extent.offset, "frozen": done.frozen}
+    note_if_known(state, "restore", f"restored the mirror {path} to {output}", path, done.luks_uuid, details)
 
 
 def _range(wanted: Wanted, size_bytes: int) -> Extent:
