@@ -79,6 +79,15 @@ def test_what_a_person_reads(volume: Volume) -> None:
         done.failed(3, "differs from its target in 1 places, 512 bytes", "lockstep verify vol --repair")
 
 
+def test_a_mirror_that_is_away_is_not_said_to_be_equal(volume: Volume) -> None:
+    with volume.served() as served:
+        volume.mirror.rename(volume.lab.home / "away")
+        wait_until(lambda: served.mirror_state() == "degraded", "the mirror to be missed")
+        done = volume.lab.lockstep("verify", "vol")
+        done.failed(1, "was not compared to the end")
+        assert "compared 0 B, and not to the end" in done.out
+
+
 def test_verify_changes_nothing_unless_it_repairs(volume: Volume) -> None:
     with volume.served():
         pass

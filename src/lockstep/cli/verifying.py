@@ -101,7 +101,7 @@ def _report(results: list[dict[str, Any]], *, as_json: bool) -> None:
 
 def _finding(result: dict[str, Any]) -> str:
     if not result["mismatches"]:
-        return "no difference"
+        return "and not to the end; no difference so far" if result["error"] else "no difference"
     finding = f"{result['differing_bytes']} bytes differ in {len(result['mismatches'])} places"
     return finding + (", and were copied" if result["repaired_bytes"] else "")
 
