@@ -258,6 +258,16 @@ def test_a_full_disk(there: There, tmp_path: Path) -> None:
         there.assert_whole()
 
 
+@needs_root
+def test_a_disk_without_room_for_the_record_is_left_as_it_was(there: There, tmp_path: Path) -> None:
+    point = tmp_path / "small"
+    point.mkdir()
+    with mounted("-t", "tmpfs", "-o", "size=4k", "tmpfs", str(point)):
+        (point / "other").write_bytes(bytes(4096))
+        there.restore(there.mirror, point / "output").failed(1, "No space left on device", "takes no more files")
+        assert os.listdir(point) == ["other"]
+
+
 @needs_devices
 def test_onto_a_device(there: There, tmp_path: Path, loop: Callable[..., str]) -> None:
     """Zeroes have to be written there, also by the attempt that resumes."""

@@ -791,7 +791,7 @@ class RestoreRecordInvalid(DiskError):
     """Data: path, reason."""
 
     happened = "{path} cannot be used as the record of a restore: {reason}."
-    cause = "Another file has this name, or it was damaged."
+    cause = "Its directory takes no more files, another file has this name, or it was damaged."
     next_step = "Give another name with --record, or take the file away if nobody needs it."
 
 

@@ -14,6 +14,7 @@ A small file beside the output. Rules:
 JSON, one object; docs/formats.md has its members.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -67,15 +68,18 @@ class RestoreRecord:
         return self
 
     def save(self, path: str) -> None:
-        """Write the record, durably, in place of the one that is there. Raises OSError."""
+        """Write the record, durably, in place of the one that is there. Raises OSError, and leaves nothing then."""
         content = {"type": TYPE, "version": VERSION, **dataclasses.asdict(self)}
         temporary = path + ".new"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with open(fd, "w", encoding="ascii") as file:
-            file.write(json.dumps(content) + "\n")
-            file.flush()
-            os.fsync(fd)
-        os.replace(temporary, path)
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.unlink, temporary)
+            with open(fd, "w", encoding="ascii") as file:
+                file.write(json.dumps(content) + "\n")
+                file.flush()
+                os.fsync(fd)
+            os.replace(temporary, path)
+            undo.pop_all()
         sync_directory(path)
 
 
