@@ -88,6 +88,13 @@ def test_a_mirror_that_is_away_is_not_said_to_be_equal(volume: Volume) -> None:
         assert "compared 0 B, and not to the end" in done.out
 
 
+def test_there_must_be_a_mirror(lab: Lab) -> None:
+    lab.lockstep("create", "vol", "--target", lab.disk("target", MIB)).ok()
+    lab.lockstep("verify", "vol", "--key-file", lab.key).failed(1, "The volume vol has no mirror.")
+    with Volume(lab, "vol", lab.home / "target", lab.home / "none", None).served(in_sync=False):
+        lab.lockstep("verify", "vol").failed(1, "The volume vol has no mirror.")
+
+
 def test_verify_changes_nothing_unless_it_repairs(volume: Volume) -> None:
     with volume.served():
         pass

@@ -438,7 +438,7 @@ class NoMirror(RegistryError):
     """Data: volume."""
 
     happened = "The volume {volume} has no mirror."
-    cause = "It was created without one, so there is no header and no passphrase."
+    cause = "It was created without one, or the last one was removed; so there is no header and no passphrase."
     next_step = "Give it one: `lockstep mirror add {volume} PATH`."
 
 

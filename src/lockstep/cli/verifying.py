@@ -11,7 +11,7 @@ from lockstep.cli.options import Credential, Json, KeyFile, Name, TokenOnly, unl
 from lockstep.cli.output import human_bytes, human_moment, print_json
 from lockstep.cli.screen import progress_bar
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import MirrorsDiffer, NotServed, VerifyIncomplete
+from lockstep.errors import MirrorsDiffer, NoMirror, NotServed, VerifyIncomplete
 from lockstep.service.control_client import ask, ask_status
 from lockstep.service.managing import manager
 from lockstep.service.state import State
@@ -107,6 +107,8 @@ def _finding(result: dict[str, Any]) -> str:
 
 
 def _judge(name: str, results: list[dict[str, Any]]) -> None:
+    if not results:
+        raise NoMirror(volume=name)
     for result in results:
         if result["error"]:
             raise VerifyIncomplete(mirror=result["path"], reason=result["error"], volume=name)
