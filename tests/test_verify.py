@@ -86,6 +86,10 @@ def test_a_mirror_that_is_away_is_not_said_to_be_equal(volume: Volume) -> None:
         done = volume.lab.lockstep("verify", "vol")
         done.failed(1, "was not compared to the end")
         assert "compared 0 B, and not to the end" in done.out
+    with volume.served(in_sync=False):
+        for command, code in (("verify", 1), ("sync", 3)):
+            said = volume.lab.lockstep(command, "vol", *(["--wait"] if command == "sync" else [])).failed(code, "away")
+            assert ".." not in said
 
 
 def test_there_must_be_a_mirror(lab: Lab) -> None:
