@@ -216,6 +216,17 @@ def test_a_mirror_that_cannot_be_opened_fails_and_is_on_record(lab: Lab) -> None
     assert_clean(volume)
 
 
+def test_a_mirror_that_is_away_does_not_keep_the_next_one_from_being_drilled(lab: Lab) -> None:
+    volume, second = backed_up(lab, file_system(lab, 8 * MIB, *EXT4)), lab.home / "second"
+    lab.lockstep("mirror", "add", "vol", second, "--key-file", lab.key, environment=lab.quick_format()).ok()
+    Volume(lab, "vol", volume.target, second, None).copy_by_hand()
+    volume.mirror.unlink()
+    lab.lockstep("drill", "vol", "--key-file", lab.key).failed(1, f"{volume.mirror} cannot be read")
+    rows = [json.loads(line)["details"] for line in lab.lockstep("audit", "vol", "--json").ok().splitlines()[-2:]]
+    assert [(row["mirror"], row["passed"]) for row in rows] == [(str(volume.mirror), False), (str(second), True)]
+    assert_clean(volume)
+
+
 def test_there_must_be_a_mirror(lab: Lab) -> None:
     lab.lockstep("create", "alone", "--target", lab.disk("alone", MIB)).ok()
     lab.lockstep("drill", "alone", "--key-file", lab.key).failed(1, "has no mirror")

@@ -48,12 +48,14 @@ from lockstep.errors import (
     DetachRefused,
     DetachStuck,
     DetachUnflushed,
+    DiskError,
     DrillBusy,
     DrillFailed,
     DrillOverlayFailed,
     DrillStuck,
     DrillWithoutMirror,
     LockstepError,
+    LuksError,
     MirrorIncomplete,
     MirrorNotDrilled,
     NotAttached,
@@ -154,17 +156,22 @@ def drill(
         volume = registry.volume(name)
         if not volume.mirrors:
             raise DrillWithoutMirror(volume=name)
-        reports = []
+        reports: list[Report] = []
+        unusable: LockstepError | None = None
         for mirror in volume.mirrors:
             report = Report(name, mirror.path)
             try:
                 with _place(state, name) as place:
                     _Drill(state, report, place, on_step).run(mirror, unlock, command)
+            except (DiskError, LuksError) as error:  # of this mirror: the others are tried all the same
+                unusable = unusable or error
             finally:
                 if report.steps:
                     reason = f"{actor.user} drilled the mirror {mirror.path}: {report.outcome}"
                     registry.audit("drill", actor=actor, volume=name, reason=reason, details=described(report))
             reports.append(report)
+        if unusable is not None:
+            raise unusable
         return reports
 
 
