@@ -123,6 +123,7 @@ def test_only_managers_may() -> None:
             lambda: keys.change_key(state, "vol", None, never, never, None),
             lambda: headers.back_up_header(state, "vol", None, "output", force=False),
             lambda: headers.restore_header(state, "vol", None, "backup", force=False),
+            state.registry,
         ]
         pid = os.fork()
         if not pid:

@@ -51,17 +51,19 @@ class State:
         return cls(os.path.abspath(chosen))
 
     def registry(self) -> Registry:
-        """Open the registry, and make it in a directory that is new. Raises StateDirUnusable and registry errors."""
+        """Open the registry, and make it in a new directory. Raises what `prepare` raises, and registry errors."""
         self.prepare()
         self._refuse_lost_registry()
         return Registry.open(f"sqlite:///{self.registry_path}")
 
     def prepare(self) -> None:
-        """Make what is missing of the directory, for its owner alone. Raises StateDirUnusable."""
+        """Make what is missing of the directory, for its owner alone. Raises StateDirUnusable, and NotManager."""
         try:
             for directory in (self.path, self.run_dir, self._intent_dir, self._held_dir, self._filling_dir):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
         except OSError as error:
+            if isinstance(error, PermissionError) and os.path.exists(self.path):
+                self.require_manager(os.geteuid(), "use this state directory")
             raise StateDirUnusable(path=self.path, reason=error.strerror) from error
 
     def _refuse_lost_registry(self) -> None:
