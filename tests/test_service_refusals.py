@@ -7,6 +7,7 @@ registry, region records, sockets) is the same before and after, bytes, modes an
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -21,8 +22,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from lockstep.cli.options import passphrase_from
+from lockstep.cli.screen import Listing
 from lockstep.errors import (
     AddressInvalid,
     AddressUnusable,
@@ -682,6 +685,13 @@ def test_what_looks_like_markup_is_shown(odd: Lab) -> None:
         said = odd.lockstep(*command).ok()
         assert f"{odd.home}/a[/x]m[red]é" in said
         assert command in (("mirror", "list", "vol"), ("key", "list", "vol")) or f"{odd.home}/a[/x]t[red]" in said
+
+
+def test_a_narrow_terminal_is_shown_everything() -> None:
+    shown, table = io.StringIO(), Listing("Time", "What happened", "From")
+    table.add_row("2026-11-24 03:12:09", f"somebody restored a mirror to {'/a' * 60}", "/b" * 60)
+    Console(file=shown, width=60).print(table)
+    assert shown.getvalue().count("/") == 120
 
 
 def test_a_terminal_that_cannot_show_a_name_gets_it_escaped(odd: Lab) -> None:

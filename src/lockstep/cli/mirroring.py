@@ -99,7 +99,7 @@ def list_(context: typer.Context, name: Name, as_json: Json = False, state_dir: 
     if not volume["mirrors"]:
         typer.echo(f"{name} has no mirror. Give it one: lockstep mirror add {name} PATH")
         return
-    table = Listing("State", "Differs", "Held", "LUKS UUID", folded=("Mirror",))
+    table = Listing("State", "Differs", "Held", "LUKS UUID", "Mirror")
     for mirror in volume["mirrors"]:
         differs, held = human_bytes(mirror["dirty_bytes"]), human_bytes(mirror["held_bytes"])
         table.add_row(mirror["state"], differs, held, mirror["uuid"], mirror["path"])

@@ -6,12 +6,12 @@ Rich is imported here and not in `output.py`, because to import it takes longer 
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from lockstep.cli.output import print_json
@@ -30,13 +30,14 @@ def plain(text: str, style: str = "") -> Text:
 
 
 class Listing(Table):
-    """A table without lines, whose cells are shown as they are: what looks like markup in a path is part of it."""
+    """A table without lines, whose cells are shown as they are: what looks like markup in a path is part of it.
 
-    def __init__(self, *columns: str, folded: Sequence[str] = (), show_header: bool = True) -> None:
-        """`folded`: further columns, which may be long."""
-        super().__init__(*columns, box=None, pad_edge=False, show_header=show_header)
-        for column in folded:
-            self.add_column(column, overflow="fold")
+    On a narrow terminal they are folded, and nothing is left out.
+    """
+
+    def __init__(self, *columns: str, show_header: bool = True) -> None:
+        folded = (Column(each, overflow="fold") for each in columns)
+        super().__init__(*folded, box=None, pad_edge=False, show_header=show_header)
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
         """Add a row; a string is plain text."""

@@ -100,7 +100,7 @@ def _render_target(target: dict[str, Any]) -> Iterator[RenderableType]:
 
 
 def _render_volume(volume: dict[str, Any]) -> RenderableType:
-    table = Listing("", folded=("",), show_header=False)
+    table = Listing("", "", show_header=False)
     table.add_row(Text(volume["name"], "bold"), human_bytes(volume["size_bytes"]))
     past_cache = " (direct I/O)" if volume["target"]["direct"] else ""
     table.add_row("  target", volume["target"]["path"] + past_cache)

@@ -69,7 +69,7 @@ def show(directory: Directory, as_json: Json = False) -> None:
     if as_json:
         print_json({"certificates": [_as_json(each) for each in certificates]})
         return
-    table = Listing("Kind", "Name", "Expires", "Days left", folded=("Hosts", "File"))
+    table = Listing("Kind", "Name", "Expires", "Days left", "Hosts", "File")
     for each in certificates:
         left = str(each.days_left()) if each.days_left() >= 0 else "expired"
         table.add_row(each.kind, each.name, f"{each.expires:%Y-%m-%d}", left, " ".join(each.hosts), each.path)

@@ -80,7 +80,7 @@ def list_(context: typer.Context, as_json: Json = False, state_dir: StateDir = N
     if not volumes:
         typer.echo("There are no volumes. Make one: lockstep create NAME --target PATH --mirror PATH")
         return
-    table = Listing("Volume", "Size", folded=("Target", "Mirrors"))
+    table = Listing("Volume", "Size", "Target", "Mirrors")
     for volume in volumes:
         mirrors = Text("\n").join(plain(mirror.path) for mirror in volume.mirrors) or "none"
         table.add_row(volume.name, human_bytes(volume.size_bytes), volume.target_path, mirrors)
