@@ -236,6 +236,22 @@ def test_marks_stay_where_the_mirror_failed_and_came_back_while_they_were_to_be_
     played(scene, tmp_path)
 
 
+def test_what_is_written_at_once_while_the_mirror_is_away_is_copied_when_it_is_back(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        world.target._promptness.flags = 0
+        (link,) = world.links
+        link.drop("writing", OSError(errno.EIO, "gone"))
+        await world.write(2 * MIB)  # which has a whole group of regions on record
+        beside = run_of(2 * MIB + REGION_BYTES, REGION_BYTES)
+        assert world.path.write_run("someone", memoryview(DATA), beside, 1) == 1
+        await world.comes_back()
+        world.assert_marked()
+        await Resync(world.path, link, cast(Gate, world.gate), world.workers).copy()
+        assert (link.state, world.differing()) == (IN_SYNC, set())
+
+    played(scene, tmp_path)
+
+
 def test_a_mirror_that_answers_too_late_does_not_spoil_what_another_gave(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         world.target.read_job = failing(OSError(errno.EIO, "bad sector"))  # type: ignore[method-assign]

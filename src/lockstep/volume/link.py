@@ -301,7 +301,9 @@ class MirrorLink:
     def write_run(self, data: memoryview, run: "array[int]", count: int) -> int:
         """Carry recorded writes of whole sectors to a prompt mirror; how many it took, from the front."""
         if self.error is not None or self._disk is None:
-            return count  # it misses them: they lie in marked regions, all of which count as different
+            for extent in places(run, count):  # the record has their regions, but need not have had them when it failed
+                self.regions.mark(*extent)
+            return count
         self._count(run, count)
         return self._disk.write_run(data, run, count)
 
