@@ -358,6 +358,38 @@ def test_what_cannot_be_put_on_record_holds_nothing(tmp_path: Path) -> None:
     played(scene, tmp_path)
 
 
+@pytest.mark.parametrize("which", ["mirror", "target"])
+def test_what_was_released_stays_marked_until_both_disks_have_it(tmp_path: Path, which: str) -> None:
+    """Whichever of the two then loses what it had cached."""
+
+    async def scene(world: World) -> None:
+        (link,), (disk,) = world.links, world.disks
+        world.gate.ruling = Ruling.UNTIL_RELEASED
+        await world.write(2 * MIB)
+        world.gate.ruling = UPDATE
+        await link.release(link.held.regions())
+        real = disk.flush_job
+        if which == "mirror":
+
+            def lost() -> None:
+                disk.zero(2 * MIB, REGION_BYTES)
+                raise OSError(errno.EIO, "lost")
+
+            disk.flush_job = lambda: lost  # type: ignore[method-assign]
+        await Resync(world.path, link, cast(Gate, world.gate), world.workers).copy()
+        if which == "mirror":
+            disk.flush_job = real  # type: ignore[method-assign]
+            await world.comes_back()
+            world.assert_marked()
+        else:
+            world.target.zero(2 * MIB, REGION_BYTES, allocate=True)
+            assert not any(link.held.regions())
+            assert link.intent.marked()[2 * MIB // REGION_BYTES]
+        assert world.differing() == {2 * MIB // REGION_BYTES}
+
+    played(scene, tmp_path)
+
+
 def test_a_mirror_that_is_too_slow_for_large_pieces_is_copied_to_in_small_ones(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         (link,), (disk,) = world.links, world.disks

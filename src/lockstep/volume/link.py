@@ -37,7 +37,7 @@ from lockstep.volume.backlog import Backlog
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import IntentBitmap
 from lockstep.volume.progress import SyncProgress
-from lockstep.volume.regions import RegionMap, positions
+from lockstep.volume.regions import RegionMap, positions, stretches
 from lockstep.volume.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -271,8 +271,14 @@ class MirrorLink:
                     self._thawing = False
 
     async def release(self, regions: bytes) -> None:
-        """Have these regions, a byte each, copied, as far as they are held. Raises OSError."""
+        """Have these regions, a byte each, copied, as far as they are held. Raises OSError.
+
+        They are marked first, like any that is written: the record of what is held forgets them before both disks have
+        been flushed.
+        """
         await self._thaw()
+        step = self.regions.region_bytes
+        await self.intent.mark([(first * step, after * step) for first, after in stretches(regions)])
         self.regions.release(regions)
         self.waiting = False
 

@@ -142,3 +142,13 @@ def positions(states: bytes | bytearray) -> list[int]:
         found.append(at)
         at = states.find(1, at + 1)
     return found
+
+
+def stretches(states: bytes | bytearray) -> list[tuple[int, int]]:
+    """Where the ones are, as [first, after)."""
+    found, after = [], 0
+    while (first := states.find(1, after)) >= 0:
+        end = states.find(0, first)
+        after = end if end >= 0 else len(states)
+        found.append((first, after))
+    return found
