@@ -6,6 +6,7 @@ Where a test must catch the server in the middle, the mirror is slow to read (nb
 import contextlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -275,6 +276,45 @@ def test_the_mirror_dies_meanwhile_and_comes_back(lab: Lab) -> None:
             wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be in sync")
     assert new.read_bytes() == b"alone" + content[5:]
     Volume(lab, "vol", new, held, None).assert_equal_disks()
+
+
+@needs_nbdkit
+def test_an_older_copy_of_the_mirror_fills_nothing(lab: Lab) -> None:
+    content, new = noise(), lab.home / "new"
+    target = lab.disk("target", SIZE_BYTES, content)
+    mirror, held = lab.home / "mirror", lab.disk("held", SIZE_BYTES + HEADER_BYTES)
+    plug = Plugged(mirror, held, "--filter=delay", "delay-read=50ms")
+    volume = Volume(lab, "vol", target, mirror, None)
+    with contextlib.ExitStack() as plugs:
+        plugs.enter_context(plug)
+        disks = ["--target", target, "--mirror", mirror, "--key-file", lab.key]
+        lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
+        with volume.served():
+            pass
+        older, right = shutil.copyfile(held, lab.home / "older"), lab.home / "right"
+        with volume.served() as served:
+            handle = connected(served)
+            handle.pwrite(b"newer", SIZE_BYTES - 5)
+            handle.shutdown()
+        target.unlink()
+        replaced(volume, new).ok()
+        volume = on(volume, new)
+        with volume.served(in_sync=False) as served:
+            plug.pull()
+            held.rename(right)
+            older.rename(held)
+            plugs.enter_context(plug)
+            wait_until(lambda: "as it was left" in (served.mirror()["error"] or ""), "the copy to be refused")
+            handle = connected(served)
+            with pytest.raises(libnbd().Error):
+                handle.pread(5, SIZE_BYTES - 5)
+            plug.pull()
+            right.rename(held)
+            plugs.enter_context(plug)
+            await_restored(served)
+            assert handle.pread(5, SIZE_BYTES - 5) == b"newer"
+            handle.shutdown()
+    assert new.read_bytes() == content[:-5] + b"newer"
 
 
 @needs(root=True)

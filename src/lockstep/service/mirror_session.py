@@ -329,8 +329,14 @@ class MirrorSession:
             self._opener.close()
         disk = opened.pop()
         assert header.token is not None
+        unfit = None
         if disk.sector_bytes > self.link.sector_bytes:
-            log.error("mirror %s has larger sectors than before: serve the volume anew", self.mirror.path)
+            unfit = "it has larger sectors than before: serve the volume anew"
+        elif self.link.is_source and header.token.generation not in self._generations:
+            unfit = "it is not as it was left, and the new target lacks what that one has"
+        if unfit is not None:
+            log.error("mirror %s is not followed again: %s", self.mirror.path, unfit)
+            self.link.stay_away(unfit)
             disk.close()
             return False
         self._token, self._token_id = header.token, header.token_id
@@ -354,12 +360,11 @@ class MirrorSession:
     async def _recognise(self, generation: int) -> None:
         """See whether it is the mirror that the bitmap tells of; if not, everything differs. Raises OSError."""
         regions, everything = self.link.regions, [(0, self._volume.size_bytes)]
-        self.link.as_left = generation in self._generations
         if self._disowned:
             regions.mark_all()
             await self._in_worker(self._intent.claim, generation, generation, self._intent.marked())
             self._disowned = False
-        elif not self.link.as_left:
+        elif generation not in self._generations:
             log.warning("mirror %s is not as it was left: all of it is copied", self.mirror.path)
             regions.mark_all()
             await self._intent.mark(everything)  # before the bitmap says that it fits

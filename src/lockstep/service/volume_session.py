@@ -84,6 +84,7 @@ class VolumeSession:
         if filling.left_bytes and (source.error or not source.as_left):
             reason = source.error or "it, or the new target, was changed since, or its intent bitmap is gone"
             raise FillingImpossible(path=target.disk.path, volume=record.name, mirror=source.path, reason=reason)
+        source.is_source = True
         return filling
 
     async def look_after_target(self) -> None:
@@ -119,6 +120,8 @@ class VolumeSession:
     def end_filling(self) -> None:
         """Have the target be one like any other from here on."""
         assert self.filling is not None
+        for session in self.mirrors:
+            session.link.is_source = False
         self.filling.finish()
         self.filling.close()
         self.filling = self.writes.filling = None

@@ -3,7 +3,8 @@
 Of each region one of the two disks has the truth. Rules:
 
 1. What a missing region holds is what the mirror holds there, whatever is known of the mirror otherwise. Nobody writes
-   to a missing region, on either disk, so that stays true; and the mirror must be the one that was left (`as_left`).
+   to a missing region, on either disk, so that stays true; and no mirror is followed but the one that was left
+   (`is_source`).
 2. Whoever wants to read a region has it copied first. Whoever wants to write to it also waits until the record says,
    durably, that it is not missing any more: else a crash would bring the mirror's older content back, where the write
    was not the mirror's to have, or the mirror had failed. From then on it is a region like any other.
@@ -244,8 +245,6 @@ class Filling:
         for start in range(offset, offset + length, PIECE_BYTES):
             count = min(PIECE_BYTES, offset + length - start)
             data = page_aligned(-(-count // sector) * sector)
-            if not self._source.as_left:
-                raise OSError(errno.EIO, f"the mirror {self._source.path} is not as it was left")
             if not await self._source.read(start, data):
                 raise OSError(errno.EIO, f"the mirror {self._source.path} cannot be read: {self._source.error}")
             try:

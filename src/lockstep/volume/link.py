@@ -102,7 +102,8 @@ class MirrorLink:
         self.silent = False  # it was dropped because it did not answer: nobody should ask it anything more
         self.target_error: str | None = None  # why the target cannot be copied from
         self.waiting = held.frozen_since_s is not None  # nothing may be copied now
-        self.as_left = True  # whether it is the mirror as it was when it was last followed
+        self.as_left = True  # whether it was, at the start, the mirror as it was when it was last followed
+        self.is_source = False  # a new target is being filled from it, and would be from no other copy of it
         self._backlog = Backlog(None)
         self._writing_out: asyncio.Task[bool] | None = None
         self._freezing = asyncio.Lock()
