@@ -19,10 +19,13 @@ from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import inspect
 from lockstep.disk.runs import WORDS, run_of
+from lockstep.volume import missing
+from lockstep.volume.filling import Filling, NewTarget
 from lockstep.volume.gate import UPDATE, Gate, Ruling
 from lockstep.volume.held import NO_RIGHT, HeldRecord
 from lockstep.volume.intent import Identity, IntentBitmap
 from lockstep.volume.link import BEHIND, FROZEN, IN_SYNC, SYNCING, WHOLE, Keeper, MirrorLink
+from lockstep.volume.missing import Pair
 from lockstep.volume.read_path import ReadPath
 from lockstep.volume.regions import RegionMap
 from lockstep.volume.resync import Resync
@@ -354,6 +357,31 @@ def test_what_cannot_be_put_on_record_holds_nothing(tmp_path: Path) -> None:
         assert world.differing() == {0}
         assert link.regions.held(0, 1)
         assert link.held.regions()[0]
+
+    played(scene, tmp_path)
+
+
+def test_a_new_target_is_written_nowhere_that_the_record_calls_missing(tmp_path: Path) -> None:
+    """Not even when everything is there: a crash would bring back what the mirror had before it failed."""
+
+    async def scene(world: World) -> None:
+        (link,), record = world.links, str(tmp_path / "missing")
+        pair = Pair(str(uuid.uuid4()), str(uuid.uuid4()), SIZE_BYTES)
+        target = NewTarget.claim(inspect(_image(tmp_path / "new")))
+        target.missing = bytearray(b"\1" * pair.regions)
+        path = WritePath(target, (link,), cast(Gate, world.gate), 512, world.workers)
+        path.filling = Filling(target, link, path.ranges, world.workers)
+        path.filling.record_in(missing.record(record, pair, target.missing, world.workers.run))
+        await path.filling.fetch(0, SIZE_BYTES)
+        target._promptness.flags = 0
+        link.drop("writing", OSError(errno.EIO, "gone"))
+        data, run = memoryview(b"Z" * REGION_BYTES), run_of(0, REGION_BYTES)
+        if not path.write_run("someone", data, run, 1):
+            await path.write("someone", data, run, 1, durable=False)
+        await path.flush()
+        left = missing.load(record, pair)
+        assert left is not None
+        assert not left[0]
 
     played(scene, tmp_path)
 

@@ -11,8 +11,9 @@ Of each region one of the two disks has the truth. Rules:
 3. A region is copied as a whole, while its range is held, and only where it is still missing then.
 4. The record is cleared after the target was flushed (volume/missing.py). So a crash at any moment leaves regions
    missing that are there already, never the other way round; they are copied once more.
-5. While anything is missing, the target is not prompt: each request passes `WritePath._hold` or `ReadPath.read`. When
-   nothing is, the target is one like any other; a volume whose target was not replaced knows nothing of all this.
+5. Until it is on record that nothing is missing, the target is not prompt: each request passes `WritePath._hold` or
+   `ReadPath.read`. From then on the target is one like any other; a volume whose target was not replaced knows nothing
+   of all this.
 
 If the mirror cannot be read, regions that are there go on; for all others clients get the error, and `error` says why.
 It is tried again until the mirror is back. If the new target fails, reads are answered by the mirror.
@@ -54,8 +55,8 @@ class NewTarget(PlainDisk):
 
     @property
     def prompt(self) -> bool:
-        """As of any disk, once nothing is missing."""
-        return 1 not in self.missing and super().prompt
+        """As of any disk, once nothing is missing, and the record says so."""
+        return not self.missing and super().prompt
 
     def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
         """Read a run as far as it is there, without waiting; return how many of its reads, from the front."""
