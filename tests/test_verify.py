@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab import MIB, Clock, Lab, Served, Volume, needs, run, wait_until
+from tests.lab import MIB, Clock, Lab, Served, Volume, needs, run, wait_until, write
 
 SIZE_BYTES = 16 * MIB
 DATA_OFFSET_BYTES = 16 * MIB  # where a mirror with an inline header keeps its data
@@ -106,6 +106,17 @@ def test_verify_changes_nothing_unless_it_repairs(volume: Volume) -> None:
     before = volume.mirror.read_bytes(), volume.target.read_bytes()
     verify(volume, code=3)
     assert (volume.mirror.read_bytes(), volume.target.read_bytes()) == before
+
+
+def test_a_mirror_that_gives_back_its_disk_after_a_crash_still_does_when_it_was_verified(volume: Volume) -> None:
+    """Nothing was copied to it, so it is what it was; and the target may be lost before the next start."""
+    with volume.served() as served:
+        write(served, "write -P 1 8M 64k")
+        served.kill()
+    before = volume.mirror.read_bytes()
+    assert verify(volume)["left_out_bytes"] > 0
+    assert volume.mirror.read_bytes() == before
+    volume.restore(volume.lab.home / "output").ok()
 
 
 def test_what_is_known_to_differ_is_no_finding(volume: Volume) -> None:

@@ -104,6 +104,7 @@ class MirrorSession:
         self._opener = Workers("lockstep-opener", 0)
         self._attempt: object = None  # the attempt to come back that somebody waits for
         self._last_failure = ""
+        self._claimed = False  # until then nothing of it is changed, whatever is done with the volume
         self._disowned = False
         self._unsaid: str | None = None  # what could not be written to the header of a mirror that was dropped
         self._header_node = (0, 0)
@@ -141,6 +142,7 @@ class MirrorSession:
     def claim(self) -> None:
         """From here on this server alone says what differs. Raises StateDirUnusable and what the token may."""
         self._claim(self.link.regions.dirty(), written_ns=0)
+        self._claimed = True
 
     async def retire(self) -> None:
         """Close in order: the target has been flushed and nobody writes any more. Raises as `claim` does."""
@@ -183,7 +185,7 @@ class MirrorSession:
         One that does not answer is dropped, and after that not asked any more.
         """
         said = self._token.state == state and self._scribe.at_rest  # nor is another about to be said
-        if said or self.link.silent or self._token_id is None or self._unsaid == state:
+        if not self._claimed or said or self.link.silent or self._token_id is None or self._unsaid == state:
             return
         if state == IN_SYNC and not await self.link.flush():
             return
