@@ -22,7 +22,7 @@ from lockstep.disk.runs import WORDS, run_of
 from lockstep.volume import missing
 from lockstep.volume.filling import Filling, NewTarget
 from lockstep.volume.gate import UPDATE, Gate, Ruling
-from lockstep.volume.held import NO_RIGHT, HeldRecord
+from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW, HeldRecord
 from lockstep.volume.intent import Identity, IntentBitmap
 from lockstep.volume.link import BEHIND, FROZEN, IN_SYNC, SYNCING, WHOLE, Keeper, MirrorLink
 from lockstep.volume.missing import Pair
@@ -414,6 +414,32 @@ def test_what_was_released_stays_marked_until_both_disks_have_it(tmp_path: Path,
             assert not any(link.held.regions())
             assert link.intent.marked()[2 * MIB // REGION_BYTES]
         assert world.differing() == {2 * MIB // REGION_BYTES}
+
+    played(scene, tmp_path)
+
+
+def test_who_begins_to_hold_while_the_last_region_is_forgotten_is_not_forgotten(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        held = world.links[0].held
+        await held.hold(0, REGION_BYTES, "bob", OUTSIDE_WINDOW, equal=False)
+        real, go = held._in_worker, asyncio.Event()
+
+        async def slowly(work: Callable[..., None], *arguments: object) -> None:
+            if work == held._write_writers:
+                await go.wait()
+            await real(work, *arguments)
+
+        held._in_worker = slowly
+        holding = asyncio.ensure_future(held.hold(MIB, MIB + 1, "eve", OUTSIDE_WINDOW, equal=False))
+        await asyncio.sleep(0)
+        forgetting = asyncio.ensure_future(held.forget([0]))
+        while any(held.regions()):
+            await asyncio.sleep(0.01)
+        go.set()
+        await asyncio.gather(holding, forgetting)
+        assert held.users(OUTSIDE_WINDOW) == ["eve"]
+        again = HeldRecord(held._path, held._identity, real, expected=False)
+        assert again.users(OUTSIDE_WINDOW) == ["eve"]
 
     played(scene, tmp_path)
 

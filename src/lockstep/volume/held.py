@@ -90,6 +90,7 @@ class HeldRecord:
         """Write the record anew, durably, as it was read. Raises OSError."""
         self._pages.create(_header(self._identity), self._pages.durable)
         self._write_writers(self._content())
+        self._known = set(self.writers)
 
     def close(self) -> None:
         """Close the file."""
@@ -150,7 +151,8 @@ class HeldRecord:
     async def forget(self, regions: Iterable[int]) -> None:
         """Clear regions that were released, copied and flushed. Raises OSError."""
         await self._pages.clear(bit for region in regions for bit in (region, self._second + region))
-        over = [key for key in self.writers if not any(self.regions(key[1]))]
+        # Whoever is not on record yet is about to be, and holds something then.
+        over = [key for key in self._known if not any(self.regions(key[1]))]
         for key in over:
             del self.writers[key]
             self._known.discard(key)
