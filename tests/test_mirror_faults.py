@@ -157,3 +157,35 @@ def test_a_mirror_whose_header_cannot_be_written_is_not_written_to_while_it_says
         program.symlink_to(str(real))
         wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to come back")
     volume.assert_equal_disks()
+
+
+@needs("qemu-io")
+def test_a_mirror_that_is_opened_in_vain_again_and_again_costs_no_more_each_time(lab: Lab, tmp_path: Path) -> None:
+    volume, away = lab.volume("vol", SIZE_BYTES), tmp_path / "away"
+    real = shutil.which("cryptsetup", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    program = tmp_path / "replaced" / "cryptsetup"
+    program.parent.mkdir()
+    program.symlink_to(str(real))
+    lab.environment["PATH"] = f"{program.parent}:{os.environ['PATH']}"
+    with volume.served() as served:
+        tasks = Path(f"/proc/{served.process.pid}/task")
+        volume.mirror.rename(away)
+        wait_until(lambda: served.mirror_state() == "degraded", "the mirror to be missed")
+        write(served, "write -P 1 0 64k")
+        program.unlink()
+        program.write_text(f'#!/bin/sh\n[ "$1" != token ] || exit 1\nexec {real} "$@"\n')
+        program.chmod(0o755)
+        away.rename(volume.mirror)
+
+        def attempts() -> int:
+            lab.lockstep("sync", "vol").ok()
+            return served.log.read_text().count("cannot be followed again yet: cryptsetup")
+
+        wait_until(lambda: attempts() >= 1, "the first attempt")
+        before = len(list(tasks.iterdir()))
+        wait_until(lambda: attempts() >= 4, "some more")
+        assert len(list(tasks.iterdir())) <= before + 2
+        program.unlink()
+        program.symlink_to(str(real))
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to come back")
+    volume.assert_equal_disks()

@@ -345,11 +345,11 @@ class MirrorSession:
         try:
             self._scribe.close()
             self._scribe = Workers("lockstep-header", 1, self._patience_s)
-            workers = self._new_workers()
             await self._recognise(header.token.generation)
             if self._rekeyed:
                 await self.advance()
             await self._own_up()
+            workers = self._new_workers()  # last: nobody ends their threads where something else fails
         except (LockstepError, OSError) as failure:
             log.warning("mirror %s cannot be followed again yet: %s", self.mirror.path, failure)
             disk.close()
