@@ -44,8 +44,10 @@ class Background:
         trail: Trail,
         verification: Verification,
         registry: Registry,
+        in_clerk: Callable[..., Awaitable[None]],
         warnings: Callable[[], Iterable[str]],
     ) -> None:
+        """`in_clerk` runs a function that asks the registry; it must not have to wait for the disks."""
         self._session = session
         self._volume_name = session.record.name
         self._path = session.writes
@@ -54,6 +56,7 @@ class Background:
         self._trail = trail
         self._verification = verification
         self._registry = registry
+        self._in_clerk = in_clerk
         self._warnings = warnings
         self._stopping = asyncio.Event()
         self._retry = asyncio.Event()  # somebody wants mirrors that are away to be looked for now
@@ -100,7 +103,7 @@ class Background:
         Raises MayNotRelease.
         """
         if include_held:
-            await self._session.workers.run(self._read_grants)  # who has just lost the right releases nothing
+            await self._in_clerk(self._read_grants)  # who has just lost the right releases nothing
             if self._gate(actor.user) is not UPDATE:
                 reason = self._trail.error or self._gate.verdict(actor.user).reason
                 raise MayNotRelease(user=actor.user, volume=self._volume_name, reason=reason)
@@ -180,7 +183,7 @@ class Background:
 
     async def _look(self) -> None:
         """See what has changed: in the registry, for the clients, with the mirrors."""
-        await self._session.workers.run(self._read_grants)
+        await self._in_clerk(self._read_grants)
         self._clients.look()
         self._verification.look()
         self._note_states()

@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # X.509 takes a while to import, and few servers need it
 log = logging.getLogger(__name__)
 
 WORKERS: Final = 16
+CLERKS: Final = 2  # for the registry: one reads the grants while the other waits to write to the audit trail
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,15 @@ def serve(
         for sentence in headers.reminders(registry, volume):
             log.warning("%s", sentence)
         gate = VolumeGate(volume.name, volume.on_denied, registry.grants(volume.name))
-        workers = Workers("lockstep-worker", WORKERS)
+        workers, clerks = Workers("lockstep-worker", WORKERS), Workers("lockstep-clerk", CLERKS)
         stack.callback(workers.close)
+        stack.callback(clerks.close)
         session = stack.enter_context(
             open_volume(
                 state, volume, unlock, gate, workers, patience_s=options.mirror_patience_s, direct=options.direct
             )
         )
-        uvloop.run(_serve(state, registry, session, gate, listen, on_ready))
+        uvloop.run(_serve(state, registry, session, gate, clerks, listen, on_ready))
 
 
 def parse_tcp(address: str, *, tls: bool = False) -> tuple[str, int]:
@@ -151,6 +153,7 @@ async def _serve(
     registry: Registry,
     session: VolumeSession,
     gate: VolumeGate,
+    clerks: Workers,
     listen: Listen,
     on_ready: Callable[[list[str]], None],
 ) -> None:
@@ -158,11 +161,11 @@ async def _serve(
     for number in signals.ending():
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     name = session.record.name
-    trail = Trail(registry, name, gate, session.workers.run)
+    trail = Trail(registry, name, gate, clerks.run)
     clients = Clients(gate, trail)
     verification = Verification(session, trail)
     warnings = listen.tls.warnings if listen.tls else tuple
-    background = Background(session, gate, clients, trail, verification, registry, warnings)
+    background = Background(session, gate, clients, trail, verification, registry, clerks.run, warnings)
     server = NbdServer(VolumeExport(session), watcher=clients)
     async with _listening(server, listen, name) as uris:
         commands = ServedVolume(session, server, gate, trail, background, verification, uris[0])

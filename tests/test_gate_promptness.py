@@ -1,0 +1,49 @@
+"""D6: what the registry says is in effect within a second, however long the disks keep everybody waiting."""
+
+import asyncio
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+from lockstep.registry.access import Grant
+from lockstep.registry.audit import Actor
+from lockstep.service.background import Background
+from lockstep.service.clients import Clients
+from lockstep.service.gate import VolumeGate
+from lockstep.service.state import State
+from lockstep.service.trail import Trail
+from lockstep.service.verification import Verification
+from lockstep.service.volume_session import VolumeSession
+from lockstep.volume.gate import Ruling
+from lockstep.volume.workers import Workers
+
+ROOT = Actor("root", "a test")
+
+
+def test_a_grant_is_taken_away_though_all_threads_of_the_target_wait_for_it(tmp_path: Path) -> None:
+    registry = State(str(tmp_path / "state")).registry()
+    record = registry.add_volume("vol", target_path="/target", size_bytes=512, sector_bytes=512, actor=ROOT)
+    registry.grant("vol", Grant("eve", (), "UTC"), actor=ROOT)
+    gate, go = VolumeGate("vol", "hold", registry.grants("vol")), threading.Event()
+
+    async def look() -> None:
+        workers, clerks = Workers("worker", 1), Workers("clerk", 1)
+        waiting = workers.begin(go.wait)
+        writes = SimpleNamespace(mirrors=())
+        session = cast(VolumeSession, SimpleNamespace(record=record, writes=writes, workers=workers, mirrors=()))
+        trail = Trail(registry, "vol", gate, clerks.run)
+        background = Background(
+            session, gate, Clients(gate, trail), trail, Verification(session, trail), registry, clerks.run, tuple
+        )
+        assert gate("eve") is Ruling.UPDATE
+        registry.revoke("vol", "eve", actor=ROOT)
+        await asyncio.wait_for(background._look(), 10)
+        assert gate("eve") is Ruling.UNTIL_RELEASED
+        go.set()
+        await waiting
+        workers.close()
+        clerks.close()
+
+    with registry:
+        asyncio.run(look())
