@@ -418,6 +418,23 @@ def test_what_was_released_stays_marked_until_both_disks_have_it(tmp_path: Path,
     played(scene, tmp_path)
 
 
+def test_what_cannot_be_put_on_record_is_not_held_beside_what_is(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        (link,) = world.links
+        world.gate.ruling = Ruling.UNTIL_RELEASED
+        await world.write(0)
+        link.held._pages._write_pages = failing(OSError(errno.ENOSPC, "full"))()  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="full"):
+            await world.write(0, DATA + DATA)
+        del link.held._pages._write_pages
+        assert link.regions.held_bytes == REGION_BYTES
+        await link.release(link.held.regions())
+        await Resync(world.path, link, cast(Gate, world.gate), world.workers).copy()
+        assert link.state == IN_SYNC
+
+    played(scene, tmp_path)
+
+
 def test_who_begins_to_hold_while_the_last_region_is_forgotten_is_not_forgotten(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         held = world.links[0].held

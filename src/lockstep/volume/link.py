@@ -242,7 +242,8 @@ class MirrorLink:
         Raises OSError when it cannot be: such a write must not reach the target, since nothing would keep it from
         being copied.
         """
-        others = self.regions.held(start, end - start)
+        step = self.regions.region_bytes
+        fresh = [at for at in range(start // step * step, end, step) if not self.regions.held(at, 1)]
         try:
             async with self._freezing:  # others wait until it is on record whether the mirror was equal
                 if self.state == IN_SYNC:
@@ -252,8 +253,8 @@ class MirrorLink:
             self.regions.hold(start, end - start)
             await self.held.hold(start, end, user, kind, equal=False)
         except OSError:
-            if not others:
-                self.regions.let_go(start, end - start)
+            for at in fresh:
+                self.regions.let_go(at, 1)
             raise
         self.regions.hold(start, end - start)  # somebody else's may have failed
 
