@@ -361,27 +361,59 @@ def test_what_cannot_be_put_on_record_holds_nothing(tmp_path: Path) -> None:
     played(scene, tmp_path)
 
 
+def filled(world: World, home: Path) -> tuple[NewTarget, WritePath, Filling, Callable[[], bytearray | None]]:
+    """A new target, which lacks everything, how it is written and filled, and what its record says."""
+    record, pair = str(home / "missing"), Pair(str(uuid.uuid4()), str(uuid.uuid4()), SIZE_BYTES)
+    target = NewTarget.claim(inspect(_image(home / "new")))
+    target.missing = bytearray(b"\1" * pair.regions)
+    path = WritePath(target, tuple(world.links), cast(Gate, world.gate), 512, world.workers)
+    filling = path.filling = Filling(target, world.links[0], path.ranges, world.workers)
+    filling.record_in(missing.record(record, pair, target.missing, world.workers.run))
+    return target, path, filling, lambda: missing.load(record, pair)
+
+
 def test_a_new_target_is_written_nowhere_that_the_record_calls_missing(tmp_path: Path) -> None:
     """Not even when everything is there: a crash would bring back what the mirror had before it failed."""
 
     async def scene(world: World) -> None:
-        (link,), record = world.links, str(tmp_path / "missing")
-        pair = Pair(str(uuid.uuid4()), str(uuid.uuid4()), SIZE_BYTES)
-        target = NewTarget.claim(inspect(_image(tmp_path / "new")))
-        target.missing = bytearray(b"\1" * pair.regions)
-        path = WritePath(target, (link,), cast(Gate, world.gate), 512, world.workers)
-        path.filling = Filling(target, link, path.ranges, world.workers)
-        path.filling.record_in(missing.record(record, pair, target.missing, world.workers.run))
-        await path.filling.fetch(0, SIZE_BYTES)
+        target, path, filling, on_record = filled(world, tmp_path)
+        await filling.fetch(0, SIZE_BYTES)
         target._promptness.flags = 0
-        link.drop("writing", OSError(errno.EIO, "gone"))
+        world.links[0].drop("writing", OSError(errno.EIO, "gone"))
         data, run = memoryview(b"Z" * REGION_BYTES), run_of(0, REGION_BYTES)
         if not path.write_run("someone", data, run, 1):
             await path.write("someone", data, run, 1, durable=False)
         await path.flush()
-        left = missing.load(record, pair)
+        left = on_record()
         assert left is not None
         assert not left[0]
+
+    played(scene, tmp_path)
+
+
+def test_who_fills_a_new_target_waits_for_what_a_client_has_put_on_record(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        target, _path, filling, on_record = filled(world, tmp_path)
+        await filling.fetch(0, SIZE_BYTES)
+        flushing, go, real, looks = threading.Event(), threading.Event(), target.flush, iter(range(1000))
+        looking = filling._copy_missing
+
+        def flush() -> None:
+            flushing.set()
+            go.wait()
+            real()
+
+        target.flush = flush  # type: ignore[method-assign]
+        filling._copy_missing = lambda number: (next(looks), looking(number))[1]  # type: ignore[method-assign]
+        writing = asyncio.ensure_future(filling.make_writable([(0, 512)]))
+        while not flushing.is_set():
+            await asyncio.sleep(0.01)
+        running = asyncio.ensure_future(filling.run())
+        await asyncio.sleep(0.1)
+        go.set()
+        await asyncio.gather(writing, running)
+        assert next(looks) <= 6, "it does not keep the loop busy meanwhile"
+        assert not any(on_record() or b"\1")
 
     played(scene, tmp_path)
 

@@ -205,8 +205,8 @@ class Filling:
 
     async def settle(self) -> None:
         """Have the record say what is there by now. Raises OSError."""
-        if self._fresh and self._record is not None:
-            await self._settling.join()
+        if self._record is not None and self._recorded.count(1) > self._target.missing.count(1):
+            await self._settling.join()  # also where a round that is under way has taken all there is
 
     async def _copy_missing(self, number: int) -> None:
         """Copy stretch after stretch to the end; all hands but the first end theirs when clients are at work."""
