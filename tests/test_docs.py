@@ -259,7 +259,7 @@ def test_every_file_and_name_exists(page: Path) -> None:
 
 def test_the_names_are_found() -> None:
     assert len(_PLACE.findall(prose(doc("architecture.md")))) > 60
-    assert "WritePath._update" in names_in(SOURCES / "volume" / "write_path.py")
+    assert "WritePath._prepare" in names_in(SOURCES / "volume" / "write_path.py")
 
 
 def slugs(text: str) -> set[str]:

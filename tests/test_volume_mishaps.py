@@ -164,6 +164,32 @@ def test_what_only_the_mirror_took_at_once_is_marked_when_it_is_refused_afterwar
     played(scene, tmp_path)
 
 
+def test_a_right_that_ends_while_what_surrounds_a_write_is_read_counts(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        reading, go, real = threading.Event(), threading.Event(), world.target.read
+
+        def read(offset: int, into: memoryview) -> None:
+            reading.set()
+            go.wait()
+            real(offset, into)
+
+        world.target.read = read  # type: ignore[method-assign]
+        writing = asyncio.ensure_future(world.write(100, b"never the mirror's"))
+        while not reading.is_set():
+            await asyncio.sleep(0.01)
+        world.gate.ruling = Ruling.UNTIL_RELEASED
+        go.set()
+        await writing
+        del world.target.read
+        assert world.differing() == {0}
+        assert world.links[0].regions.held(0, 1)
+        mirror = memoryview(bytearray(512))
+        world.disks[0].read(0, mirror)
+        assert bytes(mirror) == DATA[:512]
+
+    played(scene, tmp_path)
+
+
 def test_zeroes_whose_edge_cannot_be_read_leave_marks(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         world.target.read = failing(OSError(errno.EIO, "bad sector"))()  # type: ignore[method-assign]

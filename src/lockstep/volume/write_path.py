@@ -44,7 +44,7 @@ import functools
 import logging
 import os
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -164,8 +164,10 @@ class WritePath:
                 await self._room()
                 rest = run[WORDS * at :]
                 number = max(1, aligned(rest, count - at, self._sector_mask))
-                async with self._hold(user, places(rest, number)) as mirrors:
-                    await self._update(mirrors, data, rest, number, durable)
+                copies: list[_Copy] = []
+                prepare = functools.partial(self._prepare, copies, data, rest, number)
+                async with self._hold(user, places(rest, number), prepare) as mirrors:
+                    await self._settle(self._begin(copies if mirrors else (), data, rest, number, durable))
                 at += number
         finally:
             self._settle_half_done(places(run, count), at)
@@ -268,11 +270,14 @@ class WritePath:
             await mirror.room()
 
     @contextlib.asynccontextmanager
-    async def _hold(self, user: str, writes: Extents) -> AsyncIterator[Mirrors]:
+    async def _hold(
+        self, user: str, writes: Extents, prepare: Callable[[], Awaitable[None]] | None = None
+    ) -> AsyncIterator[Mirrors]:
         """Have the sectors of these (offset, length) to oneself, on record; yields the mirrors that `user` may update.
 
-        Raises PermissionError where such updates are refused, and OSError when what is held cannot be recorded, or
-        when a new target lacks what is to be overwritten and cannot get it.
+        `prepare` does what their update has to wait for: the ruling is one from after that. Raises PermissionError
+        where such updates are refused, and OSError when what is held cannot be recorded, or when a new target lacks
+        what is to be overwritten and cannot get it.
         """
         extents = [self.sectors(*write) for write in writes]
         if self.filling is not None:
@@ -280,10 +285,12 @@ class WritePath:
         async with self.ranges.hold(extents):
             mirrors = self.mirrors  # 502
             ruling, recorded = self._gate(user) if mirrors else UPDATE, None  # 602
-            while recorded is not ruling:  # again where the ruling changed while it was being recorded
+            while recorded is not ruling:  # again where the ruling changed meanwhile
                 recorded = ruling
                 if ruling is Ruling.REFUSE:
                     break
+                if ruling is UPDATE and prepare is not None:
+                    await prepare()
                 await self._record(user, recorded, extents)
                 ruling = self._gate(user) if mirrors else UPDATE
             if ruling is not UPDATE:
@@ -306,15 +313,14 @@ class WritePath:
                 for start, end in within:
                     mirror.regions.mark(start, end - start)
 
-    async def _update(self, mirrors: Mirrors, data: memoryview, run: "array[int]", count: int, durable: bool) -> None:
-        """Carry out a run of whole sectors, or one write that is not."""
-        copies: list[_Copy] = []
-        for mirror in mirrors:
+    async def _prepare(self, copies: list[_Copy], data: memoryview, run: "array[int]", count: int) -> None:
+        """Say in `copies` what each mirror is to be given of a run of whole sectors, or of one write that is not."""
+        copies.clear()
+        for mirror in self.mirrors:
             whole = (data, run, count)
             if not aligned(run, count, self._sector_mask):
                 whole = await self._whole_sectors(mirror, data, run)
             copies.append((mirror, *whole))
-        await self._settle(self._begin(copies, data, run, count, durable))
 
     def _begin(
         self, copies: "Sequence[_Copy]", data: memoryview, run: "array[int]", count: int, durable: bool
@@ -349,7 +355,7 @@ class WritePath:
             asyncio.get_running_loop().call_soon(self._write_back, update.run, update.count)
 
     async def _clear(self, mirrors: Mirrors, offset: int, length: int, allocate: bool) -> None:
-        """Like `_update`, for zeroes, which have no payload to encrypt."""
+        """Like `_begin` and `_settle`, for zeroes, which have no payload to encrypt."""
         self.requests += 1
         try:
             for mirror in mirrors:
