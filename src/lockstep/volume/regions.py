@@ -60,17 +60,16 @@ class RegionMap:
 
     def mark(self, offset: int, length: int) -> None:
         """The content of this range is unknown; what is held stays so."""
-        part = self._slice(offset, length)
-        self._states[part] = self._states[part].translate(_MARKED)
+        self._translate(self._slice(offset, length), _MARKED)
 
     def mark_regions(self, regions: bytes) -> None:
         """The content of these regions, a byte each, is unknown; what is held stays so."""
-        for region in positions(regions):
-            self._states[region] = _MARKED[self._states[region]]
+        for part in stretches(regions):
+            self._translate(slice(*part), _MARKED)
 
     def mark_all(self) -> None:
         """Nothing is known any more; what is held stays so."""
-        self._states[:] = self._states.translate(_MARKED)
+        self._translate(slice(None), _MARKED)
 
     def hold(self, offset: int, length: int) -> None:
         """Keep this range from being copied, also where it is being copied already."""
@@ -79,8 +78,7 @@ class RegionMap:
 
     def let_go(self, offset: int, length: int) -> None:
         """Have this range copied, as far as it is held."""
-        part = self._slice(offset, length)
-        self._states[part] = self._states[part].translate(_LET_GO)
+        self._translate(self._slice(offset, length), _LET_GO)
 
     def held(self, offset: int, length: int) -> bool:
         """Whether any of this range is held."""
@@ -94,9 +92,11 @@ class RegionMap:
 
     def release(self, regions: bytes) -> None:
         """Have these regions, a byte each, copied, as far as they are held."""
-        for region in positions(regions):
-            if self._states[region] == _HELD:
-                self._states[region] = _DIRTY
+        for part in stretches(regions):
+            self._translate(slice(*part), _LET_GO)
+
+    def _translate(self, part: slice, becomes: bytes) -> None:
+        self._states[part] = self._states[part].translate(becomes)
 
     def _slice(self, offset: int, length: int) -> slice:
         return slice(offset // self.region_bytes, -(-(offset + length) // self.region_bytes))
@@ -131,8 +131,7 @@ class RegionMap:
     def finish_copy(self, taken: Sequence[tuple[int, int]], *, equal: bool) -> None:
         """End what `begin_copy` began: a region is clean when `equal` and nobody marked it meanwhile."""
         for offset, length in taken:
-            part = self._slice(offset, length)
-            self._states[part] = self._states[part].translate(_COPIED if equal else _NOT_COPIED)
+            self._translate(self._slice(offset, length), _COPIED if equal else _NOT_COPIED)
 
 
 def positions(states: bytes | bytearray) -> list[int]:
