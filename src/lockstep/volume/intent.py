@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
-from lockstep.disk.runs import covered
+from lockstep.disk.runs import covered, run_of
 from lockstep.volume import pages
 from lockstep.volume.pages import PAGE_BYTES, PagedBits
 from lockstep.volume.regions import positions, region_bytes_for
@@ -157,13 +157,7 @@ class IntentBitmap:
 
     def covers(self, start: int, end: int) -> bool:
         """Whether [start, end) may be written without waiting; the caller does so at once, or asks again."""
-        first, last = start >> self._shift, (end - 1) >> self._shift
-        self._touched[first // GROUP_REGIONS] = 1
-        if first == last:
-            return self._durable[first] == 1
-        for group in range(first // GROUP_REGIONS, last // GROUP_REGIONS + 1):
-            self._touched[group] = 1
-        return 0 not in self._durable[first : last + 1]
+        return self.covers_run(run_of(start, end - start), 1) == 1
 
     def covers_run(self, run: "array[int]", count: int) -> int:
         """How many writes of a run, from the front, may be written without waiting; as for `covers`."""
