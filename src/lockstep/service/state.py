@@ -147,15 +147,8 @@ class State:
     @contextlib.contextmanager
     def key_lock(self, luks_uuid: str) -> Iterator[None]:
         """Wait until no other command changes the header of a mirror. A server does not ask for this lock."""
-        try:
-            fd = os.open(f"{self.run_dir}/{luks_uuid}.keys", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise StateDirUnusable(path=self.path, reason=error.strerror) from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        with self._flock(f"{self.run_dir}/{luks_uuid}.keys", fcntl.LOCK_EX):
             yield
-        finally:
-            os.close(fd)
 
     def borrowing_lock_path(self, luks_uuid: str) -> str:
         """Where the lock of a mirror is that `borrowing_lock` takes."""
@@ -167,19 +160,9 @@ class State:
 
         Yields None if that cannot be, or the descriptor that has the lock: a child that inherits it has the lock too.
         """
-        try:
-            fd = os.open(self.borrowing_lock_path(luks_uuid), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise StateDirUnusable(path=self.path, reason=error.strerror) from error
-        try:
-            try:
-                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
-            else:
-                yield fd
-        finally:
-            os.close(fd)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        with self._flock(self.borrowing_lock_path(luks_uuid), kind | fcntl.LOCK_NB) as fd:
+            yield fd
 
     @contextlib.contextmanager
     def volume_lock(self, name: str) -> Iterator[bool]:
@@ -187,16 +170,22 @@ class State:
 
         The kernel gives the lock up when its holder dies, so there is no stale lock to recognise.
         """
+        with self._flock(f"{self.run_dir}/{name}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB) as fd:
+            yield fd is not None
+
+    @contextlib.contextmanager
+    def _flock(self, path: str, how: int) -> Iterator[int | None]:
+        """Take a lock, and yield its descriptor; or None where others have it, unless `how` waits for them."""
         try:
-            fd = os.open(f"{self.run_dir}/{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StateDirUnusable(path=self.path, reason=error.strerror) from error
         try:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, how)
             except BlockingIOError:
-                yield False
+                yield None
             else:
-                yield True
+                yield fd
         finally:
             os.close(fd)
