@@ -17,9 +17,8 @@ from lockstep.disk.direct import require_direct
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.half_rekeyed import HalfRekeyedDisk
 from lockstep.disk.lock import lock_exclusive, lock_shared
-from lockstep.disk.probe import Disk, holds_data, inspect, make_file, open_disk, overlap, signatures, users_of
+from lockstep.disk.probe import Disk, holds_data, inspect, make_file, open_disk, overlap, refuse_busy, signatures
 from lockstep.errors import (
-    DiskBusy,
     DiskChanged,
     DiskFailed,
     HeaderExists,
@@ -93,7 +92,7 @@ def require_unused(disk: Disk) -> None:
 
     Its lock is not kept: cryptsetup needs the device for itself. A server that comes between is refused by its lock.
     """
-    _refuse_busy(disk)
+    refuse_busy(disk)
     fd = open_disk(disk, writable=True)
     try:
         lock_exclusive(fd, disk)
@@ -118,7 +117,7 @@ def open_mirror(
     MirrorTruncated, DiskBusy, DiskLocked, DiskChanged, DirectImpossible, and what reading the volume key can raise.
     """
     disk, data_bytes = large_enough(path, header.segment, size_bytes)
-    _refuse_busy(disk)
+    refuse_busy(disk)
     fd = open_disk(disk, writable=writable, direct=direct)
     try:
         if direct:
@@ -212,7 +211,7 @@ def refuse_unfit(target: Disk, disk: Disk, needed_bytes: int, *, detached: bool)
     how = overlap(target, disk)
     if how:
         raise MirrorIsTarget(path=disk.path, target=target.path, how=how)
-    _refuse_busy(disk)
+    refuse_busy(disk)
     if disk.size_bytes < needed_bytes:
         advice = "Give a larger disk."
         if not detached and disk.size_bytes >= needed_bytes - luks.INLINE_DATA_OFFSET_BYTES:
@@ -250,12 +249,6 @@ def _refuse_changed(path: str, header_path: str | None, header: luks.Header) -> 
     """Refuse a mirror that somebody else had until a moment ago, after its header was read."""
     if luks.read_header(header_path or path) != header:
         raise DiskChanged(path=path)
-
-
-def _refuse_busy(disk: Disk) -> None:
-    users = users_of(disk)
-    if users:
-        raise DiskBusy(path=disk.path, users=" and ".join(users))
 
 
 def _unlink_if_there(path: str) -> None:

@@ -264,6 +264,12 @@ def users_of(disk: Disk) -> tuple[str, ...]:
     return tuple(dict.fromkeys(phrases))
 
 
+def refuse_busy(disk: Disk) -> None:
+    """Raise DiskBusy where anybody uses the disk now."""
+    if users := users_of(disk):
+        raise DiskBusy(path=disk.path, users=" and ".join(users))
+
+
 def opened_by(disk: Disk) -> tuple[str, ...]:
     """Processes that have this block device open, as "open in NAME (process N)"; only root sees them all."""
     phrases = []

@@ -9,8 +9,8 @@ from typing import Final
 
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import inspect, make_file, not_made, users_of
-from lockstep.errors import DiskBusy, DiskFailed, OutputTooSmall, OverlayMissing
+from lockstep.disk.probe import inspect, make_file, not_made, refuse_busy
+from lockstep.errors import DiskFailed, OutputTooSmall, OverlayMissing
 from lockstep.service.noting import note_if_known
 from lockstep.service.opening import opened
 from lockstep.service.recovery import refuse_content, refuse_known, refuse_same_storage
@@ -119,9 +119,7 @@ def _name(place: str, path: str) -> None:
 
 def _refuse_output(path: str, size_bytes: int, *, force: bool) -> None:
     disk = inspect(path)
-    users = users_of(disk)
-    if users:
-        raise DiskBusy(path=disk.path, users=" and ".join(users))
+    refuse_busy(disk)
     if disk.is_block and disk.size_bytes < size_bytes:
         raise OutputTooSmall(path=disk.path, size_bytes=disk.size_bytes, needed_bytes=size_bytes)
     if not force:

@@ -27,10 +27,9 @@ from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.half_rekeyed import HalfRekeyedDisk
 from lockstep.disk.mirror import open_mirror, open_unfinished
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import Disk, holds_data, inspect, make_file, overlap, signatures, users_of
+from lockstep.disk.probe import Disk, holds_data, inspect, make_file, overlap, refuse_busy, signatures
 from lockstep.disk.stream import Stream
 from lockstep.errors import (
-    DiskBusy,
     DiskFailed,
     HeaderTaken,
     LockstepError,
@@ -260,9 +259,7 @@ class _DiskRestore:
             return None
         refuse_same_storage(self._path, self._path, self._wanted.mirror_path, self._wanted.header_path)
         disk = inspect(self._path)
-        users = users_of(disk)
-        if users:
-            raise DiskBusy(path=disk.path, users=" and ".join(users))
+        refuse_busy(disk)
         if disk.is_block and disk.size_bytes < self._extent.length:
             raise OutputTooSmall(path=disk.path, size_bytes=disk.size_bytes, needed_bytes=self._extent.length)
         if self._wanted.resume:

@@ -24,9 +24,8 @@ from lockstep.crypto import luks
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk.mirror import open_mirror
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import MIB, Disk, holds_data, inspect, not_made, signatures, users_of
+from lockstep.disk.probe import MIB, Disk, holds_data, inspect, not_made, refuse_busy, signatures
 from lockstep.errors import (
-    DiskBusy,
     DiskError,
     LockstepError,
     MirrorIncomplete,
@@ -249,9 +248,7 @@ def _make_file(path: str, size_bytes: int) -> None:
 
 
 def _require_fit(disk: Disk, size_bytes: int, *, force: bool) -> None:
-    users = users_of(disk)
-    if users:
-        raise DiskBusy(path=disk.path, users=" and ".join(users))
+    refuse_busy(disk)
     if disk.size_bytes < size_bytes:
         raise OutputTooSmall(path=disk.path, size_bytes=disk.size_bytes, needed_bytes=size_bytes)
     PlainDisk.claim(disk).close()

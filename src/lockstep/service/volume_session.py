@@ -17,9 +17,8 @@ from collections.abc import Iterator
 
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import inspect, users_of
+from lockstep.disk.probe import inspect, refuse_busy
 from lockstep.errors import (
-    DiskBusy,
     DiskFailed,
     DiskMissing,
     FillingImpossible,
@@ -218,9 +217,7 @@ def _open_target(state: State, record: VolumeRecord, *, direct: bool) -> PlainDi
         raise TargetResized(
             path=disk.path, volume=record.name, size_bytes=disk.size_bytes, expected_bytes=record.size_bytes
         )
-    users = users_of(disk)
-    if users:
-        raise DiskBusy(path=disk.path, users=" and ".join(users))
+    refuse_busy(disk)
     if record.filled_from is None:
         return PlainDisk.claim(disk, record.size_bytes, direct=direct)
     lacks = missing.load(state.missing(record.id), pair_of(record))
