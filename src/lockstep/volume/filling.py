@@ -54,6 +54,18 @@ class NewTarget(PlainDisk):
     missing = bytearray()  # a byte for each region
 
     @property
+    def region_bytes(self) -> int:
+        """How large a region is."""
+        return region_bytes_for(self.size_bytes)
+
+    @property
+    def left_bytes(self) -> int:
+        """How much is missing."""
+        total = self.missing.count(1) * self.region_bytes
+        short = len(self.missing) * self.region_bytes - self.size_bytes
+        return total - short if self.missing and self.missing[-1] else total
+
+    @property
     def prompt(self) -> bool:
         """As of any disk, once nothing is missing, and the record says so."""
         return not self.missing and super().prompt
@@ -78,7 +90,7 @@ class NewTarget(PlainDisk):
 
     def lacking(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """The parts of this range, whole regions, that are missing: (offset, length)."""
-        step = region_bytes_for(self.size_bytes)
+        step = self.region_bytes
         part = self._part(offset, length)
         at, after = part.start, part.stop
         while (first := self.missing.find(1, at, after)) >= 0:
@@ -100,7 +112,7 @@ class NewTarget(PlainDisk):
             self.zero(offset, len(data), allocate=False)
 
     def _part(self, offset: int, length: int) -> slice:
-        step = region_bytes_for(self.size_bytes)
+        step = self.region_bytes
         return slice(offset // step, min(-(-(offset + length) // step), len(self.missing)))
 
 
@@ -109,7 +121,7 @@ class Filling:
 
     def __init__(self, target: NewTarget, source: MirrorLink, ranges: Ranges, workers: Workers) -> None:
         """`workers` write the target; what is missing of it is known, and `record_in` says where that is recorded."""
-        self.progress = SyncProgress(self.left_bytes_of(target))
+        self.progress = SyncProgress(target.left_bytes)
         self.error: str | None = None  # why nothing more can be had from the mirror now
         self.requests = lambda: 0  # counts what clients ask
         self._target = target
@@ -144,17 +156,10 @@ class Filling:
 
     # --- how it stands ---
 
-    @staticmethod
-    def left_bytes_of(target: NewTarget) -> int:
-        """How much of a target is missing."""
-        step, missing = region_bytes_for(target.size_bytes), target.missing
-        total = missing.count(1) * step
-        return total - (len(missing) * step - target.size_bytes) if missing and missing[-1] else total
-
     @property
     def left_bytes(self) -> int:
         """How much is missing."""
-        return self.left_bytes_of(self._target)
+        return self._target.left_bytes
 
     def lacks(self, offset: int, length: int) -> bool:
         """Whether any of this range is missing."""
@@ -170,14 +175,14 @@ class Filling:
     async def fetch(self, offset: int, length: int) -> None:
         """Return when all of this range can be read from the target. Raises OSError."""
         if self._target.lacks(offset, length):
-            step = region_bytes_for(self._target.size_bytes)
+            step = self._target.region_bytes
             start = offset // step * step
             end = min(-(-(offset + length) // step) * step, self._target.size_bytes)
             await self._copy(start, end - start)
 
     async def make_writable(self, extents: Extents) -> None:
         """Return when each [start, end) may be written: rule 2. Raises OSError."""
-        step = region_bytes_for(self._target.size_bytes)
+        step = self._target.region_bytes
         for start, end in extents:
             await self.fetch(start, end - start)
             part = slice(start // step, -(-end // step))
@@ -217,11 +222,11 @@ class Filling:
             rest = self._target.lacking(self._next, max(0, self._target.size_bytes - self._next))
             if (found := next(rest, None)) is None:
                 return
-            offset, length = found[0], min(found[1], max(PIECE_BYTES, region_bytes_for(self._target.size_bytes)))
+            offset, length = found[0], min(found[1], max(PIECE_BYTES, self._target.region_bytes))
             self._next = offset + length
             pace.begin()
             await self._copy(offset, length)
-            if len(self._fresh) * region_bytes_for(self._target.size_bytes) >= SETTLE_BYTES:
+            if len(self._fresh) * self._target.region_bytes >= SETTLE_BYTES:
                 await self.settle()
             await pace.rest(length)
 
