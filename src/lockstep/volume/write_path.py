@@ -70,6 +70,8 @@ Mirrors = tuple[MirrorLink, ...]
 _KINDS: Final = {Ruling.UNTIL_WINDOW: OUTSIDE_WINDOW, Ruling.UNTIL_RELEASED: NO_RIGHT}
 
 _Copy = tuple[MirrorLink, memoryview, "array[int]", int]
+_Clearing = tuple[MirrorLink, list[tuple[int, int, memoryview | None]]]
+"""Of a mirror, (offset, length) to be zeroes, or whole sectors to be written there because zeroes end within them."""
 
 
 @dataclass(slots=True)
@@ -187,8 +189,10 @@ class WritePath:
         while offset < end:
             stop = min(end, (offset // CLEAR_PIECE_BYTES + 1) * CLEAR_PIECE_BYTES)
             await self._room()
-            async with self._hold(user, [(offset, stop - offset)]) as mirrors:
-                await self._clear(mirrors, offset, stop - offset, allocate)
+            clearings: list[_Clearing] = []
+            prepare = functools.partial(self._prepare_clearing, clearings, offset, stop - offset)
+            async with self._hold(user, [(offset, stop - offset)], prepare) as mirrors:
+                await self._clear(clearings if mirrors else (), offset, stop - offset, allocate)
             offset = stop
         if durable:
             await self.flush()
@@ -354,13 +358,24 @@ class WritePath:
         elif self._early_bytes > 0:  # after the reply, which need not wait for this
             asyncio.get_running_loop().call_soon(self._write_back, update.run, update.count)
 
-    async def _clear(self, mirrors: Mirrors, offset: int, length: int, allocate: bool) -> None:
-        """Like `_begin` and `_settle`, for zeroes, which have no payload to encrypt."""
+    async def _prepare_clearing(self, clearings: list[_Clearing], offset: int, length: int) -> None:
+        """Like `_prepare`, for zeroes, which have no payload to encrypt."""
+        clearings.clear()
+        for mirror in self.mirrors:
+            parts = await self._in_worker(self._data_within, mirror, offset, length)
+            clearings.append((mirror, [step for part in parts for step in await self._cleared(mirror, *part)]))
+
+    async def _clear(self, clearings: Sequence[_Clearing], offset: int, length: int, allocate: bool) -> None:
+        """Like `_begin` and `_settle`, for zeroes."""
         self.requests += 1
         try:
-            for mirror in mirrors:
-                for start, count in await self._in_worker(self._data_within, mirror, offset, length):
-                    await self._clear_mirror(mirror, start, count)  # 102/503, 103/504
+            for mirror, steps in clearings:
+                for start, count, sectors in steps:  # 102/503, 103/504
+                    if sectors is None:
+                        await mirror.clear(start, count)
+                    else:
+                        run = run_of(start, count)
+                        await mirror.settle(mirror.begin_update(sectors, run, 1, durable=False), run, 1)
             await self._in_worker(functools.partial(self.target.zero, offset, length, allocate=allocate))  # 103/505
         except OSError as failure:
             self._target_failed(failure, (offset, length))
@@ -418,22 +433,22 @@ class WritePath:
         clipped = ((max(start, offset), min(end, offset + length)) for start, end in parts)
         return [(start, end - start) for start, end in clipped]
 
-    async def _clear_mirror(self, mirror: MirrorLink, offset: int, length: int) -> None:
+    async def _cleared(self, mirror: MirrorLink, offset: int, length: int) -> list[tuple[int, int, memoryview | None]]:
+        """What a mirror is to be given where this range becomes zeroes: see `_Clearing`."""
         mask = self._sector_mask
         first, last = (offset + mask) & ~mask, (offset + length) & ~mask
         if first >= last:  # within one sector, or two halves
-            await self._merge_zeroes(mirror, offset, length)
-            return
+            return [await self._merged_zeroes(mirror, offset, length)]
+        steps: list[tuple[int, int, memoryview | None]] = [(first, last - first, None)]
         if offset < first:
-            await self._merge_zeroes(mirror, offset, first - offset)
-        await mirror.clear(first, last - first)
+            steps.append(await self._merged_zeroes(mirror, offset, first - offset))
         if last < offset + length:
-            await self._merge_zeroes(mirror, last, offset + length - last)
+            steps.append(await self._merged_zeroes(mirror, last, offset + length - last))
+        return steps
 
-    async def _merge_zeroes(self, mirror: MirrorLink, offset: int, length: int) -> None:
+    async def _merged_zeroes(self, mirror: MirrorLink, offset: int, length: int) -> tuple[int, int, memoryview]:
         start, sectors = await self._merged(mirror, offset, memoryview(bytes(length)))
-        run = run_of(start, len(sectors))
-        await mirror.settle(mirror.begin_update(sectors, run, 1, durable=False), run, 1)
+        return start, len(sectors), sectors
 
     # --- durability and failure ---
 
