@@ -504,6 +504,30 @@ def test_what_cannot_be_put_on_record_is_not_held_beside_what_is(tmp_path: Path)
     played(scene, tmp_path)
 
 
+def test_who_cannot_be_put_on_record_lets_nothing_go_that_another_holds_by_now(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        (link,) = world.links
+        await link.hold(MIB, MIB + 512, "bob", NO_RIGHT)
+        writing, go = threading.Event(), threading.Event()
+
+        def fail(_: object) -> None:
+            writing.set()
+            go.wait()
+            raise OSError(errno.ENOSPC, "full")
+
+        link.held._write_writers = fail  # type: ignore[method-assign]
+        ada = asyncio.ensure_future(link.hold(0, 512, "ada", NO_RIGHT))
+        while not writing.is_set():
+            await asyncio.sleep(0.01)
+        await link.hold(1024, 2048, "bob", NO_RIGHT)
+        go.set()
+        with pytest.raises(OSError, match="full"):
+            await ada
+        assert link.regions.held(0, 1)
+
+    played(scene, tmp_path)
+
+
 def test_who_begins_to_hold_while_the_last_region_is_forgotten_is_not_forgotten(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         held = world.links[0].held

@@ -242,8 +242,6 @@ class MirrorLink:
         Raises OSError when it cannot be: such a write must not reach the target, since nothing would keep it from
         being copied.
         """
-        step = self.regions.region_bytes
-        fresh = [at for at in range(start // step * step, end, step) if not self.regions.held(at, 1)]
         try:
             async with self._freezing:  # others wait until it is on record whether the mirror was equal
                 if self.state == IN_SYNC:
@@ -253,8 +251,10 @@ class MirrorLink:
             self.regions.hold(start, end - start)
             await self.held.hold(start, end, user, kind, equal=False)
         except OSError:
-            for at in fresh:
-                self.regions.let_go(at, 1)
+            recorded, step = self.held.regions(), self.regions.region_bytes
+            for region in range(start // step, -(-end // step)):
+                if not recorded[region]:  # else somebody else's is held there
+                    self.regions.let_go(region * step, 1)
             raise
         self.regions.hold(start, end - start)  # somebody else's may have failed
 
