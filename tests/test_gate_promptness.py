@@ -4,7 +4,9 @@ import asyncio
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
+
+import pytest
 
 from lockstep.registry.access import Grant
 from lockstep.registry.audit import Actor
@@ -47,3 +49,36 @@ def test_a_grant_is_taken_away_though_all_threads_of_the_target_wait_for_it(tmp_
 
     with registry:
         asyncio.run(look())
+
+
+def test_whatever_keeps_the_audit_trail_from_being_written_holds_the_mirrors_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lockstep.service.trail.RETRY_S", 0.01)
+    registry = State(str(tmp_path / "state")).registry()
+    registry.add_volume("vol", target_path="/target", size_bytes=512, sector_bytes=512, actor=ROOT)
+    gate, real, failing = VolumeGate("vol", "hold", registry.grants("vol")), registry.audit, [True]
+
+    def audit(*row: Any, **details: Any) -> None:
+        if failing:
+            raise ZeroDivisionError("nobody thought of this")
+        real(*row, **details)
+
+    monkeypatch.setattr(registry, "audit", audit)
+
+    async def write() -> None:
+        clerks = Workers("clerk", 1)
+        trail = Trail(registry, "vol", gate, clerks.run)
+        task = asyncio.create_task(trail.run())
+        trail.note("odd", ROOT, "something happened")
+        while gate("root") is not Ruling.FALL_BEHIND:
+            await asyncio.sleep(0.01)
+        failing.clear()
+        while gate("root") is not Ruling.UPDATE:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        clerks.close()
+
+    with registry:
+        asyncio.run(asyncio.wait_for(write(), 10))
+        assert [row.event for row in registry.audit_rows()] == ["volume-added", "odd"]

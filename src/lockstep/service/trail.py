@@ -19,6 +19,7 @@ from lockstep.service.gate import VolumeGate
 log = logging.getLogger(__name__)
 
 RETRY_S: Final = 1.0
+UNWRITABLE: Final = "the audit trail cannot be written"
 MAX_WAITING: Final = 10_000
 
 
@@ -79,10 +80,11 @@ class Trail:
 
         try:
             await self._in_worker(append)
-        except LockstepError as failure:
+        except Exception as failure:
             if self.error is None:
-                log.error("the audit trail cannot be written, so the mirrors are not updated: %s", failure)
-            self.error = f"the audit trail cannot be written: {failure}"
+                where = None if isinstance(failure, LockstepError) else failure
+                log.error("%s, so the mirrors are not updated: %s", UNWRITABLE, failure, exc_info=where)
+            self.error = f"{UNWRITABLE}: {failure}"
             self._gate.suspend(True)
             return False
         if self.error is not None:
