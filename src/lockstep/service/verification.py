@@ -9,7 +9,7 @@ import logging
 import time
 from typing import Any, Final
 
-from lockstep.errors import AlreadyVerifying
+from lockstep.errors import AlreadyVerifying, NotServed
 from lockstep.registry.audit import Actor
 from lockstep.registry.windows import Schedule
 from lockstep.service.trail import Trail
@@ -31,6 +31,7 @@ class Verification:
         self.schedule: Schedule | None = None  # when to scrub
         self._session = session
         self._trail = trail
+        self._stopped = False
         self._verifies: Verifies = {}
         self._task: asyncio.Task[None] | None = None
         self._scrubs: Verifies = {}  # one that has begun, and has not seen everything yet
@@ -42,14 +43,17 @@ class Verification:
         return self._task is not None and not self._task.done()
 
     def begin(self, actor: Actor, *, repair: bool) -> None:
-        """Begin to compare all mirrors. Raises AlreadyVerifying."""
+        """Begin to compare all mirrors. Raises AlreadyVerifying, and NotServed after `stop`."""
+        if self._stopped:
+            raise NotServed(volume=self._session.record.name)
         if self.running:
             raise AlreadyVerifying(volume=self._session.record.name)
         self._verifies = self._made(repair=repair)
         self._task = asyncio.get_running_loop().create_task(self._run(actor))
 
     async def stop(self) -> None:
-        """End it after the piece that it is at."""
+        """End it after the piece that it is at, and begin no other."""
+        self._stopped = True
         for verify in self._verifies.values():
             verify.stop()
         if self._task is not None:
@@ -67,7 +71,7 @@ class Verification:
     def look(self) -> None:
         """Begin a scrub, or go on with it, if its window is open; to be called about once a second."""
         now_s = time.time()
-        if self.running or self.schedule is None or now_s < self._scrubbed_until_s:
+        if self.running or self._stopped or self.schedule is None or now_s < self._scrubbed_until_s:
             return
         open_until_s = self.schedule.open_until(now_s)
         if open_until_s is not None:
