@@ -515,7 +515,7 @@ def test_who_cannot_be_put_on_record_lets_nothing_go_that_another_holds_by_now(t
             go.wait()
             raise OSError(errno.ENOSPC, "full")
 
-        link.held._write_writers = fail  # type: ignore[method-assign]
+        link.held._write_writers = fail  # type: ignore[assignment,method-assign]
         ada = asyncio.ensure_future(link.hold(0, 512, "ada", NO_RIGHT))
         while not writing.is_set():
             await asyncio.sleep(0.01)

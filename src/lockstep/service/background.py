@@ -59,7 +59,8 @@ class Background:
         self._in_clerk = in_clerk
         self._warnings = warnings
         self._stopping = asyncio.Event()
-        self._retry = asyncio.Event()  # somebody wants mirrors that are away to be looked for now
+        # For each mirror, whether somebody wants it to be looked for now, if it is away.
+        self._sought = {mirror: asyncio.Event() for mirror in session.mirrors}
         self._states: dict[MirrorLink, str] = {}
         self._blind = False  # the registry could not be read when last tried
 
@@ -83,7 +84,7 @@ class Background:
             yield
         finally:
             self._stopping.set()
-            self._retry.set()
+            self._seek()
             if self._session.filling is not None:
                 self._session.filling.stop()
             for resync in self._session.resyncs:
@@ -116,7 +117,7 @@ class Background:
                 await link.release(link.held.regions())
         held = f", {released} held bytes included" if include_held else ""
         self._trail.note("sync", actor, f"{actor.user} had the mirrors brought in sync{held}", released_bytes=released)
-        self._retry.set()
+        self._seek()
         for resync in self._session.resyncs:
             resync.compare = compare or resync.compare  # an adopted mirror goes on being compared
             resync.wake()
@@ -124,7 +125,11 @@ class Background:
     def look_for_mirrors(self, actor: Actor) -> None:
         """Look at once for mirrors that are away."""
         self._trail.note("mirrors-sought", actor, f"{actor.user} had mirrors that are away looked for")
-        self._retry.set()
+        self._seek()
+
+    def _seek(self) -> None:
+        for sought in self._sought.values():
+            sought.set()
 
     async def _fill(self) -> None:
         """Fill a new target, if that is what it is; from the end on it is one like any other."""
@@ -152,17 +157,19 @@ class Background:
 
         The longer it is away, and the more often it fails, the longer the time between attempts.
         """
-        link, delay_s, back_s = session.link, FIRST_RETURN_S, 0.0
+        link, sought, delay_s, back_s = session.link, self._sought[session], FIRST_RETURN_S, 0.0
         while not self._stopping.is_set():
             away = link.error is not None
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._retry.wait(), delay_s if away else WATCH_INTERVAL_S)
+                await asyncio.wait_for(sought.wait(), delay_s if away else WATCH_INTERVAL_S)
+            now = sought.is_set()
+            sought.clear()  # before the attempt: who asks during it may know of what it has not seen
             if self._stopping.is_set():
                 return
             if link.error is None:
                 if time.monotonic() - back_s > STEADY_S:
                     delay_s = FIRST_RETURN_S
-            elif not (away or self._retry.is_set()):
+            elif not (away or now):
                 pass  # it failed just now
             elif await _comes_back(session):
                 back_s = time.monotonic()
@@ -170,7 +177,6 @@ class Background:
                 resync.wake()
             else:
                 delay_s = min(delay_s * 2, LAST_RETURN_S)
-            self._retry.clear()
 
     async def _announce(self) -> None:
         for session in self._session.mirrors:
