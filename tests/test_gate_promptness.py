@@ -5,9 +5,11 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
+from lockstep.errors import StateDirUnusable
 from lockstep.registry.access import Grant
 from lockstep.registry.audit import Actor
 from lockstep.service.background import Background
@@ -82,3 +84,40 @@ def test_whatever_keeps_the_audit_trail_from_being_written_holds_the_mirrors_bac
     with registry:
         asyncio.run(asyncio.wait_for(write(), 10))
         assert [row.event for row in registry.audit_rows()] == ["volume-added", "odd"]
+
+
+def test_what_one_mirror_cannot_release_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
+    registry = State(str(tmp_path / "state")).registry()
+    record = registry.add_volume("vol", target_path="/target", size_bytes=512, sector_bytes=512, actor=ROOT)
+    gate = VolumeGate("vol", "hold", registry.grants("vol"))
+    full = StateDirUnusable(path="/state", reason="No space left on device")
+
+    async def release() -> None:
+        clerks = Workers("clerk", 1)
+        first, second = Mock(release_held=AsyncMock(side_effect=full)), Mock(release_held=AsyncMock(return_value=4096))
+        resync = SimpleNamespace(compare=False, wake=Mock())
+        session = SimpleNamespace(record=record, writes=SimpleNamespace(), mirrors=(first, second), resyncs=[resync])
+        trail = Trail(registry, "vol", gate, clerks.run)
+        background = Background(
+            cast(VolumeSession, session),
+            gate,
+            Clients(gate, trail),
+            trail,
+            Verification(cast(VolumeSession, session), trail),
+            registry,
+            clerks.run,
+            tuple,
+        )
+        with pytest.raises(StateDirUnusable):
+            await background.sync(ROOT, include_held=True, compare=False)
+        second.release_held.assert_awaited_once()
+        resync.wake.assert_called_once()
+        writing = asyncio.create_task(trail.run())
+        await trail.settle(10)
+        writing.cancel()
+        clerks.close()
+
+    with registry:
+        asyncio.run(release())
+        (row,) = registry.audit_rows(events=["sync"])
+        assert row.details["released_bytes"] == 4096

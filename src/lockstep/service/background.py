@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
 
-from lockstep.errors import LockstepError, MayNotRelease
+from lockstep.errors import LockstepError, MayNotRelease, StateDirUnusable
 from lockstep.registry.audit import SERVER, Actor
 from lockstep.registry.store import Registry
 from lockstep.service.clients import Clients
@@ -101,26 +101,29 @@ class Background:
 
         Mirrors that are away are looked for at once. `compare` leaves alone what is equal already.
 
-        Raises MayNotRelease.
+        Raises MayNotRelease, and StateDirUnusable where what is held by some mirrors stays held.
         """
         if include_held:
             await self._in_clerk(self._read_grants)  # who has just lost the right releases nothing
             if self._gate(actor.user) is not UPDATE:
                 reason = self._trail.error or self._gate.verdict(actor.user).reason
-                raise MayNotRelease(user=actor.user, volume=self._volume_name, reason=reason)
-        released = 0
+                raise MayNotRelease(user=actor.user, volume=self._volume_name, reason=reason.removesuffix("."))
+        released, failure = 0, None
         self._path.durability_lost = None  # somebody looked at the target, and says that it is right
-        for link in self._path.mirrors:
-            link.target_error = None
-            if include_held:
-                released += link.regions.held_bytes
-                await link.release(link.held.regions())
+        for mirror in self._session.mirrors:
+            mirror.link.target_error = None
+            try:
+                released += await mirror.release_held() if include_held else 0
+            except StateDirUnusable as error:  # the others are brought in sync all the same
+                failure = error
         held = f", {released} held bytes included" if include_held else ""
         self._trail.note("sync", actor, f"{actor.user} had the mirrors brought in sync{held}", released_bytes=released)
         self._seek()
         for resync in self._session.resyncs:
             resync.compare = compare or resync.compare  # an adopted mirror goes on being compared
             resync.wake()
+        if failure is not None:
+            raise failure
 
     def look_for_mirrors(self, actor: Actor) -> None:
         """Look at once for mirrors that are away."""

@@ -277,6 +277,15 @@ class MirrorSession:
         if found.uuid != self.mirror.luks_uuid or found.token is None or found.token.generation not in known:
             raise DiskChanged(path=self._header_path)
 
+    async def release_held(self) -> int:
+        """Have everything that is held copied; return how much that is, in bytes. Raises StateDirUnusable."""
+        held_bytes = self.link.regions.held_bytes
+        try:
+            await self.link.release(self.link.held.regions())
+        except OSError as error:
+            raise StateDirUnusable(path=self._state.path, reason=error.strerror or str(error)) from error
+        return held_bytes
+
     # --- being away, and coming back ---
 
     async def step_aside(self, path: WritePath, purpose: str) -> None:
