@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import MIB, Lab, Served, Volume, needs, wait_until, write
+from lockstep.crypto import luks
+from tests.lab import MIB, Lab, Served, Volume, is_root, needs, run, wait_until, write
 
 pytestmark = needs("qemu-io")
 
@@ -21,6 +22,13 @@ def older_copy(volume: Volume) -> Path:
     with volume.served() as served:
         write(served, "write -P 2 4M 1M")
     return old
+
+
+def state_of(volume: Volume) -> str:
+    """What the mirror says of itself."""
+    token = luks.read_header(str(volume.mirror)).token
+    assert token is not None
+    return token.state
 
 
 def await_degraded(served: Served, why: str) -> None:
@@ -52,6 +60,29 @@ def test_an_older_copy_that_is_not_noticed_before_the_end_is_not_vouched_for(lab
     with volume.served() as served:
         assert f"copying {SIZE_BYTES} bytes" in served.log.read_text()
     volume.assert_equal_disks()
+
+
+@pytest.mark.skipif(not is_root(), reason="root acts on behalf of users here")
+def test_an_older_copy_of_a_frozen_mirror_is_not_called_frozen_after_a_crash(lab: Lab) -> None:
+    """It has what was written before and after, and lacks what is held: it never was the disk, at no moment."""
+    volume = lab.volume("vol", SIZE_BYTES)
+    old = older_copy(volume)
+
+    def says(state: str) -> None:
+        wait_until(lambda: state_of(volume) == state, f"the mirror to say that it is {state}")
+
+    with volume.served() as served:
+        run("qemu-io", "-f", "raw", "-c", "write -P 5 8M 1M", served.uri.replace("///vol", "///vol%40mallory"))
+        says("frozen")
+        old.rename(volume.mirror)
+        await_degraded(served, "leads to another file by now")
+        wait_until(lambda: served.mirror_state() == "behind", "the copy to have all but what is held")
+        write(served, "write -P 6 12M 1M")
+        says("behind")
+        served.kill()
+    with volume.served(in_sync=False) as served:
+        assert not served.mirror()["consistent"]
+    volume.restore(lab.home / "output").failed(1, "incomplete")
 
 
 def test_what_was_written_over_the_mirror_is_found_when_its_header_is_due(lab: Lab) -> None:

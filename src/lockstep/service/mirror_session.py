@@ -370,19 +370,17 @@ class MirrorSession:
 
     async def _recognise(self, generation: int) -> None:
         """See whether it is the mirror that the bitmap tells of; if not, everything differs. Raises OSError."""
-        regions, everything = self.link.regions, [(0, self._volume.size_bytes)]
+        if not self._disowned and generation in self._generations:
+            return
+        self.link.regions.mark_all()
+        await self._held.thaw()  # it is not the one that was frozen; after a crash, the bitmap says that it fits
         if self._disowned:
-            regions.mark_all()
             await self._in_worker(self._intent.claim, generation, generation, self._intent.marked())
             self._disowned = False
-        elif generation not in self._generations:
-            log.warning("mirror %s is not as it was left: all of it is copied", self.mirror.path)
-            regions.mark_all()
-            await self._intent.mark(everything)  # before the bitmap says that it fits
-            await self._in_worker(self._intent.settle, generation)
         else:
-            return
-        self._held.frozen_since_s = None
+            log.warning("mirror %s is not as it was left: all of it is copied", self.mirror.path)
+            await self._intent.mark([(0, self._volume.size_bytes)])  # before the bitmap says that it fits
+            await self._in_worker(self._intent.settle, generation)
         self._generations = (generation, generation)
 
     async def _own_up(self) -> None:
