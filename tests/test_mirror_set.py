@@ -204,11 +204,7 @@ def test_refusals_change_nothing(tmp_path: Path) -> None:
         ),
     )
     assert add(volume, small, "--adopt", "--force").code == 2
-    # What fails only after it was registered is taken back; that is on record.
-    error = LuksUuidTaken(path=twin, luks_uuid=uuid, registered=volume.mirror)
-    intact = everything_below(tmp_path / "state" / "intent")
-    assert_error(add(volume, twin, "--adopt"), error)
-    assert everything_below(tmp_path / "state" / "intent") == intact
+    refused(add(volume, twin, "--adopt"), LuksUuidTaken(path=twin, luks_uuid=uuid, registered=volume.mirror))
     lab.lockstep("mirror", "remove", "vol", volume.mirror).ok()
     assert_error(add(volume, volume.mirror, "--adopt", key=wrong), WrongPassphrase(path=volume.mirror))
     lab.lockstep("mirror", "remove", "other", other.mirror).ok()
@@ -216,6 +212,18 @@ def test_refusals_change_nothing(tmp_path: Path) -> None:
     error_of_another = MirrorOfAnotherVolume(path=other.mirror, volume="vol", owner=owner)
     assert_error(add(volume, other.mirror, "--adopt"), error_of_another)
     assert listed(volume) == []
+
+
+def test_a_copy_of_a_mirror_that_is_offered_costs_that_mirror_nothing(lab: Lab) -> None:
+    volume, twin = bare(lab), lab.home / "twin"
+    add(volume, volume.mirror).ok()
+    with volume.served():
+        pass
+    shutil.copyfile(volume.mirror, twin)
+    error = LuksUuidTaken(path=twin, luks_uuid=listed(volume)[0]["uuid"], registered=volume.mirror)
+    assert_error(add(volume, twin, "--adopt"), error)
+    with volume.served() as served:
+        assert served.log.read_text().count("copying") == 1, "all of the mirror was copied once more"
 
 
 def test_no_mirror_is_added_where_something_is_held(lab: Lab) -> None:

@@ -27,6 +27,7 @@ from lockstep.disk.probe import Disk, inspect, overlap
 from lockstep.errors import (
     HeaderDamaged,
     HeaderUnreadable,
+    LuksUuidTaken,
     MirrorKeysDiffer,
     MirrorOfAnotherVolume,
     MirrorsHoldBack,
@@ -202,6 +203,7 @@ def _adopt(
     if segment.length_bytes is not None:  # what lies behind it may be something else's
         disk = replace(disk, size_bytes=min(disk.size_bytes, segment.offset_bytes + segment.length_bytes))
     refuse_unfit(target, disk, segment.offset_bytes + data_bytes, detached=True)
+    _refuse_twin(registry, path, header.uuid)
     unlock = Unlock(plan.passphrase)
     open_mirror(path, header_path, header, unlock, volume.size_bytes, writable=True).close()
     generation = (token.generation if token else 0) + 1 + secrets.randbits(31)
@@ -221,6 +223,14 @@ def _adopt(
     except BaseException:
         registry.remove_mirror(volume.name, path, actor=actor)
         raise
+
+
+def _refuse_twin(registry: Registry, path: str, luks_uuid: str) -> None:
+    """Raise LuksUuidTaken before what is on record of the mirror that has this UUID would be forgotten."""
+    for volume in registry.volumes():
+        for mirror in volume.mirrors:
+            if mirror.luks_uuid == luks_uuid:
+                raise LuksUuidTaken(path=path, luks_uuid=luks_uuid, registered=mirror.path)
 
 
 def _sought(state: State, volume: VolumeRecord, path: str) -> Added:
