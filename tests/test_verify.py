@@ -4,12 +4,14 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
+from lockstep.volume.verify import Comparison
 from tests.lab import MIB, Clock, Lab, Served, Volume, needs, run, wait_until, write
 
 SIZE_BYTES = 16 * MIB
@@ -68,6 +70,27 @@ def test_differences_are_listed_joined_repaired_and_remembered(volume: Volume, s
     rows = [json.loads(row) for row in volume.lab.lockstep("verify", "vol", "--history", "--json").ok().splitlines()]
     assert [row["details"]["differing_bytes"] for row in rows] == [0, 2560, 2560, 0]
     assert "2560 bytes differ, in 3 places" in volume.lab.lockstep("verify", "vol", "--history").ok()
+
+
+def test_differences_are_joined_in_whatever_order_they_are_found() -> None:
+    chosen = random.Random(7)
+    for _ in range(200):
+        found, differing = Comparison(1 << 20), set[int]()
+        for _ in range(30):
+            offset, length = chosen.randrange(100), chosen.randrange(1, 6)
+            found.differ(offset, length)
+            differing.update(range(offset, offset + length))
+            starts = sorted(at for at in differing if at - 1 not in differing)
+            ends = sorted(at + 1 for at in differing if at + 1 not in differing)
+            assert found.mismatches == [(start, end - start) for start, end in zip(starts, ends, strict=True)]
+
+
+def test_a_mirror_with_many_differences_does_not_hold_up_the_clients() -> None:
+    """They are noted where requests are served: each must take no longer than the first."""
+    found, began_s = Comparison(1 << 40), time.monotonic()
+    for number in range(20_000):
+        found.differ(number * 8192, 4096)
+    assert time.monotonic() - began_s < 5
 
 
 def test_what_a_person_reads(volume: Volume) -> None:

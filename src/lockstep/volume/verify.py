@@ -9,6 +9,7 @@ is marked, durably, and then copied like any other.
 """
 
 import asyncio
+import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -38,15 +39,15 @@ class Comparison:
 
     def differ(self, offset: int, length: int) -> None:
         """Note a difference."""
-        found = sorted([*self.mismatches, (offset, length)])
-        joined = found[:1]
-        for start, count in found[1:]:
-            last, last_count = joined[-1]
-            if start <= last + last_count:
-                joined[-1] = (last, max(last + last_count, start + count) - last)
-            else:
-                joined.append((start, count))
-        self.mismatches = joined
+        end = offset + length
+        first = bisect.bisect_left(self.mismatches, (offset, 0))
+        if first and sum(self.mismatches[first - 1]) >= offset:
+            first -= 1
+        after = first
+        while after < len(self.mismatches) and self.mismatches[after][0] <= end:
+            offset, end = min(offset, self.mismatches[after][0]), max(end, sum(self.mismatches[after]))
+            after += 1
+        self.mismatches[first:after] = [(offset, end - offset)]
 
 
 class Verify:
