@@ -44,7 +44,7 @@ from lockstep.errors import (
 )
 from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
 from lockstep.service import keys, mirrors, rekey
-from lockstep.service.managing import manager
+from lockstep.service.managing import manager, unserved
 from lockstep.service.state import State
 from lockstep.volume.link import SYNCING
 
@@ -166,11 +166,11 @@ def restore_header(state: State, name: str, mirror_path: str | None, backup: str
     """
     actor = manager(state, f"restore a header of {name}")
     with state.registry() as registry, contextlib.ExitStack() as stack:
-        volume = registry.volume(name)
+        volume = stack.enter_context(unserved(state, registry, name))
+        if volume is None:
+            raise StillServed(volume=name, action="given another header")
         mirror = mirrors.chosen(volume, mirror_path)
         path = mirrors.header_path(mirror)
-        if not stack.enter_context(state.volume_lock(name)):
-            raise StillServed(volume=name, action="given another header")
         stack.enter_context(state.key_lock(mirror.luks_uuid))
         token, token_id = _token_of(backup, volume, mirror)
         require_unused(inspect(mirror.path))

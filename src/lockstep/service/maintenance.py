@@ -9,7 +9,7 @@ from lockstep.crypto.cipher import self_test
 from lockstep.crypto.unlock import Unlock
 from lockstep.errors import AlreadyServed
 from lockstep.service.gate import VolumeGate
-from lockstep.service.managing import manager
+from lockstep.service.managing import manager, unserved
 from lockstep.service.memory import protect_memory
 from lockstep.service.state import State
 from lockstep.service.verification import of_comparison, sentence
@@ -39,8 +39,8 @@ def verify_at_rest(
     actor = manager(state, f"verify {name}")
     with contextlib.ExitStack() as stack:
         registry = stack.enter_context(state.registry())
-        volume = registry.volume(name)
-        if not stack.enter_context(state.volume_lock(name)):
+        volume = stack.enter_context(unserved(state, registry, name))
+        if volume is None:
             raise AlreadyServed(volume=name)
         gate = VolumeGate(name, volume.on_denied, registry.grants(name))
         workers = Workers("lockstep-worker", WORKERS)

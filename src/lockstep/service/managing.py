@@ -54,6 +54,17 @@ def working_on(state: State, name: str, mirror_path: str | None, action: str) ->
         yield MirrorWork(state, registry, actor, volume, mirror)
 
 
+@contextlib.contextmanager
+def unserved(state: State, registry: Registry, name: str) -> Iterator[VolumeRecord | None]:
+    """Have a volume that nobody else serves or changes, or None where somebody does.
+
+    It is read when its lock is there: who had that before may have changed it. Raises registry errors.
+    """
+    registry.volume(name)  # what is no volume gets no lock
+    with state.volume_lock(name) as mine:
+        yield registry.volume(name) if mine else None
+
+
 def manager(state: State, action: str) -> Actor:
     """Return who runs this command, for the audit trail. Raises NotManager, StateDirUnusable."""
     if not os.path.exists(state.path):

@@ -43,7 +43,7 @@ from lockstep.registry.audit import Actor
 from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
 from lockstep.service import borrowing, mirrors
 from lockstep.service.control_client import ask, ask_status
-from lockstep.service.managing import manager
+from lockstep.service.managing import manager, unserved
 from lockstep.service.memory import protect_memory
 from lockstep.service.state import State
 from lockstep.volume import intent
@@ -83,10 +83,9 @@ def add_mirror(state: State, name: str, plan: MirrorPlan) -> Added:
     actor = manager(state, f"add a mirror to {name}")
     require_sector(plan)
     with state.registry() as registry:
-        volume = registry.volume(name)
-        with state.volume_lock(name) as mine:
-            if not mine:
-                return _sought(state, volume, plan.path)
+        with unserved(state, registry, name) as volume:
+            if volume is None:
+                return _sought(state, registry.volume(name), plan.path)
             target = inspect(volume.target_path)
             if target.size_bytes < volume.size_bytes:
                 raise TargetResized(
@@ -107,10 +106,9 @@ def remove_mirror(state: State, name: str, path: str) -> MirrorRecord:
     Raises NotManager, StillServed, MirrorBorrowed, MirrorUnknown, NoMirror, TargetUnfinished.
     """
     actor = manager(state, f"remove a mirror from {name}")
-    with state.registry() as registry, state.volume_lock(name) as mine:
-        volume = registry.volume(name)
-        mirror = mirrors.chosen(volume, path)
-        if not mine:
+    with state.registry() as registry, unserved(state, registry, name) as volume:
+        mirror = mirrors.chosen(volume or registry.volume(name), path)
+        if volume is None:
             raise StillServed(volume=name, action="parted from a mirror")
         if mirror.id == volume.filled_from:
             raise TargetUnfinished(path=volume.target_path, volume=name, mirror=mirror.path)

@@ -39,7 +39,7 @@ from lockstep.errors import (
 )
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service import mirrors
-from lockstep.service.managing import manager
+from lockstep.service.managing import manager, unserved
 from lockstep.service.memory import protect_memory
 from lockstep.service.mirror_set import forget_records, refuse_taken
 from lockstep.service.state import State
@@ -90,8 +90,8 @@ def replace_target(
     protect_memory()
     actor = manager(state, f"replace the target of {name}")
     with state.registry() as registry, contextlib.ExitStack() as stack:
-        volume = registry.volume(name)
-        if not stack.enter_context(state.volume_lock(name)):
+        volume = stack.enter_context(unserved(state, registry, name))
+        if volume is None:
             raise StillServed(volume=name, action="given another target")
         path = os.path.abspath(path)
         refuse_taken(registry, [path], but=volume.target_path if _same(path, volume.target_path) else None)

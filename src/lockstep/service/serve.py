@@ -42,6 +42,7 @@ from lockstep.service.clients import Clients
 from lockstep.service.control import control_interface
 from lockstep.service.export import VolumeExport
 from lockstep.service.gate import VolumeGate
+from lockstep.service.managing import unserved
 from lockstep.service.memory import keep_small, lock_memory, protect_memory
 from lockstep.service.served import ServedVolume
 from lockstep.service.sockets import clear_stale_socket
@@ -100,8 +101,8 @@ def serve(
     self_test()
     with contextlib.ExitStack() as stack:
         registry = stack.enter_context(state.registry())
-        volume = registry.volume(name)
-        if not stack.enter_context(state.volume_lock(name)):
+        volume = stack.enter_context(unserved(state, registry, name))
+        if volume is None:
             raise AlreadyServed(volume=name)
         for sentence in headers.reminders(registry, volume):
             log.warning("%s", sentence)

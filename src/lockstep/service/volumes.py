@@ -11,7 +11,7 @@ from lockstep.disk.probe import Disk, inspect, overlap
 from lockstep.errors import HeaderIsDisk, MirrorIsTarget, StillAttached, StillServed, TargetEmpty
 from lockstep.registry.store import OnDenied, VolumeRecord
 from lockstep.service import attach, borrowing
-from lockstep.service.managing import manager
+from lockstep.service.managing import manager, unserved
 from lockstep.service.memory import protect_memory
 from lockstep.service.mirror_set import MirrorPlan, forget_records, make_registered, refuse_taken, require_sector
 from lockstep.service.state import State
@@ -66,18 +66,16 @@ def remove_volume(state: State, name: str) -> VolumeRecord:
     Raises StillServed, StillAttached, MirrorBorrowed, VolumeUnknown.
     """
     actor = manager(state, f"remove the volume {name}")
-    with state.registry() as registry:
-        volume = registry.volume(name)
-        with state.volume_lock(name) as mine:
-            if not mine:
-                raise StillServed(volume=name, action="removed")
-            attachment = attach.current(state.run_dir, name)
-            if attachment is not None:
-                raise StillAttached(volume=name, device=attachment.device)
-            with borrowing.nobodys(state, volume.mirrors):
-                registry.remove_volume(name, actor=actor)
-                for mirror in volume.mirrors:
-                    forget_records(state, mirror.luks_uuid)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(state.missing(volume.id))
+    with state.registry() as registry, unserved(state, registry, name) as volume:
+        if volume is None:
+            raise StillServed(volume=name, action="removed")
+        attachment = attach.current(state.run_dir, name)
+        if attachment is not None:
+            raise StillAttached(volume=name, device=attachment.device)
+        with borrowing.nobodys(state, volume.mirrors):
+            registry.remove_volume(name, actor=actor)
+            for mirror in volume.mirrors:
+                forget_records(state, mirror.luks_uuid)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(state.missing(volume.id))
     return volume

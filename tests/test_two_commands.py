@@ -1,0 +1,55 @@
+"""Two commands on one volume: who gets its lock works on the volume as it is then, not as it was a moment before."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+from lockstep.errors import VolumeUnknown
+from lockstep.service.state import State
+from tests.forks import ForkLab
+from tests.lab import MIB, Lab
+from tests.test_service_refusals import assert_error
+
+SIZE_BYTES = 4 * MIB
+
+
+@pytest.fixture
+def between(lab: ForkLab, monkeypatch: pytest.MonkeyPatch) -> list[list[object]]:
+    """Commands that run from beginning to end just before the next one gets the volume's lock."""
+    commands: list[list[object]] = []
+    get_lock = State.volume_lock
+
+    @contextlib.contextmanager
+    def overtaken(state: State, name: str) -> Iterator[bool]:
+        while commands:
+            Lab.lockstep(lab, *commands.pop(0), environment=lab.quick_format()).ok()
+        with get_lock(state, name) as mine:
+            yield mine
+
+    monkeypatch.setattr(State, "volume_lock", overtaken)
+    return commands
+
+
+def test_a_target_that_was_just_replaced_is_not_taken_for_the_truth(lab: Lab, between: list[list[object]]) -> None:
+    volume = lab.volume("vol", SIZE_BYTES, content=b"good" * 1000)
+    with volume.served():
+        pass
+    good = volume.target.read_bytes()
+    volume.target.write_bytes(b"lost" * (SIZE_BYTES // 4))
+    new = lab.home / "new"
+    between.append(["replace-target", "vol", new, "--key-file", lab.key, "--incomplete"])
+    lab.lockstep("verify", "vol", "--repair", "--key-file", lab.key)
+    assert volume.decrypted() == good
+    with volume.served():
+        pass
+    assert new.read_bytes() == good
+
+
+def test_a_volume_that_was_just_removed_gets_no_header(lab: Lab, between: list[list[object]]) -> None:
+    volume, backup = lab.volume("vol", SIZE_BYTES), lab.home / "backup"
+    lab.lockstep("header", "backup", "vol", backup).ok()
+    mirror = volume.mirror.read_bytes()
+    between.append(["remove", "vol"])
+    assert_error(lab.lockstep("header", "restore", "vol", backup), VolumeUnknown(volume="vol", near=(), hint=""))
+    assert volume.mirror.read_bytes() == mirror
