@@ -196,6 +196,22 @@ def test_a_scrub_begins_by_itself_in_its_window_and_repairs_nothing(lab: Lab) ->
     lab.lockstep("set", "vol", "scrub=whenever").failed(2, "whenever")
 
 
+@needs("gcc")
+def test_a_scrub_while_the_clock_was_wrong_is_not_the_last_one_for_a_year(lab: Lab) -> None:
+    clock = Clock(lab, datetime(2027, 6, 5, 12, 0, tzinfo=UTC))  # a Saturday
+    volume = lab.volume("vol", 4 * MIB)
+    lab.lockstep("set", "vol", "scrub=sun 03:00-04:00", "--timezone", "UTC").ok()
+    with volume.served():
+
+        def scrubs() -> int:
+            return lab.lockstep("verify", "vol", "--history").ok().count("scrub by lockstep")
+
+        clock.set(datetime(2027, 6, 6, 3, 0, 1, tzinfo=UTC))
+        wait_until(lambda: scrubs() == 1, "a scrub in what the clock takes for its window")
+        clock.set(datetime(2026, 6, 7, 3, 0, 1, tzinfo=UTC))
+        wait_until(lambda: scrubs() == 2, "a scrub in its window", patience_s=20)
+
+
 def test_two_at_a_time_are_one_too_many(lab: Lab) -> None:
     volume = lab.volume("vol", SIZE_BYTES)
     with volume.served() as served:

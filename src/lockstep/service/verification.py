@@ -35,7 +35,7 @@ class Verification:
         self._verifies: Verifies = {}
         self._task: asyncio.Task[None] | None = None
         self._scrubs: Verifies = {}  # one that has begun, and has not seen everything yet
-        self._scrubbed_until_s = 0.0  # the end of the window in which a scrub was finished
+        self._scrubbed = 0.0, 0.0  # by the wall clock: when a scrub was begun that was finished, and its window's end
 
     @property
     def running(self) -> bool:
@@ -70,8 +70,8 @@ class Verification:
 
     def look(self) -> None:
         """Begin a scrub, or go on with it, if its window is open; to be called about once a second."""
-        now_s = time.time()
-        if self.running or self._stopped or self.schedule is None or now_s < self._scrubbed_until_s:
+        now_s, (begun_s, scrubbed_until_s) = time.time(), self._scrubbed
+        if self.running or self._stopped or self.schedule is None or begun_s <= now_s < scrubbed_until_s:
             return
         open_until_s = self.schedule.open_until(now_s)
         if open_until_s is not None:
@@ -94,12 +94,13 @@ class Verification:
             resync.wake()
 
     async def _scrub(self, until_s: float) -> None:
+        begun_s = time.time()
         for verify in self._scrubs.values():
             await _reported(verify, until_s)
         if all(verify.over or verify.found.error for verify in self._scrubs.values()):
             for path, verify in self._scrubs.items():
                 self._note(SCRUBBER, "scrub", path, verify.found)
-            self._scrubs, self._scrubbed_until_s = {}, until_s
+            self._scrubs, self._scrubbed = {}, (begun_s, until_s)
 
     def _note(self, actor: Actor, event: str, path: str, found: Comparison) -> None:
         self._trail.note(event, actor, sentence(path, found), **of_comparison(path, found, MOST_MISMATCHES))
