@@ -3,6 +3,7 @@
 The mirror is never written, and the file tells a thief nothing.
 """
 
+import errno
 import os
 import random
 import uuid
@@ -230,6 +231,25 @@ def test_after_a_failed_sync_no_flush_succeeds(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="Input/output error"):
         overlay.close()
     assert scene.seen(scene.open()) == scene.content[:SIZE_BYTES]
+
+
+@pytest.mark.parametrize("where", ["data", "map"])
+def test_a_failed_flush_is_the_overlays_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """A drill asks: what a program makes of a disk that lost something says nothing of the mirror."""
+    overlay = Scene(tmp_path, SIZE_BYTES).open()
+    overlay.write(0, memoryview(b"x" * 4096))
+
+    def fail(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        if where == "data":
+            patched.setattr(overlay._data, "flush", fail)
+        else:
+            patched.setattr(module, "write_all", fail)
+        with pytest.raises(OSError, match="No space left"):
+            overlay.flush()
+    assert overlay.failure is not None
 
 
 def test_the_file_tells_a_thief_nothing(tmp_path: Path) -> None:

@@ -285,10 +285,12 @@ class Overlay:
                     write_all(self._fd, content, PAGE_BYTES * (1 + page))
                 if pages:
                     self._sync()
-            except BaseException:
+            except BaseException as error:
                 with self._noting:
                     self._written = True
                     self._changed |= changed
+                if isinstance(error, OSError):
+                    self.failure = self.failure or error
                 raise
 
     def _sync(self) -> None:
