@@ -419,6 +419,28 @@ def test_a_new_file_that_cannot_be_so_large_is_not_left_behind(lab: Lab) -> None
     lab.lockstep(*command).ok()
 
 
+@needs("strace")
+def test_what_is_known_by_the_old_target_is_forgotten_for_good(lab: Lab) -> None:
+    """A bitmap that a power cut brought back would fit a mirror that is away, and vouch for what it does not hold."""
+    volume, second = lab.volume("vol", SIZE_BYTES), lab.home / "second"
+    add = ["mirror", "add", "vol", second, "--key-file", lab.key]
+    lab.lockstep(*add, environment=lab.quick_format()).ok()
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: {each["state"] for each in served.now()["mirrors"]} == {"in-sync"}, "both to be in sync")
+    volume.target.unlink()
+    second.unlink()
+    trace = lab.home / "trace"
+    command = ["replace-target", "vol", str(lab.home / "new"), "--key-file", str(lab.key)]
+    strace = ["strace", "-f", "-y", "-e", "trace=unlink,unlinkat,fsync", "-e", "signal=none", "-o", str(trace)]
+    run(*strace, sys.executable, "-m", "lockstep", "--state-dir", str(lab.state), *command)
+    lines = trace.read_text().splitlines()
+    for directory in ("intent", "held"):
+        removed = [at for at, line in enumerate(lines) if "unlink" in line and f"/state/{directory}/" in line]
+        synced = [at for at, line in enumerate(lines) if "fsync(" in line and f"/state/{directory}>" in line]
+        assert removed
+        assert max(removed) < max(synced, default=0)
+
+
 def test_refusals_change_nothing(tmp_path: Path) -> None:
     lab = ForkLab(tmp_path)
     volume, bare, new = lab.volume("vol", 4 * MIB, content=noise(4 * MIB)), lab.disk("bare", MIB), tmp_path / "new"

@@ -34,6 +34,7 @@ from lockstep.errors import (
     NoKeySlots,
     NotLuks2,
     SectorSizeInvalid,
+    StateDirUnusable,
     StillServed,
     TargetResized,
     TargetUnfinished,
@@ -49,6 +50,7 @@ from lockstep.service.state import State
 from lockstep.volume import intent
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.link import SYNCING
+from lockstep.volume.pages import sync_directory
 from lockstep.volume.regions import positions
 
 
@@ -145,10 +147,18 @@ def _is_one_of(path: str, disks: list[Disk]) -> bool:
 
 
 def forget_records(state: State, luks_uuid: str) -> None:
-    """Remove what is kept about a mirror: then everything differs, and nothing is held."""
-    for path in (*state.records(luks_uuid), state.borrowing_lock_path(luks_uuid)):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+    """Remove, durably, what is kept about a mirror: then everything differs, and nothing is held.
+
+    Raises StateDirUnusable.
+    """
+    try:
+        for path in (*state.records(luks_uuid), state.borrowing_lock_path(luks_uuid)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        for path in state.records(luks_uuid):
+            sync_directory(path)
+    except OSError as error:
+        raise StateDirUnusable(path=state.path, reason=error.strerror or str(error)) from error
 
 
 def make_registered(

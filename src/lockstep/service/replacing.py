@@ -204,6 +204,7 @@ def _take_for_true(state: State, volume: VolumeRecord, source: _Source) -> int:
         for path in held_paths:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+            sync_directory(path)
         bitmap.claim(token.generation, generation, bytes(Pair(volume.id, mirror.id, volume.size_bytes).regions))
         ours = replace(token, generation=generation, state=IN_SYNC)
         luks.write_token(mirrors.header_path(mirror), ours, token_id=source.header.token_id)
