@@ -7,7 +7,9 @@ rule; `ReplyParser` checks that what comes back keeps every rule that the specif
 Source: doc/proto.md of the NBD reference implementation. All integers are big-endian.
 """
 
+import _ssl
 import contextlib
+import ctypes
 import socket
 import ssl
 import struct
@@ -424,6 +426,17 @@ class TlsSocket:
         with contextlib.suppress(ssl.SSLWantReadError):
             self._tls.unwrap()
         self._flush()
+
+    def ask_for_new_keys(self, times: int) -> None:
+        """Send KeyUpdate with update_requested (RFC 8446, 4.6.3), which the ssl module does not offer."""
+        openssl = ctypes.CDLL(_ssl.__file__)
+        # The second pointer of CPython's PySSLSocket.
+        place = id(vars(self._tls)["_sslobj"]) + object.__basicsize__ + ctypes.sizeof(ctypes.c_void_p)
+        connection = ctypes.c_void_p.from_address(place)
+        for _ in range(times):
+            assert openssl.SSL_key_update(connection, 1) == 1
+            assert openssl.SSL_do_handshake(connection) == 1
+            self._flush()
 
     def settimeout(self, timeout_s: float) -> None:
         self._socket.settimeout(timeout_s)

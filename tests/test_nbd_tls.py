@@ -409,6 +409,16 @@ def test_ciphertext_that_was_altered_ends_the_connection(site: Site) -> None:
     assert site.volume.target.read_bytes() == before
 
 
+def test_a_client_that_only_asks_for_new_keys_costs_no_memory(site: Site) -> None:
+    """OpenSSL has an answer ready for each, which leaves with the next reply: such a client gets none."""
+    with site.client() as client:
+        client.tls.ask_for_new_keys(100)
+        assert len(client.read(0, 512)) == 512
+        with pytest.raises(ConnectionError):
+            client.tls.ask_for_new_keys(100_000)
+    site.awaits_line(r"alice \(tls 127\.0\.0\.1:\d+\): it asks for new TLS keys again and again")
+
+
 def test_clients_that_take_no_replies_cost_no_more_than_without_tls(site: Site) -> None:
     """12 times 128 MiB are asked for; what the server holds of it is what the pool allows."""
     before = site.served.resident_bytes()

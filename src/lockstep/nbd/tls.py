@@ -211,6 +211,9 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             except ssl.SSLError as error:
                 self._break_off(_reason(error))
                 return
+            if self._outgoing.pending > TLS_BUFFER_BYTES:  # OpenSSL's answers, which leave with the next reply
+                self._connection.abort("it asks for new TLS keys again and again, and for nothing else")
+                return
             if count:
                 self._connection.buffer_updated(count)
             if self._ended:
