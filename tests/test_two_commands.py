@@ -1,14 +1,18 @@
 """Two commands on one volume: who gets its lock works on the volume as it is then, not as it was a moment before."""
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
 
-from lockstep.errors import VolumeUnknown
+from lockstep.crypto import luks
+from lockstep.errors import DiskBusy, VolumeUnknown
+from lockstep.service import control_client
 from lockstep.service.state import State
 from tests.forks import ForkLab
-from tests.lab import MIB, Lab
+from tests.lab import MIB, Lab, Served, wait_until
 from tests.test_service_refusals import assert_error
 
 SIZE_BYTES = 4 * MIB
@@ -53,3 +57,33 @@ def test_a_volume_that_was_just_removed_gets_no_header(lab: Lab, between: list[l
     between.append(["remove", "vol"])
     assert_error(lab.lockstep("header", "restore", "vol", backup), VolumeUnknown(volume="vol", near=(), hint=""))
     assert volume.mirror.read_bytes() == mirror
+
+
+# Stands in cryptsetup's place: to write a token takes its time.
+_SLOW_TOKEN = """#!/bin/sh
+[ "$1" = token ] && sleep 2
+exec "{real}" "$@"
+"""
+
+
+def test_a_mirror_is_not_let_go_while_its_server_is_just_claiming_it(lab: Lab) -> None:
+    """Its header would be written once more while somebody else has it."""
+    volume = lab.volume("vol", SIZE_BYTES)
+    program = lab.home / "slow" / "cryptsetup"
+    program.parent.mkdir()
+    search = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    program.write_text(_SLOW_TOKEN.format(real=shutil.which("cryptsetup", path=search)))
+    program.chmod(0o755)
+    lab.environment["PATH"] = f"{program.parent}:{search}"
+    control, uuid = str(lab.state / "run" / "vol.control"), luks.read_uuid(str(volume.mirror))
+    served = Served(volume)
+    try:
+        wait_until(lambda: os.path.exists(control), "the control socket")
+        with pytest.raises(DiskBusy):
+            control_client.ask(control, "vol", "POST", "/v1/aside", mirror=uuid, **{"for": "rekey"})
+        served.await_ready()
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be in sync")
+        served.stop()
+    finally:
+        served.kill()
+    volume.assert_equal_disks()

@@ -291,8 +291,11 @@ class MirrorSession:
     async def step_aside(self, path: WritePath, purpose: str) -> None:
         """Let another command have the mirror: from here on nobody here has it open, and it says that it is aside.
 
-        Raises DiskBusy if it does not answer; and MirrorNotDrilled if it could not be used, where that is the purpose.
+        Raises DiskBusy if it does not answer, or is just being claimed; and MirrorNotDrilled if it could not be used,
+        where that is the purpose.
         """
+        if not self._claimed:
+            raise DiskBusy(path=self.mirror.path, users="in use by its server, which is just starting")
         if purpose == DRILL and not self.link.consistent:
             raise MirrorNotDrilled(path=self.mirror.path, state=self.link.state)
         self._rekeyed = self._rekeyed or purpose == REKEY
