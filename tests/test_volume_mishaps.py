@@ -29,6 +29,7 @@ from lockstep.volume.missing import Pair
 from lockstep.volume.read_path import ReadPath
 from lockstep.volume.regions import RegionMap
 from lockstep.volume.resync import Resync
+from lockstep.volume.verify import Verify
 from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
 from tests.lab import MIB, wait_until
@@ -574,3 +575,14 @@ def test_a_mirror_that_is_too_slow_for_large_pieces_is_copied_to_in_small_ones(t
         assert world.differing() == set()
 
     played(scene, tmp_path, patience_s=0.3)
+
+
+def test_a_comparison_that_the_target_ends_says_so(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        world.target.flush_job = failing(OSError(errno.EIO, "bad sector"))  # type: ignore[method-assign]
+        verify = Verify(world.path, world.links[0], world.workers, repair=False)
+        await verify.run()
+        assert verify.found.error == "bad sector"
+        assert not verify.over
+
+    played(scene, tmp_path)

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
 
-from lockstep.errors import LockstepError, MayNotRelease, StateDirUnusable
+from lockstep.errors import LockstepError, MayNotRelease
 from lockstep.registry.audit import SERVER, Actor
 from lockstep.registry.store import Registry
 from lockstep.service.clients import Clients
@@ -101,7 +101,7 @@ class Background:
 
         Mirrors that are away are looked for at once. `compare` leaves alone what is equal already.
 
-        Raises MayNotRelease, and StateDirUnusable where what is held by some mirrors stays held.
+        Raises MayNotRelease, and StateDirUnusable or DiskBusy where what is held from a mirror stays held.
         """
         if include_held:
             await self._in_clerk(self._read_grants)  # who has just lost the right releases nothing
@@ -114,7 +114,7 @@ class Background:
             mirror.link.target_error = None
             try:
                 released += await mirror.release_held() if include_held else 0
-            except StateDirUnusable as error:  # the others are brought in sync all the same
+            except LockstepError as error:  # the others are brought in sync all the same
                 failure = error
         held = f", {released} held bytes included" if include_held else ""
         self._trail.note("sync", actor, f"{actor.user} had the mirrors brought in sync{held}", released_bytes=released)

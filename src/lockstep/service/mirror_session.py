@@ -278,13 +278,21 @@ class MirrorSession:
             raise DiskChanged(path=self._header_path)
 
     async def release_held(self) -> int:
-        """Have everything that is held copied; return how much that is, in bytes. Raises StateDirUnusable."""
+        """Have everything that is held copied; return how much that is, in bytes.
+
+        Raises StateDirUnusable, and DiskBusy while the mirror is just being claimed.
+        """
+        self._require_claimed()
         held_bytes = self.link.regions.held_bytes
         try:
             await self.link.release(self.link.held.regions())
         except OSError as error:
             raise StateDirUnusable(path=self._state.path, reason=error.strerror or str(error)) from error
         return held_bytes
+
+    def _require_claimed(self) -> None:
+        if not self._claimed:
+            raise DiskBusy(path=self.mirror.path, users="in use by its server, which is just starting")
 
     # --- being away, and coming back ---
 
@@ -294,8 +302,7 @@ class MirrorSession:
         Raises DiskBusy if it does not answer, or is just being claimed; and MirrorNotDrilled if it could not be used,
         where that is the purpose.
         """
-        if not self._claimed:
-            raise DiskBusy(path=self.mirror.path, users="in use by its server, which is just starting")
+        self._require_claimed()
         if purpose == DRILL and not self.link.consistent:
             raise MirrorNotDrilled(path=self.mirror.path, state=self.link.state)
         self._rekeyed = self._rekeyed or purpose == REKEY

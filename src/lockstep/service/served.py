@@ -41,7 +41,7 @@ class ServedVolume:
         return described
 
     async def sync(self, actor: Actor, *, include_held: bool, compare: bool) -> None:
-        """Have what differs copied. Raises MayNotRelease, StateDirUnusable."""
+        """Have what differs copied. Raises MayNotRelease, StateDirUnusable, DiskBusy."""
         await self.background.sync(actor, include_held=include_held, compare=compare)
 
     def look_for_mirrors(self, actor: Actor) -> None:

@@ -88,7 +88,7 @@ class Verification:
 
     async def _run(self, actor: Actor) -> None:
         for path, verify in self._verifies.items():
-            await _reported(verify)
+            await verify.run()
             self._note(actor, "verify", path, verify.found)
         for resync in self._session.resyncs:
             resync.wake()
@@ -96,7 +96,7 @@ class Verification:
     async def _scrub(self, until_s: float) -> None:
         begun_s = time.time()
         for verify in self._scrubs.values():
-            await _reported(verify, until_s)
+            await verify.run(lambda: time.time() < until_s)
         if all(verify.over or verify.found.error for verify in self._scrubs.values()):
             for path, verify in self._scrubs.items():
                 self._note(SCRUBBER, "scrub", path, verify.found)
@@ -131,10 +131,3 @@ def sentence(path: str, found: Comparison) -> str:
     early = f"; it ended early: {found.error}" if found.error else ""
     outcome = f"{found.compared_bytes} bytes, {result}{repaired}{left}{early}"
     return f"mirror {path} was compared with its target: {outcome}"
-
-
-async def _reported(verify: Verify, until_s: float = float("inf")) -> None:
-    try:
-        await verify.run(lambda: time.time() < until_s)
-    except OSError as failure:  # of the target
-        verify.found.error = failure.strerror or str(failure)

@@ -69,9 +69,12 @@ class Verify:
 
     async def run(self, may_go_on: Callable[[], bool] = lambda: True) -> None:
         """Compare all of it, as long as it `may_go_on`; called again, it goes on where it was."""
-        await self._path.flush()
         self.found.error = None
-        await asyncio.gather(*(self._compare(number, may_go_on) for number in range(HANDS)))
+        try:
+            await self._path.flush()
+            await asyncio.gather(*(self._compare(number, may_go_on) for number in range(HANDS)))
+        except OSError as failure:  # of the target, or of a record
+            self.found.error = failure.strerror or str(failure)
         await self._link.forget_cache()
         if self._link.error is not None:
             self.found.error = self._link.error
