@@ -488,6 +488,26 @@ def test_what_was_released_stays_marked_until_both_disks_have_it(tmp_path: Path,
     played(scene, tmp_path)
 
 
+@pytest.mark.parametrize("fault", ["_write_writers", "_pages"])
+def test_what_was_released_is_forgotten_as_soon_as_the_record_can_be_written(tmp_path: Path, fault: str) -> None:
+    async def scene(world: World) -> None:
+        (link,), resync = world.links, Resync(world.path, world.links[0], cast(Gate, world.gate), world.workers)
+        world.gate.ruling = Ruling.UNTIL_RELEASED
+        await world.write(0)
+        world.gate.ruling = UPDATE
+        await link.release(link.held.regions())
+        owner, name = (link.held, fault) if fault == "_write_writers" else (link.held._pages, "_write_pages")
+        setattr(owner, name, failing(OSError(errno.ENOSPC, "full"))())
+        await resync.copy()
+        delattr(owner, name)
+        await resync.copy()
+        assert (link.state, link.held.writers) == (IN_SYNC, {})
+        again = HeldRecord(link.held._path, link.held._identity, world.workers.run, expected=False)
+        assert (any(again.regions()), again._read_writers(), again.writers) == (False, True, {})
+
+    played(scene, tmp_path)
+
+
 def test_what_cannot_be_put_on_record_is_not_held_beside_what_is(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         (link,) = world.links

@@ -71,7 +71,7 @@ class HeldRecord:
         """
         self.writers: dict[tuple[str, str], float] = {}  # (user, kind) -> since when, in s since 1970
         self.frozen_since_s: float | None = None  # s since 1970
-        self._thawing = False
+        self._thawing = self._outdated = False  # the files may tell of what is held no more
         self._path = path
         self._identity = identity
         self._in_worker = in_worker
@@ -149,15 +149,21 @@ class HeldRecord:
             self.frozen_since_s = None  # not before: until then, nobody may write the mirror
 
     async def forget(self, regions: Iterable[int]) -> None:
-        """Clear regions that were released, copied and flushed. Raises OSError."""
+        """Clear regions that were released, copied and flushed. Raises OSError; `settle` tries again."""
+        self._outdated = True
         await self._pages.clear(bit for region in regions for bit in (region, self._second + region))
         # Whoever is not on record yet is about to be, and holds something then.
         over = [key for key in self._known if not any(self.regions(key[1]))]
         for key in over:
             del self.writers[key]
             self._known.discard(key)
-        if over:
-            await self._saves.join()
+        await self._saves.join()
+        self._outdated = False
+
+    async def settle(self) -> None:
+        """Have the files forget what they could not before. Raises OSError."""
+        if self._outdated:
+            await self.forget(())
 
     # --- files ---
 

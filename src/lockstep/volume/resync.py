@@ -82,6 +82,8 @@ class Resync:
         link.waiting = not self._permitted()
         if not link.regions.dirty_bytes:
             self.compare = False
+            with contextlib.suppress(OSError):  # of a record, and the next look tries again
+                await link.held.settle()
             return
         if not self._may_go_on():
             return
