@@ -82,7 +82,7 @@ class World:
         self.reads = ReadPath(self.path, self.workers)
 
     def _add_mirror(self, home: Path, number: int, patience_s: float) -> None:
-        path, unmarked = _image(home / f"mirror{number}"), bytes(SIZE_BYTES // REGION_BYTES)
+        path, unmarked = _image(home / f"mirror{number}"), bytes(-(-SIZE_BYTES // REGION_BYTES))
         segment = Segment(offset_bytes=0, sector_bytes=512, iv_offset=0, cipher=CIPHER, length_bytes=None)
         disk = EncryptedDisk(os.open(path, os.O_RDWR), segment, XtsCipher(bytearray(range(64)), 512), SIZE_BYTES)
         disk.zero(0, SIZE_BYTES)
@@ -324,6 +324,34 @@ def test_a_mirror_that_answers_too_late_does_not_spoil_what_another_gave(tmp_pat
         wait_until(came.is_set, "the mirror that was given up to answer")
 
     played(scene, tmp_path, mirrors=2, patience_s=0.3)
+
+
+def test_nothing_is_asked_of_a_mirror_behind_its_end_where_another_has_larger_sectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block device may end there."""
+    monkeypatch.setattr("tests.test_volume_mishaps.SIZE_BYTES", size_bytes := SIZE_BYTES + 1024)
+
+    async def scene(world: World) -> None:
+        (link,), path = (
+            world.links,
+            WritePath(world.target, tuple(world.links), cast(Gate, world.gate), 4096, world.workers),
+        )
+        data = memoryview(b"Z" * 100)
+        for ruling in (UPDATE, Ruling.UNTIL_RELEASED, UPDATE):  # where something is held, the mirror is read
+            world.gate.ruling = ruling
+            await path.write("someone", data, run_of(size_bytes - 150, 100), 1, durable=False)
+            await path.zero("someone", size_bytes - 20, 20, durable=False, allocate=False, fast=False)
+        assert (link.error, os.stat(link.path).st_size) == (None, size_bytes)
+        await link.release(link.held.regions())
+        await Resync(path, link, cast(Gate, world.gate), world.workers).copy()
+        assert (link.state, world.differing()) == (IN_SYNC, set())
+        world.target.read_job = failing(OSError(errno.EIO, "bad sector"))  # type: ignore[method-assign]
+        into = memoryview(bytearray(100))
+        await ReadPath(path, world.workers).read(into, run_of(size_bytes - 150, 100), 1)
+        assert into == data
+
+    played(scene, tmp_path)
 
 
 def said_at_each_write(world: World) -> list[str]:

@@ -298,6 +298,11 @@ class MirrorLink:
         return LARGEST_SECTOR_BYTES if self._disk is None else self._disk.sector_bytes
 
     @property
+    def end_bytes(self) -> int:
+        """Where the mirror's last sector ends; the target may end within it."""
+        return -(-self.regions.size_bytes // self.sector_bytes) * self.sector_bytes
+
+    @property
     def prompt(self) -> bool:
         """Whether `write_run` may be called where nothing may block."""
         return self.error is not None or (self._disk is not None and self._disk.prompt)

@@ -74,7 +74,8 @@ class ReadPath:
         async with self._updates.ranges.hold([(start, end)]):
             for mirror in self._updates.mirrors:
                 equal = mirror.error is None and mirror.regions.equal(offset, len(into))
-                whole = memoryview(bytearray(end - start))  # each its own: one that was given up may still fill it
+                # Each its own: one that was given up may still fill it.
+                whole = memoryview(bytearray(min(end, mirror.end_bytes) - start))
                 if equal and await mirror.read(start, whole):
                     into[:] = whole[offset - start : offset - start + len(into)]
                     return mirror.path

@@ -397,7 +397,10 @@ class WritePath:
         return whole, run_of(start, len(whole)), 1
 
     async def _merged(self, mirror: MirrorLink, offset: int, data: memoryview) -> tuple[int, memoryview]:
-        """Return `data` with the plaintext round it, so that it begins and ends on a sector."""
+        """Return `data` with the plaintext round it, so that it begins and ends on a sector of the mirror.
+
+        The end of the mirror may come before that of a sector of ours: those of another mirror are larger.
+        """
         length = len(data)
         start, end = self.sectors(offset, length)
         whole = memoryview(bytearray(end - start))
@@ -407,12 +410,12 @@ class WritePath:
         if offset + length < end and (end - start > sector or start == offset):
             await self._read_beside(mirror, end - sector, whole[-sector:])
         whole[offset - start : offset - start + length] = data
-        return start, whole
+        return start, whole[: mirror.end_bytes - start]
 
     async def _read_beside(self, mirror: MirrorLink, offset: int, into: memoryview) -> None:
         """Read what surrounds an update of a mirror: rule 2."""
         if mirror.regions.held(offset, len(into)):
-            await mirror.read(offset, into)
+            await mirror.read(offset, into[: mirror.end_bytes - offset])
         else:
             await self._in_worker(self.target.read, offset, into)
 
