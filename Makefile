@@ -13,7 +13,7 @@ RESCUE_PACKAGES := qemu-system-x86 busybox-static cpio kpartx
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: demo test check recovery bench bench-quick bench-grow bench-users bench-micro fuzz torture restore-kills replace-kills rekey-kills rescue-test format clean
+.PHONY: demo test check recovery bench bench-quick bench-grow bench-users bench-micro fuzz torture restore-kills replace-kills rekey-kills interleavings rescue-test format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/run-packages $(VENV)/installed
@@ -74,6 +74,11 @@ replace-kills: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
 REKEY_KILLS ?= 200
 rekey-kills: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
 	$(SUDO) env REKEY_KILLS=$(REKEY_KILLS) $(BIN)/pytest --timeout=0 tests/test_rekey.py -k killed -s
+
+# The write path in an order that a seed decides, so many scenes; the suite plays 120. INTERLEAVINGS_SEED is the first.
+INTERLEAVINGS ?= 20000
+interleavings: $(VENV)/installed
+	INTERLEAVINGS=$(INTERLEAVINGS) $(BIN)/pytest --timeout=0 --numprocesses 4 tests/test_volume_interleavings.py
 
 # docs/rescue.md, typed into a virtual machine that runs Debian's kernel and has never heard of Lockstep. No KVM needed.
 rescue-test: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/rescue-packages $(VENV)/installed
