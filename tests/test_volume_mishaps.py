@@ -577,6 +577,22 @@ def test_who_cannot_be_put_on_record_lets_nothing_go_that_another_holds_by_now(t
     played(scene, tmp_path)
 
 
+def test_who_cannot_be_put_on_record_beside_others_holds_nothing_back(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        (link,) = world.links
+        await link.hold(MIB, MIB + 512, "bob", OUTSIDE_WINDOW)
+        link.held._write_writers = failing(OSError(errno.ENOSPC, "full"))()  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="full"):
+            await link.hold(0, 512, "eve", OUTSIDE_WINDOW)
+        del link.held._write_writers
+        assert link.held.users(OUTSIDE_WINDOW) == ["bob"]
+        await link.release(link.held.regions())
+        await Resync(world.path, link, cast(Gate, world.gate), world.workers).copy()
+        assert (link.state, link.held.writers) == (IN_SYNC, {})
+
+    played(scene, tmp_path)
+
+
 def test_who_begins_to_hold_while_the_last_region_is_forgotten_is_not_forgotten(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         held = world.links[0].held

@@ -120,18 +120,19 @@ class HeldRecord:
         offset = self._second if kind == NO_RIGHT else 0
         first, after = offset + (start >> self._shift), offset + ((end - 1) >> self._shift) + 1
         try:
-            if key not in self._known:
-                now_s = time.time()
-                if equal:
-                    self.frozen_since_s = now_s
+            now_s = time.time()
+            if equal and key not in self._known:
+                self.frozen_since_s = now_s
+            while key not in self._known:
                 self.writers.setdefault(key, now_s)
                 await self._saves.join()
-                self._known.add(key)
+                if key in self.writers:  # else it was taken back by another who could not be put on record
+                    self._known.add(key)
             while 0 in self._pages.durable[first:after]:
                 await self._pages.mark(range(first, after))
         except OSError:
             self._pages.unmark(range(first, after))
-            if new and not any(self.regions(kind)):
+            if key not in self._known or (new and not any(self.regions(kind))):
                 self.writers.pop(key, None)
                 self._known.discard(key)
             if equal:
