@@ -35,6 +35,7 @@ import random
 import selectors
 import shutil
 import uuid
+import weakref
 from array import array
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
@@ -106,6 +107,7 @@ class Fate:
         self.chance = random.Random(seed)
         self.now_s = 1000.0
         self.hands: list[Hands] = []
+        self.futures: weakref.WeakSet[asyncio.Future[Any]] = weakref.WeakSet()
         self.violations: list[str] = []
         self.eager = self.chance.choice((0.2, 0.5, 0.8))
         self.blocks: Callable[[_Job], OSError | None] = lambda _: None
@@ -169,6 +171,7 @@ class Hands:
             return future
         if self._closed:
             self._fate.violated(f"{self.name} was asked after it was closed")
+        self._fate.futures.add(future)
         self.jobs.append(_Job(future, work, arguments))
         return future
 
@@ -950,6 +953,7 @@ class Scene:
         self.coming_back.add(number)
         try:
             if await session.come_back():
+                self.aside_since.pop(number, None)
                 self.resyncs[number].wake()
         except OSError:
             pass
@@ -1000,7 +1004,7 @@ class Scene:
         half = self.path._half_done
         for number, mirror in enumerate(self.links):
             disk = cast(Mirror | None, mirror._disk)
-            if disk is not None and disk.failed and mirror.error is None:
+            if disk is None or (disk.failed and mirror.error is None):
                 continue
             target, copy = self.target.medium.now, self.platters[number].medium.now
             if copy[: len(target)] == target:
@@ -1046,6 +1050,8 @@ class Scene:
         target = self.target.medium.now
         for number, mirror in enumerate(self.links):
             copy = self.platters[number].medium.now
+            if mirror.error is not None:  # whether the records are about it is found out when it is there
+                continue
             for region in range(-(-self.size_bytes // REGION_BYTES)):
                 at, end = region * REGION_BYTES, min((region + 1) * REGION_BYTES, self.size_bytes)
                 if mirror.regions.clean(region) and target[at:end] != copy[at:end]:
@@ -1112,7 +1118,7 @@ class Scene:
         self.target = Target(self.fate, content)
         self.platters = platters
         for platter in platters:
-            platter.gone = self.fate.often(0.1)
+            platter.gone = platter.silenced = self.fate.often(0.1)
         self.expect_held = dict(self.barred)  # what is held stays held, says `_check_held` when the next life begins
 
     def _interrupt(self, job: _Job) -> None:
@@ -1129,9 +1135,10 @@ class Scene:
         for number, platter in enumerate(self.platters):
             what, state = f"after a power cut mirror {number}, {platter.token.state},", platter.token.state
             copy = platter.medium.now
-            if platter.silenced or self.links[number].silent:
+            header_hangs = cast(Hands, self.sessions[number]._scribe)._given_up
+            if platter.silenced or self.links[number].silent or header_hangs:
                 continue
-            if state == IN_SYNC:
+            if state == IN_SYNC or (state == ASIDE and number not in self.aside_since):
                 self._check_content(what, copy, self.flushed_before, base=self.base)
             elif state == FROZEN:
                 since = self.still_since.get(number, -1)
@@ -1140,7 +1147,7 @@ class Scene:
                         raise Broken(f"{what} was changed while it was frozen")
                 else:
                     self._check_content(what, copy, since, before=since, base=self.base)
-            elif state == ASIDE and number in self.aside_since:
+            elif state == ASIDE:
                 since = self.aside_since[number]
                 self._check_content(what, copy, since, before=since, base=self.base)
 
@@ -1149,6 +1156,8 @@ class Scene:
         self.abandoned = True
         for hands in self.fate.hands:
             hands.stuck = False
+        for future in self.fate.futures:
+            future.add_done_callback(lambda future: future.cancelled() or future.exception())
         while await self._cancel_all():
             pass
         self.fate.hands.clear()
