@@ -10,7 +10,7 @@ import pytest
 
 from tests.interleavings import played
 
-SCENES = 120
+SCENES = 80
 TASKS = 4
 
 
