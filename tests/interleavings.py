@@ -72,6 +72,11 @@ BARRING: Final = frozenset({Ruling.UNTIL_WINDOW, Ruling.UNTIL_RELEASED, Ruling.R
 USERS: Final = ("ada", "bob", "eve")
 
 
+def _copied_or_frozen(mirror: MirrorLink) -> bool:
+    """One that is frozen waits for the release, whatever else differs."""
+    return mirror.held.frozen_since_s is not None or not mirror.regions.dirty_bytes
+
+
 class Broken(AssertionError):
     """A promise was broken."""
 
@@ -1195,7 +1200,7 @@ class Scene:
         for each in self.links:
             each.target_error = None
         if self.fate.often(0.5):
-            await self._in_time(self._in_sync(lambda each: not each.regions.dirty_bytes), "a resync")
+            await self._in_time(self._in_sync(_copied_or_frozen), "a resync")
             self._look_for_barred()
             self._look()
         for each in self.links:
