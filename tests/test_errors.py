@@ -227,3 +227,12 @@ def test_every_option_that_a_text_advises_exists() -> None:
     }
     assert len(options) > 5
     assert not {(error, option) for error, option in options if option not in known}
+
+
+def test_a_reason_that_is_another_errors_sentence_ends_where_ours_goes_on() -> None:
+    missing = errors.DiskMissing(path="/dev/sdx")
+    told = errors.VerifyIncomplete(mirror="/m", reason=str(missing), volume="vol")
+    assert str(missing).endswith(".")
+    assert str(missing)[:-1] in str(told)
+    assert ".." not in str(told)
+    assert told.data["reason"] == str(missing)

@@ -30,7 +30,7 @@ class LockstepError(Exception):
 
     def __init__(self, **data: object) -> None:
         self.data = data
-        super().__init__(self.happened.format(**data))
+        super().__init__(self._filled(self.happened))
 
     def __reduce__(self) -> tuple[Callable[[], "LockstepError"], tuple[()]]:
         """How one process tells another of it."""
@@ -39,12 +39,18 @@ class LockstepError(Exception):
     @property
     def likely_cause(self) -> str:
         """The cause, with this error's data filled in."""
-        return self.cause.format(**self.data)
+        return self._filled(self.cause)
 
     @property
     def advice(self) -> str:
         """The next step, with this error's data filled in."""
-        return self.next_step.format(**self.data)
+        return self._filled(self.next_step)
+
+    def _filled(self, sentence: str) -> str:
+        """Fill in the data; a reason that is a sentence itself, as another error's, ends where this one goes on."""
+        reason = self.data.get("reason")
+        shown = {"reason": reason.removesuffix(".")} if isinstance(reason, str) else {}
+        return sentence.format(**self.data | shown)
 
 
 class UsageError(LockstepError):

@@ -59,9 +59,7 @@ def _require_in_sync(name: str, volume: dict[str, Any]) -> None:
         if mirror["state"] != "in-sync":
             held = f"{mirror['held_bytes']} bytes of it are held" if mirror["held_bytes"] else None
             reason = mirror["error"] or held or f"nobody may update it now (`lockstep whocan {name}`)"
-            raise StillBehind(
-                mirror=mirror["path"], state=mirror["state"], reason=reason.removesuffix("."), volume=name
-            )
+            raise StillBehind(mirror=mirror["path"], state=mirror["state"], reason=reason, volume=name)
 
 
 COMMANDS = {"sync": sync}

@@ -111,7 +111,7 @@ def _judge(name: str, results: list[dict[str, Any]]) -> None:
         raise NoMirror(volume=name)
     for result in results:
         if result["error"]:
-            raise VerifyIncomplete(mirror=result["path"], reason=result["error"].removesuffix("."), volume=name)
+            raise VerifyIncomplete(mirror=result["path"], reason=result["error"], volume=name)
         if result["mismatches"] and not result["repaired_bytes"]:
             count = len(result["mismatches"])
             raise MirrorsDiffer(mirror=result["path"], places=count, volume=name, bytes=result["differing_bytes"])

@@ -107,7 +107,7 @@ class Background:
             await self._in_clerk(self._read_grants)  # who has just lost the right releases nothing
             if self._gate(actor.user) is not UPDATE:
                 reason = self._trail.error or self._gate.verdict(actor.user).reason
-                raise MayNotRelease(user=actor.user, volume=self._volume_name, reason=reason.removesuffix("."))
+                raise MayNotRelease(user=actor.user, volume=self._volume_name, reason=reason)
         released, failure = 0, None
         self._path.durability_lost = None  # somebody looked at the target, and says that it is right
         for mirror in self._session.mirrors:

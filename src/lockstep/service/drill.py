@@ -209,8 +209,7 @@ class _Place:
         try:
             self._clear()
         except (_Wrong, DetachRefused, DetachStuck) as error:
-            reason = str(error).removesuffix(".")
-            raise DrillStuck(volume=self.export, directory=self.directory, reason=reason) from error
+            raise DrillStuck(volume=self.export, directory=self.directory, reason=str(error)) from error
 
     def _clear(self) -> None:
         while self.mount in mounted_paths():
@@ -232,9 +231,8 @@ class _Place:
 
     def _devices(self) -> list[str]:
         current = attaching.current(self.directory, self.export)
-        return (
-            [current.device] if current else attaching.loops_over(f"{self.directory}/{self.export}.fuse/{self.export}")
-        )
+        file = f"{self.directory}/{self.export}.fuse/{self.export}"
+        return [current.device] if current else attaching.loops_over(file)
 
 
 @contextlib.contextmanager

@@ -194,7 +194,7 @@ def _token_of(backup: str, volume: VolumeRecord, mirror: MirrorRecord) -> tuple[
     try:
         header = luks.read_header(backup)
     except (NotLuks2, HeaderDamaged, HeaderUnreadable) as error:
-        raise BackupMissing(path=backup, reason=str(error).removesuffix(".")) from error
+        raise BackupMissing(path=backup, reason=str(error)) from error
     if header.uuid != mirror.luks_uuid:
         reason = f"it has the LUKS UUID {header.uuid}, not {mirror.luks_uuid}"
         raise BackupOfAnother(backup=backup, path=mirror.path, reason=reason)
