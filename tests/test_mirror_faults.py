@@ -124,17 +124,23 @@ def test_a_mirror_whose_file_system_is_full_is_dropped_and_the_target_goes_on(la
     volume.assert_equal_disks()
 
 
+def replaceable_cryptsetup(lab: Lab, tmp_path: Path) -> tuple[Path, str]:
+    """A link that servers take for cryptsetup, and where it leads."""
+    real = str(shutil.which("cryptsetup", path=f"{os.environ['PATH']}:/usr/sbin:/sbin"))
+    program = tmp_path / "replaced" / "cryptsetup"
+    program.parent.mkdir()
+    program.symlink_to(real)
+    lab.environment["PATH"] = f"{program.parent}:{os.environ['PATH']}"
+    return program, real
+
+
 @needs("qemu-io")
 @pytest.mark.parametrize("broken", ["#!/nowhere\n", "#!/bin/sh\nexit 1\n"], ids=["not started", "fails"])
 def test_a_mirror_whose_header_cannot_be_written_is_not_written_to_while_it_says_that_it_is_whole(
     lab: Lab, tmp_path: Path, broken: str
 ) -> None:
     volume = lab.volume("vol", SIZE_BYTES)
-    real = shutil.which("cryptsetup", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    program = tmp_path / "replaced" / "cryptsetup"
-    program.parent.mkdir()
-    program.symlink_to(str(real))
-    lab.environment["PATH"] = f"{program.parent}:{os.environ['PATH']}"
+    program, real = replaceable_cryptsetup(lab, tmp_path)
     with volume.served() as served:
         lab.lockstep("revoke", "vol", "root").ok()
 
@@ -154,7 +160,7 @@ def test_a_mirror_whose_header_cannot_be_written_is_not_written_to_while_it_says
         assert "updating the header of the mirror failed" in served.mirror()["error"]
         assert volume.decrypted() == before
         program.unlink()
-        program.symlink_to(str(real))
+        program.symlink_to(real)
         wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to come back")
     volume.assert_equal_disks()
 
@@ -162,11 +168,7 @@ def test_a_mirror_whose_header_cannot_be_written_is_not_written_to_while_it_says
 @needs("qemu-io")
 def test_a_mirror_that_is_opened_in_vain_again_and_again_costs_no_more_each_time(lab: Lab, tmp_path: Path) -> None:
     volume, away = lab.volume("vol", SIZE_BYTES), tmp_path / "away"
-    real = shutil.which("cryptsetup", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    program = tmp_path / "replaced" / "cryptsetup"
-    program.parent.mkdir()
-    program.symlink_to(str(real))
-    lab.environment["PATH"] = f"{program.parent}:{os.environ['PATH']}"
+    program, real = replaceable_cryptsetup(lab, tmp_path)
     with volume.served() as served:
         tasks = Path(f"/proc/{served.process.pid}/task")
         volume.mirror.rename(away)
@@ -186,6 +188,6 @@ def test_a_mirror_that_is_opened_in_vain_again_and_again_costs_no_more_each_time
         wait_until(lambda: attempts() >= 4, "some more")
         assert len(list(tasks.iterdir())) <= before + 2
         program.unlink()
-        program.symlink_to(str(real))
+        program.symlink_to(real)
         wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to come back")
     volume.assert_equal_disks()

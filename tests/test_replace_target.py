@@ -226,21 +226,27 @@ def test_kill_9_at_any_moment_resumes_and_loses_nothing(lab: Lab) -> None:
         assert writer.written > 0
 
 
+def plugged(lab: Lab, plugs: contextlib.ExitStack, target: Path, mirror: Path, held: Path) -> tuple[Plugged, Volume]:
+    """A volume that has been in sync, with a slow mirror, which can be pulled."""
+    plug = Plugged(mirror, held, "--filter=delay", "delay-read=50ms")
+    plugs.enter_context(plug)
+    volume = Volume(lab, "vol", target, mirror, None)
+    disks = ["--target", target, "--mirror", mirror, "--key-file", lab.key]
+    lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
+    with volume.served():
+        pass
+    return plug, volume
+
+
 @needs_nbdkit
 def test_the_mirror_dies_meanwhile_and_comes_back(lab: Lab) -> None:
     """What is there goes on; what is missing is an error, for readers and writers, and nothing is made up."""
     content, new = noise(), lab.home / "new"
     target = lab.disk("target", SIZE_BYTES, content)
     mirror, held = lab.home / "mirror", lab.disk("held", SIZE_BYTES + HEADER_BYTES)
-    plug = Plugged(mirror, held, "--filter=delay", "delay-read=50ms")
-    volume = Volume(lab, "vol", target, mirror, None)
     nbd = libnbd()
     with contextlib.ExitStack() as plugs:
-        plugs.enter_context(plug)
-        disks = ["--target", target, "--mirror", mirror, "--key-file", lab.key]
-        lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
-        with volume.served():
-            pass
+        plug, volume = plugged(lab, plugs, target, mirror, held)
         target.unlink()
         replaced(volume, new).ok()
         volume = on(volume, new)
@@ -283,14 +289,8 @@ def test_an_older_copy_of_the_mirror_fills_nothing(lab: Lab) -> None:
     content, new = noise(), lab.home / "new"
     target = lab.disk("target", SIZE_BYTES, content)
     mirror, held = lab.home / "mirror", lab.disk("held", SIZE_BYTES + HEADER_BYTES)
-    plug = Plugged(mirror, held, "--filter=delay", "delay-read=50ms")
-    volume = Volume(lab, "vol", target, mirror, None)
     with contextlib.ExitStack() as plugs:
-        plugs.enter_context(plug)
-        disks = ["--target", target, "--mirror", mirror, "--key-file", lab.key]
-        lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
-        with volume.served():
-            pass
+        plug, volume = plugged(lab, plugs, target, mirror, held)
         older, right = shutil.copyfile(held, lab.home / "older"), lab.home / "right"
         with volume.served() as served:
             handle = connected(served)
