@@ -17,7 +17,7 @@ import os
 import socket
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
 from tests import nbd_client as nbd
@@ -112,9 +112,9 @@ class Choices:
 
 
 class MemoryExport:
-    """An export whose disk is a bytearray: sometimes slow, sometimes failing, as the choices say."""
+    """An export whose disk is a bytearray: sometimes slow, sometimes failing, at once or later, as the choices say."""
 
-    FAILURES = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.ENODEV, errno.ETIMEDOUT)
+    FAILURES = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.ENODEV, errno.ETIMEDOUT, errno.ENOMEM)
 
     def __init__(self, size: int, choices: Choices) -> None:
         flags = nbd.HAS_FLAGS | nbd.SEND_FLUSH | nbd.SEND_FUA | nbd.SEND_TRIM | nbd.SEND_WRITE_ZEROES
@@ -139,13 +139,21 @@ class MemoryExport:
     def half_done(self) -> bool:
         return False
 
-    async def read(self, into: memoryview, run: "array[int]", count: int) -> None:
+    def read(self, into: memoryview, run: "array[int]", count: int) -> Awaitable[None]:
+        self._may_fail()
+        return self._read(into, run, count)
+
+    async def _read(self, into: memoryview, run: "array[int]", count: int) -> None:
         for at in range(0, 4 * count, 4):
             offset, length, position = run[at : at + 3]
             await self._work(offset, length)
             into[position : position + length] = self.content[offset : offset + length]
 
-    async def write(self, user: str, data: memoryview, run: "array[int]", count: int, *, durable: bool) -> None:
+    def write(self, user: str, data: memoryview, run: "array[int]", count: int, *, durable: bool) -> Awaitable[None]:
+        self._may_fail()
+        return self._write(data, run, count)
+
+    async def _write(self, data: memoryview, run: "array[int]", count: int) -> None:
         await self._work(0, 0)
         self._take(data, run, count)
 
@@ -165,8 +173,9 @@ class MemoryExport:
     async def trim(self, user: str, offset: int, length: int, *, durable: bool) -> None:
         await self.zero(user, offset, length, durable=durable, allocate=False, fast=False)
 
-    async def flush(self) -> None:
-        await self._work(0, 0)
+    def flush(self) -> Awaitable[None]:
+        self._may_fail()
+        return self._work(0, 0)
 
     async def cache(self, offset: int, length: int) -> None:
         await self._work(offset, length)
@@ -188,7 +197,7 @@ class MemoryExport:
         if self._choices.number(16) == 1:
             self.failures += 1
             number = self._choices.one_of(self.FAILURES)
-            raise OSError(number, os.strerror(number))
+            raise MemoryError if number == errno.ENOMEM else OSError(number, os.strerror(number))
 
     async def _work(self, offset: int, length: int) -> None:
         self._check(offset, length)

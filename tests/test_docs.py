@@ -29,7 +29,7 @@ from lockstep import errors
 from lockstep.cli.main import app
 from lockstep.crypto import keyslots, luks, recovery_key
 from lockstep.disk.probe import FILE_SECTOR_BYTES
-from lockstep.nbd import connection, identity, negotiation, payload, server, tls, transmission, wire
+from lockstep.nbd import connection, deferred, identity, negotiation, payload, replies, server, tls, transmission, wire
 from lockstep.registry import models, schema
 from lockstep.registry.store import VolumeRecord
 from lockstep.service import background, serve, status
@@ -525,11 +525,8 @@ def quantity(text: str) -> float:
 def test_the_constants_are_those_of_the_code() -> None:
     rows = table(doc("nbd.md"), "constant", "value", "what it bounds")
     for name, value, _ in rows:
-        holders = [
-            each
-            for each in (wire, payload, identity, negotiation, connection, tls, server, write_path, serve)
-            if hasattr(each, spans(name)[0])
-        ]
+        places = (wire, payload, identity, negotiation, connection, deferred, replies, tls, server, write_path, serve)
+        holders = [each for each in places if hasattr(each, spans(name)[0])]
         assert holders, name
         assert {getattr(each, spans(name)[0]) for each in holders} == {quantity(value)}, name
     assert {"MAX_PAYLOAD_BYTES", "MAX_CONNECTIONS", "MAX_PENDING"} <= {spans(row[0])[0] for row in rows}
@@ -545,7 +542,7 @@ def test_the_memory_formula_names_constants_of_the_table() -> None:
     (formula,) = [block for block in fences(doc("nbd.md"), "text") if "MAX_CONNECTIONS" in block]
     constants = {spans(row[0])[0] for row in table(doc("nbd.md"), "constant", "value", "what it bounds")}
     assert set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", formula)) <= constants
-    busy = connection.RECEIVE_BYTES + connection.REPLY_BATCH_BYTES + connection.INLINE_READ_BYTES
+    busy = connection.RECEIVE_BYTES + replies.REPLY_BATCH_BYTES + connection.INLINE_READ_BYTES
     assert f"at most {busy >> 10} KiB" in doc("nbd.md")
     assert wire.STATUS_EXTENT.size == 8
 

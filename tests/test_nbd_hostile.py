@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 
-from lockstep.nbd import connection, payload, server
+from lockstep.nbd import connection, payload, replies, server
 from tests import nbd_client as nbd
 from tests.forks import ForkLab
 from tests.lab import MIB, PATIENCE_S, Served, Volume, is_root, wait_until
@@ -301,7 +301,7 @@ def test_who_never_reads_cannot_make_the_server_grow(site: Site) -> None:
     together: the pool, and what the pool keeps for reuse.
     """
     count = 16
-    each = connection.RECEIVE_BYTES + 2 * (connection.REPLY_BATCH_BYTES + connection.INLINE_READ_BYTES) + MIB // 4
+    each = connection.RECEIVE_BYTES + 2 * (replies.REPLY_BATCH_BYTES + connection.INLINE_READ_BYTES) + MIB // 4
     together = payload.DEFAULT_LIMIT_BYTES + payload.KEEP_BYTES
     bound = site.served.resident_bytes() + together + count * each + 16 * MIB
     largest = b"".join(pack_request(nbd.READ, n, n, LARGEST) for n in range(connection.MAX_PENDING))

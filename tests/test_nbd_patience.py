@@ -12,7 +12,8 @@ import pwd
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from array import array
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 
 import pytest
@@ -307,3 +308,55 @@ def test_the_watcher_hears_of_those_who_finish_their_handshake(served: Served, c
         assert served.seen[1] == (2, "alice", f"tls 127.0.0.1:{port}")
     wait_until(lambda: len(served.seen) == 4, "both to be gone")
     assert sorted(served.seen[2:], key=str) == [1, 2]
+
+
+class Unforeseen(MemoryExport):
+    """A disk that fails as nobody thought it could: at once, or while it is waited for."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, Choices(b""))
+        self.at_once = False
+
+    def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
+        return 0
+
+    def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
+        return 0
+
+    def read(self, into: memoryview, run: "array[int]", count: int) -> Awaitable[None]:
+        return self._fail()
+
+    def write(self, user: str, data: memoryview, run: "array[int]", count: int, *, durable: bool) -> Awaitable[None]:
+        return self._fail()
+
+    def flush(self) -> Awaitable[None]:
+        return self._fail()
+
+    def _fail(self) -> Awaitable[None]:
+        if self.at_once:
+            raise RuntimeError("unforeseen")
+        return self._fail_later()
+
+    async def _fail_later(self) -> None:
+        await asyncio.sleep(0)
+        raise RuntimeError("unforeseen")
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "later"])
+def test_each_request_of_a_disk_that_fails_as_nobody_foresaw_is_answered(served: Served, at_once: bool) -> None:
+    served.stop()
+    export = Unforeseen(4 * MIB)
+    export.at_once = at_once
+    served = Served(served.path + "2")
+    served.export = export
+    served.start()
+    try:
+        with served.client() as client:
+            for _ in range(200):  # more than there would be memory for, if any of it stayed away
+                asked = []
+                for length in (4096, 4096, MIB):
+                    asked += [client.request(nbd.WRITE, payload=b"\xee" * length), client.request(nbd.READ, 0, length)]
+                client.send(b"".join(each.wire() for each in (*asked, client.request(nbd.FLUSH))))
+                assert [reply.error for reply in client.replies().values()] == [nbd.EIO] * 7
+    finally:
+        served.stop()

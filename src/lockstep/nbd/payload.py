@@ -11,7 +11,7 @@ A request takes its whole payload before its first byte is received: no set of h
 for each other. Freed blocks are kept for reuse, since the page faults of fresh memory cost as much as encrypting it.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Final
 
@@ -94,3 +94,47 @@ class PayloadPool:
         """Cancel a `wait`."""
         if retry in self._waiting:
             self._waiting.remove(retry)
+
+
+class Share:
+    """What one connection holds of the pools. `retry` is called when it may be given what it was refused."""
+
+    def __init__(self, retry: Callable[[], None]) -> None:
+        self._held_bytes: defaultdict[PayloadPool, int] = defaultdict(int)
+        self._retry = retry
+        self._awaited: PayloadPool | None = None  # where there is no room: others hold it
+        self._sated = False  # holds its share
+
+    @property
+    def refused(self) -> bool:
+        """Whether it was refused a block, and there is no more room since."""
+        return self._sated or self._awaited is not None
+
+    def take(self, pool: PayloadPool, length: int, *, beyond: bool = False) -> Block | None:
+        """Like `PayloadPool.take`, and not more than a connection may have; `beyond` takes it all the same."""
+        held = self._held_bytes[pool]
+        if held and held + block_bytes(length) > pool.share_bytes and not beyond:
+            self._sated = True
+            return None
+        block = pool.take(length, beyond=beyond)
+        if block is not None:
+            self._held_bytes[pool] += len(block.memory)
+        elif self._awaited is None:
+            self._awaited = pool
+            pool.wait(self._has_room)
+        return block
+
+    def give(self, block: Block) -> None:
+        """Hand a block back. Whoever calls this serves on afterwards, so being sated ends here."""
+        self._held_bytes[block.pool] -= len(block.memory)
+        self._sated = False
+        block.pool.give(block)
+
+    def forget(self) -> None:
+        """Wait for room no more."""
+        if self._awaited is not None:
+            self._awaited.forget(self._has_room)
+
+    def _has_room(self) -> None:
+        self._awaited = None
+        self._retry()

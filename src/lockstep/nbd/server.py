@@ -13,7 +13,8 @@ from collections.abc import Coroutine
 from typing import Any, Final, Protocol
 
 from lockstep.nbd.busy_poll import BusyPoll
-from lockstep.nbd.connection import CONTENDED_STALL_S, Connection, Export
+from lockstep.nbd.connection import CONTENDED_STALL_S, Connection
+from lockstep.nbd.export import Export
 from lockstep.nbd.payload import SMALL_BLOCK_BYTES, SMALL_LIMIT_BYTES, SMALL_SHARE_BYTES, PayloadPool
 
 log = logging.getLogger(__name__)
@@ -53,9 +54,7 @@ class NbdServer:
         self._small = PayloadPool(SMALL_LIMIT_BYTES, SMALL_SHARE_BYTES)
         self.arrived = PayloadPool(SMALL_LIMIT_BYTES, SMALL_SHARE_BYTES)
         self.receiving = PayloadPool(SMALL_LIMIT_BYTES)
-        self.pools: tuple[PayloadPool, ...] = (self._small, self._large, self.arrived)
         self.loop = asyncio.get_running_loop()
-        self.now_s = time.monotonic()
         self._max_connections = max_connections
         self._connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -176,11 +175,11 @@ class NbdServer:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(PATROL_S)
-            self.now_s = time.monotonic()
+            now_s = time.monotonic()
             for connection in list(self._connections):
-                if connection.negotiating and self.now_s - connection.since_s > HANDSHAKE_S:
+                if connection.negotiating and now_s - connection.since_s > HANDSHAKE_S:
                     connection.abort("the handshake took too long")
-                elif connection.overdue(self.now_s):
+                elif connection.overdue(now_s):
                     connection.abort("it stalled while holding memory for which others wait")
 
 
