@@ -650,3 +650,37 @@ def test_a_comparison_that_the_target_ends_says_so(tmp_path: Path) -> None:
         assert not verify.over
 
     played(scene, tmp_path)
+
+
+def test_what_could_not_be_put_on_record_is_not_on_record_because_others_are(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        (link,) = world.links
+        pages, full = link.held._pages, failing(OSError(errno.ENOSPC, "full"))()
+        real, writing, go = pages._write_pages, threading.Event(), threading.Event()
+        world.gate.ruling = Ruling.UNTIL_RELEASED
+        pages._write_pages = full  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="full"):
+            await world.write(0, b"Z" * REGION_BYTES)
+
+        def slowly(changed: dict[int, bytes]) -> None:
+            writing.set()
+            go.wait()
+            real(changed)
+
+        pages._write_pages = slowly  # type: ignore[assignment, method-assign]
+        others = asyncio.ensure_future(world.write(MIB))
+        while not writing.is_set():
+            await asyncio.sleep(0.01)
+        pages._write_pages = full  # type: ignore[method-assign]
+        again = asyncio.ensure_future(world.write(0, b"Z" * REGION_BYTES))
+        await asyncio.sleep(0.01)
+        go.set()
+        await others
+        with pytest.raises(OSError, match="full"):
+            await again
+        with pytest.raises(OSError, match="full"):
+            await world.write(0, b"Z" * REGION_BYTES)
+        on_record = HeldRecord(link.held._path, link.held._identity, world.workers.run, expected=False).regions()
+        assert world.differing() == {region for region, held in enumerate(on_record) if held}
+
+    played(scene, tmp_path)

@@ -168,7 +168,8 @@ class PagedBits:
     async def _write_changes(self) -> None:
         """One round: write the changed pages, sync once, and then rely on the marks in them."""
         pages, self._pages = self._pages, set()
-        marks, self._marks = self._marks, set()
+        marks = {number for number in self._marks if self._bits[number >> 3] >> (number & 7) & 1}  # not taken back
+        self._marks = set()
         try:
             await self._in_worker(self._write_pages, {page: self._page(page) for page in sorted(pages)})
         except BaseException:
