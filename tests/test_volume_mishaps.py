@@ -684,3 +684,28 @@ def test_what_could_not_be_put_on_record_is_not_on_record_because_others_are(tmp
         assert world.differing() == {region for region, held in enumerate(on_record) if held}
 
     played(scene, tmp_path)
+
+
+def test_what_the_target_did_not_give_is_not_copied_though_somebody_has_it_copied_again(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        (link,) = world.links
+        world.gate.ruling = Ruling.FALL_BEHIND
+        for offset in (0, MIB, 2 * MIB):
+            await world.write(offset, b"Z" * REGION_BYTES)
+        world.gate.ruling = UPDATE
+        world.target.read_job = failing(OSError(errno.EIO, "bad sector"))  # type: ignore[method-assign]
+        resync = Resync(world.path, link, cast(Gate, world.gate), world.workers)
+        async with world.path._tidying:  # which takes as long as the header does
+            copying = asyncio.ensure_future(resync.copy())
+            while link.target_error is None:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            del world.target.read_job
+            link.target_error = None  # lockstep sync
+        await copying
+        assert link.state != IN_SYNC or world.differing() == set()
+        world.assert_marked()
+        await resync.copy()
+        assert (link.state, world.differing()) == (IN_SYNC, set())
+
+    played(scene, tmp_path)

@@ -152,7 +152,8 @@ class Resync:
             async with self._path.ranges.hold([(start, start + count) for start, count in piece]):
                 if not self._may_go_on() or any(self._link.regions.held(*stretch) for stretch in piece):
                     return False
-                await self._copy_piece(piece, buffers)
+                if not await self._copy_piece(piece, buffers):
+                    return False
             await self._link.room()
             await self._path.tidied()
             if not self._may_go_on():
@@ -170,8 +171,8 @@ class Resync:
             return False
         return True
 
-    async def _copy_piece(self, piece: Stretches, buffers: tuple[memoryview, memoryview]) -> None:
-        """Copy one piece, whose ranges are held; what fails is noted at the link."""
+    async def _copy_piece(self, piece: Stretches, buffers: tuple[memoryview, memoryview]) -> bool:
+        """Copy one piece, whose ranges are held; False, and it is noted at the link, when the target cannot be read."""
         link = self._link
         run, used = array("Q"), 0
         for offset, length in piece:
@@ -183,13 +184,14 @@ class Resync:
             await self._in_worker(self._path.target.read_job(data, run, len(piece)))
         except OSError as failure:
             link.target_failed(failure, piece[0])  # all of it stays different
-            return
+            return False
         if self.compare:
             run = await self._without_equal(run, data, theirs)
         count = len(run) // WORDS
         if count:
             await link.settle(link.begin_update(data, run, count, durable=False), run, count)
             link.write_back()
+        return True
 
     async def _without_equal(self, run: "array[int]", data: memoryview, theirs: memoryview) -> "array[int]":
         """Return a run of those parts that are not on the mirror."""
