@@ -105,7 +105,7 @@ class Connection(Securable):
         self._share = Share(self._retry)
         self._replies = Replies(self._share)
         self._deferred = Deferred(server, self._share, self._replies, self._advance)
-        self._buffer = page_aligned(RECEIVE_BYTES)
+        self._buffer: memoryview  # from `connection_made` on: uvloop accepts nobody any more where this here fails
         self._bulk: Block | None = None  # whose memory the buffer is
         self._start = self._end = 0
         self._skip = 0  # bytes of a refused payload that are still to be thrown away
@@ -133,6 +133,11 @@ class Connection(Securable):
         self.fd = sock.fileno()
         peer = peer_of(sock, tls=self._tls is not None)
         self.user, self.origin = peer.user, peer.origin
+        try:
+            self._buffer = page_aligned(RECEIVE_BYTES)
+        except OSError:
+            self.abort("there is no memory for a receive buffer")
+            return
         security = Security.AWAITED if self._tls else Security.NONE
         info = self._export.info
         self._negotiation = Negotiation({info.name: info}, info.name, security, for_others=peer.is_root)
@@ -170,7 +175,8 @@ class Connection(Securable):
 
     def _enlarge_buffer(self) -> None:
         """Have more room for what this client sends at once, if there is memory for it."""
-        self._bulk = self._server.receiving.take(BULK_RECEIVE_BYTES)
+        with contextlib.suppress(OSError):
+            self._bulk = self._server.receiving.take(BULK_RECEIVE_BYTES)
         if self._bulk is not None:
             self._bulk.memory[: self._end] = self._buffer
             self._buffer = self._bulk.memory
@@ -285,6 +291,8 @@ class Connection(Securable):
                     replies.send()
                 if self._start == self._end:
                     break
+        except (OSError, MemoryError):  # where a task serves on, nobody else would notice
+            self.abort("there is no memory for what it asks")
         finally:
             self._deferred.begin_gathered(self.user)
             replies.send()
