@@ -168,6 +168,22 @@ def test_what_only_the_mirror_took_at_once_is_marked_when_it_is_refused_afterwar
     played(scene, tmp_path)
 
 
+def test_what_only_the_mirror_took_at_once_is_marked_where_nobody_has_the_rest_carried_out(tmp_path: Path) -> None:
+    """There may be no memory for it, and the connection is closed."""
+
+    async def scene(world: World) -> None:
+        for disk in (world.target, *world.disks):
+            disk._promptness.flags = 0
+        world.target.write_run = lambda *_: 0  # type: ignore[method-assign]
+        assert world.path.write_run("someone", memoryview(b"Z" * len(DATA)), run_of(0, len(DATA)), 1) == 0
+        await asyncio.sleep(0)
+        assert world.differing() == {0}
+        world.assert_marked()
+        assert not world.path.half_done()
+
+    played(scene, tmp_path)
+
+
 UPDATES: Final[dict[str, Callable[[World], Awaitable[None]]]] = {
     "write": lambda world: world.write(100, b"never the mirror's"),
     "zero": lambda world: world.zero(100, 5000),

@@ -22,7 +22,7 @@ class Export(Protocol):
         """Carry out as many writes of a run (frames.py) as can be at once; return how many, from the front."""
 
     def half_done(self) -> bool:
-        """Whether what `write_run` did not carry out may be begun, and so has to be given to `write`."""
+        """Whether what `write_run` did not carry out may be begun, and so has to be given to `write` at once."""
 
     def read(self, into: memoryview, run: "array[int]", count: int) -> Awaitable[None]:
         """Carry out the first `count` reads of a run, before what is returned ends."""

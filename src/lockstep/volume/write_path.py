@@ -103,6 +103,7 @@ class WritePath:
         self._hint = workers.hint
         self._early_bytes = 0  # left of EARLY_BYTES
         self._half_done: set[tuple[int, int]] = set()  # (offset, length) of writes that mirrors may have, alone
+        self._unclaimed: set[tuple[int, int]] = set()  # those of them that `write` was not given yet
         self._flushes = Rounds(self._flush_all, at_once=True)
         self._tidying = asyncio.Lock()
 
@@ -111,7 +112,8 @@ class WritePath:
     def write_run(self, user: str, data: memoryview, run: "array[int]", count: int) -> int:
         """Carry out at once as many writes of a run as can be; return how many, from the front.
 
-        Where that leaves something `half_done`, the rest has to be given to `write`, come what may.
+        Where that leaves something `half_done`, the rest has to be given to `write` before the loop goes on; else it
+        counts as different.
         """
         if not self.target.prompt:
             return 0
@@ -126,7 +128,9 @@ class WritePath:
             count = mirror.write_run(data, run, count)  # 102/503, 103/504
         done = self.target.write_run(data, run, count)  # 103/505
         if done < asked and self.mirrors:
-            self._half_done.update(places(run, asked)[done:])
+            self._unclaimed.update(places(run, asked)[done:])
+            self._half_done |= self._unclaimed
+            asyncio.get_running_loop().call_soon(self._settle_unclaimed)
         self.requests += done
         if self._early_bytes > 0:
             self._write_back(run, done)
@@ -143,10 +147,13 @@ class WritePath:
 
         What needs wait for nothing first is under way when this returns, and has to be waited for all the same.
         """
+        claimed = places(run, count) if self._half_done else ()
         if self.filling is not None or self._free(user, run, count) < count:
+            self._unclaimed.difference_update(claimed)
             return self._write(user, data, run, count, durable)
-        self._half_done.difference_update(places(run, count) if self._half_done else ())
         update = self._begin([(mirror, data, run, count) for mirror in self.mirrors], data, run, count, durable)
+        self._unclaimed.difference_update(claimed)
+        self._half_done.difference_update(claimed)
         return self._finish(update, self.ranges.take([(at, at + length) for at, length in places(run, count)]))
 
     async def _finish(self, update: _Update, turn: Turn) -> None:
@@ -173,6 +180,10 @@ class WritePath:
                 at += number
         finally:
             self._settle_half_done(places(run, count), at)
+
+    def _settle_unclaimed(self) -> None:
+        self._settle_half_done(list(self._unclaimed), 0)
+        self._unclaimed.clear()
 
     def _settle_half_done(self, writes: Extents, done: int) -> None:
         """Have what is half done of these writes count as different, where it was not `done` whole in the end."""
