@@ -725,3 +725,31 @@ def test_what_the_target_did_not_give_is_not_copied_though_somebody_has_it_copie
         assert (link.state, world.differing()) == (IN_SYNC, set())
 
     played(scene, tmp_path)
+
+
+def test_a_copy_for_which_there_is_no_memory_goes_on_when_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(world: World) -> None:
+        (link,), resync = world.links, Resync(world.path, world.links[0], cast(Gate, world.gate), world.workers)
+        tried = 0
+
+        def none(_size: int) -> memoryview:
+            nonlocal tried
+            tried += 1
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+        link.regions.mark(0, MIB)
+        with monkeypatch.context() as scarce:
+            scarce.setattr("lockstep.volume.resync.page_aligned", none)
+            running = asyncio.ensure_future(resync.run())
+            while not tried:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)
+            assert (link.state, link.sync) == (SYNCING, None)
+        while link.state != IN_SYNC:
+            await asyncio.sleep(0.01)
+        resync.stop()
+        await running
+
+    played(scene, tmp_path)

@@ -72,7 +72,10 @@ class Resync:
             self._wanted.clear()
             with contextlib.suppress(OSError):  # of a record: what is held stays so, and the next look tries again
                 await self._release_what_may_be()
-            await self.copy()
+            try:
+                await self.copy()
+            except Exception:  # such as no memory
+                log.exception("copying to mirror %s failed, and is tried again", self._link.path)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wanted.wait(), LOOK_INTERVAL_S)
 
@@ -88,20 +91,27 @@ class Resync:
         if not self._may_go_on():
             return
         link.sync = SyncProgress(link.regions.dirty_bytes)
+        try:
+            await self._copy(link.sync)
+        finally:
+            link.sync, link.waiting = None, not self._permitted()
+
+    async def _copy(self, progress: SyncProgress) -> None:
+        link = self._link
         await link.announce()  # before the first piece: half a copy is no disk of any moment
         timeouts = link.timeouts
-        log.info("copying %d bytes to mirror %s", link.sync.total_bytes, link.path)
+        log.info("copying %d bytes to mirror %s", progress.total_bytes, link.path)
         while link.regions.dirty_bytes and self._may_go_on():
             until_s = time.monotonic() + TURN_S
-            hands = range(1 if self._gently else HANDS)
-            await asyncio.gather(*(self._copy_regions(link.sync, number, until_s) for number in hands))
+            hands = (self._copy_regions(progress, number, until_s) for number in range(1 if self._gently else HANDS))
+            for failure in filter(None, await asyncio.gather(*hands, return_exceptions=True)):
+                raise failure
             await link.forget_cache()
         self._gently = self._gently or link.timeouts > timeouts
         if not link.regions.dirty_bytes and await link.flush():
             await link.forget_cache()
             with contextlib.suppress(OSError):  # of a record, or of the target: both are seen again
                 await self._finish()
-        link.sync, link.waiting = None, not self._permitted()
 
     async def _finish(self) -> None:
         """Forget what was held, and have the mirror itself say that it is in sync before the status does."""
