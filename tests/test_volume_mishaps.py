@@ -24,7 +24,7 @@ from lockstep.volume.filling import Filling, NewTarget
 from lockstep.volume.gate import UPDATE, Gate, Ruling
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW, HeldRecord
 from lockstep.volume.intent import Identity, IntentBitmap
-from lockstep.volume.link import BEHIND, FROZEN, IN_SYNC, SYNCING, WHOLE, Keeper, MirrorLink
+from lockstep.volume.link import BEHIND, DEGRADED, FROZEN, IN_SYNC, SYNCING, WHOLE, Keeper, MirrorLink
 from lockstep.volume.missing import Pair
 from lockstep.volume.read_path import ReadPath
 from lockstep.volume.regions import RegionMap
@@ -751,5 +751,36 @@ def test_a_copy_for_which_there_is_no_memory_goes_on_when_there_is(
             await asyncio.sleep(0.01)
         resync.stop()
         await running
+
+    played(scene, tmp_path)
+
+
+def test_a_flush_is_not_answered_before_one_beside_it_has_said_what_was_lost(tmp_path: Path) -> None:
+    """The kernel tells one of them only."""
+
+    async def scene(world: World) -> None:
+        (link,), (disk,) = world.links, world.disks
+        asked, told, go = 0, threading.Event(), threading.Event()
+
+        def lost() -> None:
+            told.set()
+            go.wait()
+            raise OSError(errno.EIO, "lost")
+
+        def flush_job() -> Callable[[], None]:
+            nonlocal asked
+            asked += 1
+            return lost if asked == 1 else lambda: None
+
+        disk.flush_job = flush_job  # type: ignore[method-assign]
+        beside = asyncio.ensure_future(link.flush())
+        while not told.is_set():
+            await asyncio.sleep(0.01)
+        flushing = asyncio.ensure_future(world.path.flush())
+        await asyncio.sleep(0.1)
+        assert not flushing.done()
+        go.set()
+        await flushing
+        assert (await beside, link.state) == (False, DEGRADED)
 
     played(scene, tmp_path)

@@ -199,7 +199,7 @@ def test_a_mirror_that_came_back_is_not_dropped_for_what_its_former_self_was_ask
             await asyncio.sleep(0.001)
         stage.link.let_go()
         stage.link.admit(mirror, Workers("mirror", 2, 30))
-        assert not await stage.link.flushed(asked)
+        assert not await stage.link._succeeds("reading", asked)
         assert stage.link.error is None
 
     play(scene)

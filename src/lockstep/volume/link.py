@@ -27,9 +27,9 @@ import functools
 import logging
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.runs import WORDS, places, run_of
@@ -38,6 +38,7 @@ from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import IntentBitmap
 from lockstep.volume.progress import SyncProgress
 from lockstep.volume.regions import RegionMap, positions, stretches
+from lockstep.volume.rounds import Rounds
 from lockstep.volume.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class MirrorLink:
         self.as_left = True  # whether it was, at the start, the mirror as it was when it was last followed
         self.is_source = False  # a new target is being filled from it, and would be from no other copy of it
         self._backlog = Backlog(None)
+        self._flushes = Rounds(self._flush_once, at_once=True)
         self._writing_out: asyncio.Task[bool] | None = None
         self._freezing = asyncio.Lock()
         self._thawing = False
@@ -354,18 +356,27 @@ class MirrorLink:
 
     async def flush(self) -> bool:
         """Make the mirror durable; False, and it is dropped, when that fails."""
-        return await self.flushed(self.begin_flush())
+        try:
+            await self.begin_flush()
+        except OSError:
+            return False
+        return True
 
-    def begin_flush(self) -> Asked | None:
-        """Begin to make the mirror durable; `flushed` takes what is returned."""
+    def begin_flush(self) -> Awaitable[None]:
+        """Begin to make the mirror durable, once no other flush is under way; it raises OSError when that fails.
+
+        One at a time: the kernel tells one of them only what it could not write out.
+        """
+        return self._flushes.join()
+
+    def _flush_once(self) -> Coroutine[Any, Any, None]:
         backlog = self._backlog
-        return self._ask(
-            lambda disk: disk.flush_job(), functools.partial(backlog.flushed, backlog.taken, time.monotonic())
-        )
+        then = functools.partial(backlog.flushed, backlog.taken, time.monotonic())
+        return self._settle_flush(self._ask(lambda disk: disk.flush_job(), then))
 
-    async def flushed(self, asked: Asked | None) -> bool:
-        """Wait for a flush; False, and the mirror is dropped, when it failed."""
-        return await self._succeeds("flushing", asked)
+    async def _settle_flush(self, asked: Asked | None) -> None:
+        if not await self._succeeds("flushing", asked):
+            raise OSError(errno.EIO, "the mirror is not there, or could not be flushed")
 
     @property
     def full(self) -> bool:

@@ -475,12 +475,13 @@ class WritePath:
 
     def _flush_all(self) -> Coroutine[Any, Any, None]:
         self._early_bytes = EARLY_BYTES
-        copies = [(mirror, mirror.begin_flush()) for mirror in self.mirrors]
+        copies = [mirror.begin_flush() for mirror in self.mirrors]
         return self._settle_flush(copies, self._in_worker(self.target.flush_job()))
 
-    async def _settle_flush(self, copies: "Sequence[tuple[MirrorLink, Asked | None]]", target: Awaitable[None]) -> None:
-        for mirror, copy in copies:
-            await mirror.flushed(copy)
+    async def _settle_flush(self, copies: Sequence[Awaitable[None]], target: Awaitable[None]) -> None:
+        for copy in copies:
+            with contextlib.suppress(OSError):  # the mirror was dropped
+                await copy
         try:
             await target
         except OSError as failure:
