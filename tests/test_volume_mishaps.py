@@ -20,6 +20,7 @@ from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import inspect
 from lockstep.disk.runs import WORDS, run_of
 from lockstep.volume import missing
+from lockstep.volume.backlog import FIRST_BYTES
 from lockstep.volume.filling import Filling, NewTarget
 from lockstep.volume.gate import UPDATE, Gate, Ruling
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW, HeldRecord
@@ -782,5 +783,40 @@ def test_a_flush_is_not_answered_before_one_beside_it_has_said_what_was_lost(tmp
         go.set()
         await flushing
         assert (await beside, link.state) == (False, DEGRADED)
+
+    played(scene, tmp_path)
+
+
+@pytest.mark.parametrize("update", ["write", "zero"])
+def test_what_waited_for_room_does_not_come_all_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: str
+) -> None:
+    monkeypatch.setattr("tests.test_volume_mishaps.SIZE_BYTES", 64 * MIB)
+
+    async def scene(world: World) -> None:
+        (link,), (disk,) = world.links, world.disks
+        disk._promptness.cached, backlog, most = True, link._backlog, 0
+        world.target.write(0, b"Z" * (64 * MIB))  # so that there is something to be zeroed
+        real, flush = disk.write, disk.flush_job()
+
+        def write(*arguments: Any) -> None:
+            nonlocal most
+            most = max(most, backlog.taken - backlog._flushed)
+            real(*arguments)
+
+        def slowly() -> None:
+            time.sleep(0.4)
+            flush()
+
+        disk.write = write  # type: ignore[assignment, method-assign]
+        disk.write_job = lambda data, run, count, durable=False: lambda: write(run[0], data)  # type: ignore[method-assign]
+        disk.flush_job = lambda: slowly  # type: ignore[method-assign]
+        data = b"Y" * MIB
+        updates = (
+            (world.write(at, data) if update == "write" else world.zero(at, MIB)) for at in range(0, 64 * MIB, MIB)
+        )
+        await asyncio.gather(*updates)
+        assert link.state == IN_SYNC
+        assert most <= 3 * FIRST_BYTES
 
     played(scene, tmp_path)

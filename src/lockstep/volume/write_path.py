@@ -170,7 +170,6 @@ class WritePath:
         at = 0
         try:
             while at < count:
-                await self._room()
                 rest = run[WORDS * at :]
                 number = max(1, aligned(rest, count - at, self._sector_mask))
                 copies: list[_Copy] = []
@@ -199,7 +198,6 @@ class WritePath:
         end = offset + length
         while offset < end:
             stop = min(end, (offset // CLEAR_PIECE_BYTES + 1) * CLEAR_PIECE_BYTES)
-            await self._room()
             clearings: list[_Clearing] = []
             prepare = functools.partial(self._prepare_clearing, clearings, offset, stop - offset)
             async with self._hold(user, [(offset, stop - offset)], prepare) as mirrors:
@@ -280,9 +278,9 @@ class WritePath:
         return count
 
     async def _room(self) -> None:
-        """Wait for mirrors that have too much to write out: rule 9."""
-        for mirror in self.mirrors:
-            await mirror.room()
+        """Wait while a mirror has too much to write out: rule 9."""
+        while full := next((mirror for mirror in self.mirrors if mirror.full), None):
+            await full.room()
 
     @contextlib.asynccontextmanager
     async def _hold(
@@ -307,6 +305,8 @@ class WritePath:
                 if ruling is UPDATE and prepare is not None:
                     await prepare()
                 await self._record(user, recorded, extents)
+                if ruling is UPDATE:
+                    await self._room()  # last, so that not all who waited begin before any of them counts
                 ruling = self._gate(user) if mirrors else UPDATE
             if ruling is not UPDATE:
                 for _offset, length in writes:
