@@ -820,3 +820,27 @@ def test_what_waited_for_room_does_not_come_all_at_once(
         assert most <= 3 * FIRST_BYTES
 
     played(scene, tmp_path)
+
+
+@pytest.mark.parametrize("update", ["write", "zero"])
+def test_a_mirror_that_is_back_is_not_given_what_was_merged_while_it_was_away(tmp_path: Path, update: str) -> None:
+    async def scene(world: World) -> None:
+        (link,), (disk,) = world.links, world.disks
+        world.gate.ruling = Ruling.UNTIL_RELEASED
+        await world.write(0, b"Z" * REGION_BYTES)
+        world.gate.ruling = UPDATE
+        await link._thaw()
+        link.drop("reading", OSError(errno.EIO, "gone"))
+        async with link._freezing:  # until it is on record
+            updating = asyncio.ensure_future(world.write(100, b"Y" * 10) if update == "write" else world.zero(100, 10))
+            await asyncio.sleep(0.1)
+            await world.comes_back()
+        await updating
+        mirror = memoryview(bytearray(512))
+        disk.read(0, mirror)
+        assert bytes(mirror) == DATA[:512]
+        await link.release(link.held.regions())
+        await Resync(world.path, link, cast(Gate, world.gate), world.workers).copy()
+        assert (link.state, world.differing()) == (IN_SYNC, set())
+
+    played(scene, tmp_path)

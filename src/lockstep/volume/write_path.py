@@ -69,9 +69,10 @@ Mirrors = tuple[MirrorLink, ...]
 
 _KINDS: Final = {Ruling.UNTIL_WINDOW: OUTSIDE_WINDOW, Ruling.UNTIL_RELEASED: NO_RIGHT}
 
-_Copy = tuple[MirrorLink, memoryview, "array[int]", int]
-_Clearing = tuple[MirrorLink, list[tuple[int, int, memoryview | None]]]
-"""Of a mirror, (offset, length) to be zeroes, or whole sectors to be written there because zeroes end within them."""
+_Copy = tuple[MirrorLink, int, memoryview, "array[int]", int]
+"""A mirror, its `admissions` when this was made, and a run: one that is back since is given nothing of before."""
+_Clearing = tuple[MirrorLink, int, list[tuple[int, int, memoryview | None]]]
+"""Likewise, with (offset, length) to be zeroes, or whole sectors to be written because zeroes end within them."""
 
 
 @dataclass(slots=True)
@@ -151,7 +152,8 @@ class WritePath:
         if self.filling is not None or self._free(user, run, count) < count:
             self._unclaimed.difference_update(claimed)
             return self._write(user, data, run, count, durable)
-        update = self._begin([(mirror, data, run, count) for mirror in self.mirrors], data, run, count, durable)
+        copies = [(mirror, mirror.admissions, data, run, count) for mirror in self.mirrors]
+        update = self._begin(copies, data, run, count, durable)
         self._unclaimed.difference_update(claimed)
         self._half_done.difference_update(claimed)
         return self._finish(update, self.ranges.take([(at, at + length) for at, length in places(run, count)]))
@@ -332,10 +334,10 @@ class WritePath:
         """Say in `copies` what each mirror is to be given of a run of whole sectors, or of one write that is not."""
         copies.clear()
         for mirror in self.mirrors:
-            whole = (data, run, count)
+            admissions, whole = mirror.admissions, (data, run, count)
             if not aligned(run, count, self._sector_mask):
                 whole = await self._whole_sectors(mirror, data, run)
-            copies.append((mirror, *whole))
+            copies.append((mirror, admissions, *whole))
 
     def _begin(
         self, copies: "Sequence[_Copy]", data: memoryview, run: "array[int]", count: int, durable: bool
@@ -343,10 +345,11 @@ class WritePath:
         """Have threads write a run; what is returned goes to `_settle`."""
         self.requests += count
         job = self.target.write_job(data, run, count, durable)  # first, for once a mirror has begun, nothing may fail
-        begun = [
-            (mirror, mirror.begin_update(sectors, whole, number, durable=durable), whole, number)  # 102/503, 103/504
-            for mirror, sectors, whole, number in copies
-        ]
+        begun = []
+        for mirror, admissions, sectors, whole, number in copies:
+            fits = mirror.admissions == admissions
+            copy = mirror.begin_update(sectors, whole, number, durable=durable) if fits else None  # 102/503, 103/504
+            begun.append((mirror, copy, whole, number))
         target = self._in_worker(job)  # 103/505
         return _Update(begun, target, data, run, count, durable)
 
@@ -373,16 +376,20 @@ class WritePath:
         """Like `_prepare`, for zeroes, which have no payload to encrypt."""
         clearings.clear()
         for mirror in self.mirrors:
+            admissions = mirror.admissions
             parts = await self._in_worker(self._data_within, mirror, offset, length)
-            clearings.append((mirror, [step for part in parts for step in await self._cleared(mirror, *part)]))
+            steps = [step for part in parts for step in await self._cleared(mirror, *part)]
+            clearings.append((mirror, admissions, steps))
 
     async def _clear(self, clearings: Sequence[_Clearing], offset: int, length: int, allocate: bool) -> None:
         """Like `_begin` and `_settle`, for zeroes."""
         self.requests += 1
         try:
-            for mirror, steps in clearings:
+            for mirror, admissions, steps in clearings:
                 for start, count, sectors in steps:  # 102/503, 103/504
-                    if sectors is None:
+                    if mirror.admissions != admissions:
+                        mirror.regions.mark(start, count)
+                    elif sectors is None:
                         await mirror.clear(start, count)
                     else:
                         run = run_of(start, count)
