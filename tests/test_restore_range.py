@@ -1,5 +1,6 @@
 """`lockstep restore` of a part, into a pipe, sparsely, and with what was written read back."""
 
+import errno
 import functools
 import json
 import os
@@ -8,11 +9,14 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.errors import (
     DiskFailed,
     LockstepError,
@@ -25,7 +29,7 @@ from lockstep.errors import (
     StreamIsTerminal,
     WrongPassphrase,
 )
-from lockstep.volume.restore import PIECE_BYTES, RUN_BYTES
+from lockstep.volume.restore import PIECE_BYTES, RUN_BYTES, Extent, Progress, Sink, copy_out
 from tests.forks import ForkLab
 from tests.lab import MIB, Result, Storage, needs, run
 from tests.test_restore import Elsewhere
@@ -282,3 +286,18 @@ def test_a_mirror_that_is_incomplete_is_not_piped(there: Elsewhere, tmp_path: Pa
     fresh = ForkLab(tmp_path).volume("fresh", MIB, content=b"x" * MIB)
     shutil.rmtree(tmp_path / "state")
     assert_error(there.restore(fresh.mirror, "-"), MirrorIncomplete(path=fresh.mirror, state="syncing"))
+
+
+def test_a_copy_for_which_there_is_no_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_size: int) -> memoryview:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    def copy() -> None:
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            copy_out(Mock(EncryptedDisk), sink, Extent(0, MIB), Progress(), on_progress=lambda _done: None)
+        ended.set()
+
+    monkeypatch.setattr("lockstep.volume.restore.page_aligned", none)
+    sink, ended = Mock(Sink, in_order=False), threading.Event()
+    threading.Thread(target=copy, daemon=True).start()
+    assert ended.wait(20)

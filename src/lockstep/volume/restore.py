@@ -206,8 +206,8 @@ def _spread(
     stopped = threading.Event()
 
     def run() -> None:
-        buffer = page_aligned(_BUFFER_BYTES)
         try:
+            buffer = page_aligned(_BUFFER_BYTES)
             while not stopped.is_set():
                 with taking:
                     found = next(todo, None)
