@@ -2,6 +2,7 @@
 
 import itertools
 import struct
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -584,3 +585,20 @@ def test_pieces_of_any_size_are_the_same_talk(talk: bytes, cuts: list[int]) -> N
     edges = [0, *sorted(min(cut, len(talk)) for cut in cuts), len(talk)]
     pieces = [talk[start:end] for start, end in itertools.pairwise(edges)]
     assert converse(pieces) == converse([talk])
+
+
+def test_the_time_that_many_queries_take_grows_with_their_number_alone() -> None:
+    """While they are looked at, nobody else is served."""
+
+    def quickest_s(count: int) -> float:
+        data, took_s = pack_queries(b"vol", *[b""] * count), []
+        for _ in range(7):
+            made = haggling()
+            ask(made, nbd.OPT_STRUCTURED_REPLY)
+            began_s = time.perf_counter()
+            ask(made, nbd.OPT_SET_META_CONTEXT, data)
+            took_s.append(time.perf_counter() - began_s)
+        return min(took_s)
+
+    most = MAX_OPTION_BYTES // 4 - 3
+    assert quickest_s(most) < 16 * quickest_s(most // 8)

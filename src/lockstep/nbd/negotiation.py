@@ -310,17 +310,18 @@ def _must_be_empty(data: bytes) -> None:
         raise _Refused("this option takes no data")
 
 
-def _string(data: bytes) -> tuple[bytes, bytes]:
+def _string(data: bytes | memoryview) -> tuple[bytes, memoryview]:
     """Split a 32-bit length and so many bytes from the front: (string, rest)."""
+    data = memoryview(data)  # so that what follows is not copied for each of thousands of strings
     if len(data) < 4:
         raise _Refused("the option ends within a length")
     end = 4 + int(wire.U32.unpack_from(data)[0])
     if end > len(data):
         raise _Refused("a string is longer than the option's data")
-    return data[4:end], data[end:]
+    return bytes(data[4:end]), data[end:]
 
 
-def _queries(data: bytes) -> list[bytes]:
+def _queries(data: memoryview) -> list[bytes]:
     if len(data) < 4:
         raise _Refused("the option ends within the number of queries")
     (count,) = wire.U32.unpack_from(data)
