@@ -8,8 +8,10 @@ import json
 import os
 import random
 import tempfile
+import timeit
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW, UNKNOWN_USER, HeldRec
 from lockstep.volume.intent import Identity, IntentBitmap
 from lockstep.volume.link import MirrorLink
 from lockstep.volume.pages import PAGE_BYTES
-from lockstep.volume.regions import RegionMap
+from lockstep.volume.regions import RegionMap, positions
 from lockstep.volume.resync import Resync
 from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
@@ -413,3 +415,24 @@ def test_writers_are_on_record_before_their_bits(tmp_path: Path) -> None:
     after = record(tmp_path)
     assert not after.writers, "nothing was written to the target yet"
     assert not any(after.regions())
+
+
+def test_to_see_that_nothing_may_be_released_takes_no_time_whatever_the_size_of_the_disk(tmp_path: Path) -> None:
+    """While it is looked at, nobody is served."""
+
+    async def look_s() -> float:
+        workers = Workers("records", 1)
+        held = HeldRecord(str(tmp_path / "record"), replace(IDENTITY, size_bytes=64 << 30), workers.run, expected=False)
+        held.claim()
+        for region in (0, 1, 999_999):
+            for user, kind in (("bob", OUTSIDE_WINDOW), ("mallory", NO_RIGHT)):
+                await held.hold(region * REGION, region * REGION + 1, user, kind, equal=False)
+        assert not held.only_outside_window()
+        took_s = min(timeit.repeat(held.only_outside_window, number=1, repeat=7))
+        await held.hold(7 * REGION, 7 * REGION + 1, "bob", OUTSIDE_WINDOW, equal=False)
+        assert positions(held.only_outside_window()) == [7]
+        held.close()
+        workers.close()
+        return took_s
+
+    assert asyncio.run(look_s()) < 0.01

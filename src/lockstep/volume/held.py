@@ -106,6 +106,15 @@ class HeldRecord:
             return window if kind == OUTSIDE_WINDOW else right
         return pages.union(window, right)
 
+    def only_outside_window(self) -> bytes:
+        """Which regions are held for want of an open window, and for no other reason, a byte each; empty if none is.
+
+        Once the record is claimed. It is asked twice a second while windows are open, of a million regions maybe.
+        """
+        window, right = (int.from_bytes(part, "little") for part in self._pages.halves(self._second))
+        free = window & ~right
+        return pages.spread(free.to_bytes(self._second // 8, "little"))[: self._count] if free else b""
+
     def users(self, kind: str) -> list[str]:
         """Who holds regions back in this way."""
         return [user for user, of_kind in self.writers if of_kind == kind]

@@ -139,6 +139,10 @@ class PagedBits:
         count = len(self.durable)
         return union(spread(self._bits)[:count], self.durable)
 
+    def halves(self, second: int) -> tuple[bytes, bytes]:
+        """The bits themselves, as the file shall have them; the other half begins at the `second`, a whole page."""
+        return bytes(self._bits[: second // 8]), bytes(self._bits[second // 8 :])
+
     async def mark(self, numbers: Iterable[int]) -> None:
         """Set bits, and return when the file says so, unless they were cleared meanwhile. Raises OSError."""
         for number in numbers:

@@ -23,7 +23,7 @@ from typing import Final
 from lockstep.buffers import page_aligned
 from lockstep.disk.runs import WORDS, requests, same
 from lockstep.volume.gate import UPDATE, Gate
-from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW
+from lockstep.volume.held import OUTSIDE_WINDOW
 from lockstep.volume.link import IN_SYNC, MirrorLink
 from lockstep.volume.pace import LARGEST_PIECE_BYTES, Pace
 from lockstep.volume.progress import SyncProgress
@@ -129,9 +129,8 @@ class Resync:
         held = self._link.held
         users = held.users(OUTSIDE_WINDOW)
         if users and all(self._gate(user) is UPDATE for user in users):
-            barred = held.regions(NO_RIGHT)
-            free = bytes(region & ~other for region, other in zip(held.regions(OUTSIDE_WINDOW), barred, strict=True))
-            if any(free) and self._link.regions.held_bytes:
+            free = held.only_outside_window()
+            if free and self._link.regions.held_bytes:
                 await self._link.release(free)
 
     async def _copy_regions(self, progress: SyncProgress, number: int, until_s: float) -> None:
