@@ -28,7 +28,7 @@ from lockstep.volume.intent import Identity, IntentBitmap
 from lockstep.volume.link import BEHIND, DEGRADED, FROZEN, IN_SYNC, SYNCING, WHOLE, Keeper, MirrorLink
 from lockstep.volume.missing import Pair
 from lockstep.volume.read_path import ReadPath
-from lockstep.volume.regions import RegionMap
+from lockstep.volume.regions import RegionMap, positions
 from lockstep.volume.resync import Resync
 from lockstep.volume.verify import Verify
 from lockstep.volume.workers import Workers
@@ -842,5 +842,27 @@ def test_a_mirror_that_is_back_is_not_given_what_was_merged_while_it_was_away(tm
         await link.release(link.held.regions())
         await Resync(world.path, link, cast(Gate, world.gate), world.workers).copy()
         assert (link.state, world.differing()) == (IN_SYNC, set())
+
+    played(scene, tmp_path)
+
+
+def test_marks_of_a_million_regions_are_cleared_without_holding_the_loop_up(tmp_path: Path) -> None:
+    """As after the first copy of a disk of 64 GiB."""
+    size_bytes = 64 << 30
+
+    async def scene(world: World) -> None:
+        (link,), count = world.links, size_bytes // REGION_BYTES
+        identity = Identity(str(uuid.uuid4()), str(uuid.uuid4()), size_bytes)
+        link.intent = IntentBitmap(str(tmp_path / "intent"), identity, world.workers.run)
+        link.intent.claim(1, 1, b"\1" * count)
+        link.regions = RegionMap(size_bytes, bytes(count))
+        link.regions.mark(MIB, MIB)
+        tidying, longest_s, last_s = asyncio.ensure_future(world.path.tidy()), 0.0, time.perf_counter()
+        async with world.path.ranges.hold([(size_bytes - 512, size_bytes)]):
+            while not tidying.done():
+                await asyncio.sleep(0.001)
+                longest_s, last_s = max(longest_s, time.perf_counter() - last_s), time.perf_counter()
+        assert longest_s < 0.3
+        assert positions(link.intent.marked()) == [*range(16, 32), count - 1]
 
     played(scene, tmp_path)

@@ -44,7 +44,7 @@ from typing import Final
 from lockstep.disk.runs import covered, run_of
 from lockstep.volume import pages
 from lockstep.volume.pages import PAGE_BYTES, PagedBits
-from lockstep.volume.regions import positions, region_bytes_for
+from lockstep.volume.regions import region_bytes_for
 
 log = logging.getLogger(__name__)
 
@@ -178,17 +178,19 @@ class IntentBitmap:
 
     # --- clearing ---
 
-    def idle(self) -> list[int]:
-        """Return the marked regions in groups to which nobody asked to write since the last call."""
-        touched = bytes(self._touched)
-        self._touched[:] = bytes(len(touched))
-        spread = b"".join(map(_WHOLE_GROUP.__getitem__, touched))[: self._count]
-        left = int.from_bytes(self._durable, "little") & ~int.from_bytes(spread, "little")
-        return positions(left.to_bytes(self._count, "little"))
+    def idle(self) -> bytes:
+        """Return the marked regions, a byte each, in groups to which nobody asked to write since the last call."""
+        left = pages.without(self._durable, self._asked_for())
+        self._touched[:] = bytes(len(self._touched))
+        return left
 
-    async def clear(self, regions: list[int]) -> None:
+    async def clear(self, regions: bytes) -> None:
         """Clear those of `regions` that nobody has asked to write since `idle`; the caller knows them to be equal."""
-        await self._pages.clear(region for region in regions if not self._touched[region // GROUP_REGIONS])
+        await self._pages.clear_all(pages.without(regions, self._asked_for()))
+
+    def _asked_for(self) -> bytes:
+        """The regions, a byte each, in groups to which somebody asked to write."""
+        return b"".join(map(_WHOLE_GROUP.__getitem__, self._touched))[: self._count]
 
 
 def _fitting(

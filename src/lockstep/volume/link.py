@@ -207,13 +207,13 @@ class MirrorLink:
         """What the mirror says of itself, for whoever restores from it alone."""
         return FROZEN if self.state == BEHIND and self.consistent else self.state
 
-    async def forget(self, regions: list[int], admissions: int) -> None:
-        """Clear the marks of regions that are equal and flushed, unless somebody asked to write there meanwhile.
+    async def forget(self, regions: bytes, admissions: int) -> None:
+        """Clear the marks of regions, a byte each, that are equal and flushed, where nobody asked to write meanwhile.
 
         Not if the mirror failed since `admissions` was taken, before the flush: what its cache lost is not equal, even
         if it is back. Raises OSError, and then clears nothing, when the mirror cannot be given a new generation.
         """
-        if regions and self._steady(admissions):
+        if 1 in regions and self._steady(admissions):
             await self._keeper.advance()
             if self._steady(admissions):
                 await self.intent.clear(regions)

@@ -10,7 +10,7 @@ waits only for earlier ones, so there is no cycle to deadlock in. All calls come
 
 import asyncio
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import chain
 
@@ -47,6 +47,11 @@ class Ranges:
         for turn in self._turns:
             count = apart(run, count, turn.bounds)
         return count
+
+    def busy(self) -> Iterator[tuple[int, int]]:
+        """Each [start, end) on which somebody works, or for which somebody waits."""
+        for turn in self._turns:
+            yield from zip(turn.bounds[::2], turn.bounds[1::2], strict=True)
 
     def take(self, extents: Extents) -> Turn:
         """Have the turn on ranges that are known to be free, until `end`."""

@@ -19,6 +19,7 @@ REGIONS_WANTED: Final = 1 << 20
 _CLEAN, _DIRTY, _COPYING, _HELD = 0, 1, 2, 3
 # What each state is to those who ask, or becomes.
 _AS_DIRTY: Final = bytes([0, 1, 1, 0]).ljust(256, b"\1")
+_AS_DIFFERING: Final = bytes([0, 1, 1, 1]).ljust(256, b"\1")
 _COPIED: Final = bytes([_CLEAN, _DIRTY, _CLEAN, _HELD]).ljust(256, b"\1")
 _NOT_COPIED: Final = bytes([_CLEAN, _DIRTY, _DIRTY, _HELD]).ljust(256, b"\1")
 _LET_GO: Final = bytes([_CLEAN, _DIRTY, _COPYING, _DIRTY]).ljust(256, b"\1")
@@ -112,6 +113,10 @@ class RegionMap:
     def dirty(self) -> bytes:
         """Which regions may differ and are not held, a byte each."""
         return bytes(self._states).translate(_AS_DIRTY)
+
+    def differing(self) -> bytes:
+        """Which regions are not known to be equal, a byte each."""
+        return bytes(self._states).translate(_AS_DIFFERING)
 
     def clean(self, region: int) -> bool:
         """Whether a region is known to be equal."""

@@ -54,6 +54,7 @@ from lockstep.volume.filling import Filling
 from lockstep.volume.gate import UPDATE, Gate, Ruling
 from lockstep.volume.held import NO_RIGHT, OUTSIDE_WINDOW
 from lockstep.volume.link import ASIDE, IN_SYNC, Asked, MirrorLink
+from lockstep.volume.pages import without
 from lockstep.volume.ranges import Extents, Ranges, Turn
 from lockstep.volume.rounds import Rounds
 from lockstep.volume.workers import Workers
@@ -251,18 +252,20 @@ class WritePath:
             pass
 
     async def _tidy(self) -> None:
-        idle = {mirror: [r for r in mirror.intent.idle() if self._at_rest(mirror, r)] for mirror in self.mirrors}
-        if not any(idle.values()):
+        idle = {mirror: self._at_rest(mirror, mirror.intent.idle()) for mirror in self.mirrors}
+        if not any(1 in regions for regions in idle.values()):
             return
         admissions = {mirror: mirror.admissions for mirror in self.mirrors}
         await self.flush()
         for mirror, regions in idle.items():
             await mirror.forget(regions, admissions[mirror])
 
-    def _at_rest(self, mirror: MirrorLink, region: int) -> bool:
-        """Whether a region is equal on both disks, and no write to it is under way."""
-        start = region * mirror.regions.region_bytes
-        return mirror.regions.clean(region) and self.ranges.free(start, start + mirror.regions.region_bytes)
+    def _at_rest(self, mirror: MirrorLink, regions: bytes) -> bytes:
+        """Those of these regions, a byte each, that are equal on both disks, and to which no write is under way."""
+        resting, step = bytearray(without(regions, mirror.regions.differing())), mirror.regions.region_bytes
+        for start, end in self.ranges.busy():
+            resting[start // step : -(-end // step)] = bytes(-(-end // step) - start // step)
+        return bytes(resting[: len(regions)])
 
     def lacks(self, offset: int, length: int) -> bool:
         """Whether the target is a new one that does not have all of this range yet."""
