@@ -624,7 +624,7 @@ def test_who_begins_to_hold_while_the_last_region_is_forgotten_is_not_forgotten(
         held._in_worker = slowly
         holding = asyncio.ensure_future(held.hold(MIB, MIB + 1, "eve", OUTSIDE_WINDOW, equal=False))
         await asyncio.sleep(0)
-        forgetting = asyncio.ensure_future(held.forget([0]))
+        forgetting = asyncio.ensure_future(held.forget(b"\1".ljust(SIZE_BYTES // REGION_BYTES, b"\0")))
         while any(held.regions()):
             await asyncio.sleep(0.01)
         go.set()

@@ -37,7 +37,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from struct import Struct
 from typing import Any, Final
 
@@ -158,12 +158,12 @@ class HeldRecord:
                 self._thawing = False
             self.frozen_since_s = None  # not before: until then, nobody may write the mirror
 
-    async def forget(self, regions: Iterable[int]) -> None:
-        """Clear regions that were released, copied and flushed. Raises OSError; `settle` tries again."""
+    async def forget(self, regions: bytes) -> None:
+        """Clear regions, a byte each, that were released, copied and flushed. Raises OSError; `settle` tries again."""
         self._outdated = True
-        await self._pages.clear(bit for region in regions for bit in (region, self._second + region))
+        await self._pages.clear_all(regions.ljust(self._second, b"\0") + regions)
         # Whoever is not on record yet is about to be, and holds something then.
-        over = [key for key in self._known if not any(self.regions(key[1]))]
+        over = [key for key in self._known if 1 not in self.regions(key[1])]
         for key in over:
             del self.writers[key]
             self._known.discard(key)
@@ -173,7 +173,7 @@ class HeldRecord:
     async def settle(self) -> None:
         """Have the files forget what they could not before. Raises OSError."""
         if self._outdated:
-            await self.forget(())
+            await self.forget(bytes(self._count))
 
     # --- files ---
 

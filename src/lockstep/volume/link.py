@@ -36,8 +36,9 @@ from lockstep.disk.runs import WORDS, places, run_of
 from lockstep.volume.backlog import Backlog
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import IntentBitmap
+from lockstep.volume.pages import without
 from lockstep.volume.progress import SyncProgress
-from lockstep.volume.regions import RegionMap, positions, stretches
+from lockstep.volume.regions import RegionMap, stretches
 from lockstep.volume.rounds import Rounds
 from lockstep.volume.workers import Workers
 
@@ -288,8 +289,8 @@ class MirrorLink:
 
     async def forget_released(self) -> None:
         """Clear the record of what was held, released, copied and flushed. Raises OSError."""
-        done = [region for region in positions(self.held.regions()) if self.regions.clean(region)]
-        if done:
+        done = without(self.held.regions(), self.regions.differing())
+        if 1 in done:
             await self.held.forget(done)
 
     # --- what reaches the disk ---
