@@ -1,6 +1,8 @@
 """That the server looks for the next request before it sleeps: not for long, not in vain again and again."""
 
+import errno
 import os
+import select
 import socket
 import threading
 import time
@@ -102,3 +104,28 @@ def test_who_asks_while_it_waits_for_another_is_answered_at_once(
             assert time.perf_counter() - began_s < FOR_EVER_S / 2
     finally:
         served.stop()
+
+
+class Full:
+    """An epoll for which the user has no more watches (`max_user_watches`)."""
+
+    def register(self, *_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def unregister(self, _fd: int) -> None:
+        raise OSError(errno.ENOENT, "No such file or directory")
+
+    def poll(self, *_: int) -> list[tuple[int, int]]:
+        return []
+
+
+def test_who_cannot_be_watched_is_served_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "epoll", Full)
+    served = Served(str(tmp_path / "sock"))
+    served.start()
+    try:
+        with served.client() as client:
+            assert client.read(0, 4096) == bytes(4096)
+    finally:
+        served.stop()
+    assert len(served.seen) == 2

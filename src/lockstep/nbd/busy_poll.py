@@ -25,8 +25,9 @@ class BusyPoll:
         self._skip = 0 if len(os.sched_getaffinity(0)) > 1 else float("inf")
 
     def watch(self, fd: int) -> None:
-        """Let `wait` end when something arrives at this socket."""
-        self._epoll.register(fd, select.EPOLLIN)
+        """Let `wait` end when something arrives at this socket; one for which there is no room is done without."""
+        with contextlib.suppress(OSError):
+            self._epoll.register(fd, select.EPOLLIN)
 
     def forget(self, fd: int) -> None:
         """Undo `watch`; a socket that has been closed is forgotten already."""
