@@ -104,8 +104,7 @@ class WritePath:
         self._in_worker = workers.begin
         self._hint = workers.hint
         self._early_bytes = 0  # left of EARLY_BYTES
-        self._half_done: set[tuple[int, int]] = set()  # (offset, length) of writes that mirrors may have, alone
-        self._unclaimed: set[tuple[int, int]] = set()  # those of them that `write` was not given yet
+        self._half_done: set[tuple[int, int]] = set()  # (offset, length) of what mirrors may have alone
         self._flushes = Rounds(self._flush_all, at_once=True)
         self._tidying = asyncio.Lock()
 
@@ -130,9 +129,8 @@ class WritePath:
             count = mirror.write_run(data, run, count)  # 102/503, 103/504
         done = self.target.write_run(data, run, count)  # 103/505
         if done < asked and self.mirrors:
-            self._unclaimed.update(places(run, asked)[done:])
-            self._half_done |= self._unclaimed
-            asyncio.get_running_loop().call_soon(self._settle_unclaimed)
+            self._half_done.update(places(run, asked)[done:])
+            asyncio.get_running_loop().call_soon(self._settle_half_done)
         self.requests += done
         if self._early_bytes > 0:
             self._write_back(run, done)
@@ -149,14 +147,12 @@ class WritePath:
 
         What needs wait for nothing first is under way when this returns, and has to be waited for all the same.
         """
-        claimed = places(run, count) if self._half_done else ()
         if self.filling is not None or self._free(user, run, count) < count:
-            self._unclaimed.difference_update(claimed)
+            self._settle_half_done()
             return self._write(user, data, run, count, durable)
         copies = [(mirror, mirror.admissions, data, run, count) for mirror in self.mirrors]
         update = self._begin(copies, data, run, count, durable)
-        self._unclaimed.difference_update(claimed)
-        self._half_done.difference_update(claimed)
+        self._half_done.difference_update(places(run, count) if self._half_done else ())
         return self._finish(update, self.ranges.take([(at, at + length) for at, length in places(run, count)]))
 
     async def _finish(self, update: _Update, turn: Turn) -> None:
@@ -171,28 +167,21 @@ class WritePath:
         One that is no whole sectors is merged with what the ones before it wrote, so it is carried out by itself.
         """
         at = 0
-        try:
-            while at < count:
-                rest = run[WORDS * at :]
-                number = max(1, aligned(rest, count - at, self._sector_mask))
-                copies: list[_Copy] = []
-                prepare = functools.partial(self._prepare, copies, data, rest, number)
-                async with self._hold(user, places(rest, number), prepare) as mirrors:
-                    await self._settle(self._begin(copies if mirrors else (), data, rest, number, durable))
-                at += number
-        finally:
-            self._settle_half_done(places(run, count), at)
+        while at < count:
+            rest = run[WORDS * at :]
+            number = max(1, aligned(rest, count - at, self._sector_mask))
+            copies: list[_Copy] = []
+            prepare = functools.partial(self._prepare, copies, data, rest, number)
+            async with self._hold(user, places(rest, number), prepare) as mirrors:
+                await self._settle(self._begin(copies if mirrors else (), data, rest, number, durable))
+            at += number
 
-    def _settle_unclaimed(self) -> None:
-        self._settle_half_done(list(self._unclaimed), 0)
-        self._unclaimed.clear()
-
-    def _settle_half_done(self, writes: Extents, done: int) -> None:
-        """Have what is half done of these writes count as different, where it was not `done` whole in the end."""
-        for offset, length in self._half_done.intersection(writes[done:]):
+    def _settle_half_done(self) -> None:
+        """Have what mirrors may have alone count as different: it is not carried out, or not before others have turns."""
+        for offset, length in self._half_done:
             for mirror in self.mirrors:
                 mirror.regions.mark(offset, length)
-        self._half_done.difference_update(writes)
+        self._half_done.clear()
 
     async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool, fast: bool) -> None:
         """Write zeroes; `allocate` keeps the space; `fast` fails with ENOTSUP when a mirror makes it slow."""
