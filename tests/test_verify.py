@@ -1,5 +1,6 @@
 """Verify says where target and mirror differ, and never that they do when they do not, however busy the clients are."""
 
+import asyncio
 import json
 import random
 import subprocess
@@ -7,10 +8,18 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
+from lockstep.registry import windows
+from lockstep.registry.audit import SERVER
+from lockstep.registry.windows import Schedule
+from lockstep.service import control_client
+from lockstep.service.verification import Verification
+from lockstep.service.volume_session import VolumeSession
 from lockstep.volume.verify import Comparison
 from tests.lab import MIB, Clock, Lab, Served, Volume, needs, run, wait_until, write
 
@@ -248,3 +257,47 @@ def test_what_lies_behind_the_volume_on_a_device_that_has_grown_is_not_compared(
     with volume.served() as served:
         run("qemu-io", "-f", "raw", "-c", f"write -P 5 {size_bytes - 300} 100", served.uri)
         lab.lockstep("verify", "vol").ok()
+
+
+def test_one_that_was_ended_early_is_not_the_last(volume: Volume) -> None:
+    with volume.served() as served:
+        control = str(volume.lab.state / "run" / "vol.control")
+        control_client.ask(control, "vol", "DELETE", "/v1/verify")  # what Ctrl-C does
+        assert verify(volume)["compared_bytes"] == SIZE_BYTES
+        served.stop()
+
+
+def test_a_scrub_that_begins_right_afterwards_is_not_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first look at nothing would be reported as the whole disk, with no difference."""
+    go_on = asyncio.Event()
+
+    class Comparing:
+        def __init__(self, *_: object, **__: object) -> None:
+            self.found, self.over = Comparison(1024), False
+
+        async def run(self, may_go_on: Callable[[], bool] | None = None) -> None:
+            if may_go_on is not None:
+                await go_on.wait()
+            self.found.done_bytes = self.found.compared_bytes = 1024
+            self.found.differ(512, 512)
+            self.over = True
+
+        def stop(self) -> None:
+            go_on.set()
+
+    async def compare() -> None:
+        session = SimpleNamespace(mirrors=[Mock(link=Mock(path="/mirror"))], resyncs=[], writes=None, workers=None)
+        verification = Verification(cast(VolumeSession, session), Mock())
+        verification.schedule = Schedule(windows.parse("daily 00:00-24:00"), "UTC")
+        verification.begin(SERVER, repair=False)
+        await verification.wait(10)
+        verification.look()
+        assert verification.running
+        await verification.wait(0)
+        found = verification.describe()
+        await verification.close()
+        assert not found["running"]
+        assert found["mirrors"][0]["mismatches"] == [{"offset": 512, "length": 512}]
+
+    monkeypatch.setattr("lockstep.service.verification.Verify", Comparing)
+    asyncio.run(compare())

@@ -89,7 +89,7 @@ class Background:
                 self._session.filling.stop()
             for resync in self._session.resyncs:
                 resync.stop()
-            await self._verification.stop()
+            await self._verification.close()
             await asyncio.gather(*tasks)
             self._note_states()
             self._trail.note("stop", SERVER, f"the volume {self._volume_name} is not being served any more")

@@ -31,9 +31,10 @@ class Verification:
         self.schedule: Schedule | None = None  # when to scrub
         self._session = session
         self._trail = trail
-        self._stopped = False
-        self._verifies: Verifies = {}
-        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+        self._task: asyncio.Task[None] | None = None  # of the last comparison, whoever began it
+        self._verifies: Verifies = {}  # what was asked for last
+        self._asked: asyncio.Task[None] | None = None
         self._scrubs: Verifies = {}  # one that has begun, and has not seen everything yet
         self._scrubbed = 0.0, 0.0  # by the wall clock: when a scrub was begun that was finished, and its window's end
 
@@ -43,40 +44,47 @@ class Verification:
         return self._task is not None and not self._task.done()
 
     def begin(self, actor: Actor, *, repair: bool) -> None:
-        """Begin to compare all mirrors. Raises AlreadyVerifying, and NotServed after `stop`."""
-        if self._stopped:
+        """Begin to compare all mirrors. Raises AlreadyVerifying, and NotServed after `close`."""
+        if self._closed:
             raise NotServed(volume=self._session.record.name)
         if self.running:
             raise AlreadyVerifying(volume=self._session.record.name)
         self._verifies = self._made(repair=repair)
-        self._task = asyncio.get_running_loop().create_task(self._run(actor))
+        self._task = self._asked = asyncio.get_running_loop().create_task(self._run(actor))
 
     async def stop(self) -> None:
-        """End it after the piece that it is at, and begin no other."""
-        self._stopped = True
+        """End the one that was asked for, after the piece that it is at."""
         for verify in self._verifies.values():
+            verify.stop()
+        if self._asked is not None:
+            await self._asked
+
+    async def close(self) -> None:
+        """End whatever is under way, after the piece that it is at, and begin no other."""
+        self._closed = True
+        for verify in (*self._verifies.values(), *self._scrubs.values()):
             verify.stop()
         if self._task is not None:
             await self._task
 
     async def wait(self, patience_s: float) -> None:
-        """Wait for the end of one that is under way, not longer than this."""
-        if self._task is not None:
-            await asyncio.wait([self._task], timeout=patience_s)
+        """Wait for the end of the one that was asked for, not longer than this."""
+        if self._asked is not None:
+            await asyncio.wait([self._asked], timeout=patience_s)
 
     def describe(self) -> dict[str, Any]:
-        """Return how far it is, or what the last one found."""
-        return {"running": self.running, "mirrors": [of_comparison(p, v.found) for p, v in self._verifies.items()]}
+        """Return how far the one is that was asked for last, or in the end what it found; a scrub is another matter."""
+        running = self._asked is not None and not self._asked.done()
+        return {"running": running, "mirrors": [of_comparison(p, v.found) for p, v in self._verifies.items()]}
 
     def look(self) -> None:
         """Begin a scrub, or go on with it, if its window is open; to be called about once a second."""
         now_s, (begun_s, scrubbed_until_s) = time.time(), self._scrubbed
-        if self.running or self._stopped or self.schedule is None or begun_s <= now_s < scrubbed_until_s:
+        if self.running or self._closed or self.schedule is None or begun_s <= now_s < scrubbed_until_s:
             return
         open_until_s = self.schedule.open_until(now_s)
         if open_until_s is not None:
             self._scrubs = self._scrubs or self._made(repair=False)
-            self._verifies = self._scrubs
             self._task = asyncio.get_running_loop().create_task(self._scrub(open_until_s))
 
     def _made(self, *, repair: bool) -> Verifies:
