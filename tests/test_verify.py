@@ -102,6 +102,39 @@ def test_a_mirror_with_many_differences_does_not_hold_up_the_clients() -> None:
     assert time.monotonic() - began_s < 5
 
 
+def test_many_differences_are_not_listed_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits asks five times a second how far it is, and the list is made where requests are served."""
+
+    async def compare() -> None:
+        session = SimpleNamespace(mirrors=[Mock(link=Mock(path="/mirror"))], resyncs=[], writes=None, workers=None)
+        verification = Verification(cast(VolumeSession, session), Mock())
+        verification.begin(SERVER, repair=False)
+        await verification.wait(0)
+        (mirror,) = verification.describe()["mirrors"]
+        assert not mirror["mismatches"]
+        assert mirror["differing_bytes"] == 20_000 * 4096
+        await verification.stop()
+        assert len(verification.describe()["mirrors"][0]["mismatches"]) == 20_000
+
+    monkeypatch.setattr("lockstep.service.verification.Verify", _Comparing)
+    asyncio.run(compare())
+
+
+class _Comparing:
+    """A comparison that has found much, and goes on until it is stopped."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.found = Comparison(1 << 40)
+        self.found.mismatches = [(number * 8192, 4096) for number in range(20_000)]
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        await self._stopping.wait()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+
 def test_what_a_person_reads(volume: Volume) -> None:
     with volume.served():
         damage(volume, 7 * MIB)

@@ -7,7 +7,7 @@ POST /v1/mirrors   look at once for mirrors that are away
 POST /v1/aside     {"mirror": LUKS UUID, "for": "rekey" or "drill"}: stop following that mirror, in order
 POST /v1/verify    {"repair": bool}: begin to compare the mirrors with the target
 GET  /v1/verify    what the last one found; while one is under way, answered when it ends, or within PROGRESS_S with how
-                   far it is
+                   far it is, without the mismatches
 DELETE /v1/verify  end it early
 
 The socket's mode lets only its owner connect; the peer is checked all the same. An error is {"error": its class,

@@ -73,9 +73,13 @@ class Verification:
             await asyncio.wait([self._asked], timeout=patience_s)
 
     def describe(self) -> dict[str, Any]:
-        """Return how far the one is that was asked for last, or in the end what it found; a scrub is another matter."""
+        """Return how far the one is that was asked for last, or in the end what it found; a scrub is another matter.
+
+        Mismatches are listed in the end only: they may be many, and how far it is is asked all the time.
+        """
         running = self._asked is not None and not self._asked.done()
-        return {"running": running, "mirrors": [of_comparison(p, v.found) for p, v in self._verifies.items()]}
+        most = 0 if running else None
+        return {"running": running, "mirrors": [of_comparison(p, v.found, most) for p, v in self._verifies.items()]}
 
     def look(self) -> None:
         """Begin a scrub, or go on with it, if its window is open; to be called about once a second."""
