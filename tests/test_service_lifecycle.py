@@ -258,6 +258,7 @@ MIRROR = {
     "held_bytes": int,
     "consistent": bool,
     "sync": (dict, type(None)),
+    "sought": bool,
     "error": (str, type(None)),
     "held": list,
     "frozen_since": (*NUMBER, type(None)),

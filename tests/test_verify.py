@@ -157,11 +157,23 @@ def test_a_mirror_that_is_away_is_not_said_to_be_equal(volume: Volume) -> None:
             assert ".." not in said
 
 
+def test_a_mirror_that_was_just_connected_again_is_waited_for(volume: Volume) -> None:
+    away = volume.lab.home / "away"
+    with volume.served() as served:
+        volume.mirror.rename(away)
+        wait_until(lambda: served.mirror_state() == "degraded", "the mirror to be missed")
+        away.rename(volume.mirror)
+        volume.lab.lockstep("sync", "vol", "--wait").ok()
+        assert not served.mirror()["sought"]
+
+
 def test_there_must_be_a_mirror(lab: Lab) -> None:
     lab.lockstep("create", "vol", "--target", lab.disk("target", MIB)).ok()
     lab.lockstep("verify", "vol", "--key-file", lab.key).failed(1, "The volume vol has no mirror.")
     with Volume(lab, "vol", lab.home / "target", lab.home / "none", None).served(in_sync=False):
         lab.lockstep("verify", "vol").failed(1, "The volume vol has no mirror.")
+        lab.lockstep("sync", "vol", "--wait").failed(1, "The volume vol has no mirror.")
+        assert "no mirror" in lab.lockstep("sync", "vol").ok()
 
 
 def test_verify_changes_nothing_unless_it_repairs(volume: Volume) -> None:

@@ -9,7 +9,7 @@ import typer
 from lockstep.cli.options import Json, Name
 from lockstep.cli.output import print_json
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import NotServed, StillBehind
+from lockstep.errors import NoMirror, NotServed, StillBehind
 from lockstep.service.control_client import ask, ask_status
 
 POLL_S: Final = 0.2
@@ -42,7 +42,7 @@ def sync(
             registry.volume(name)  # or there is no such volume to serve
         raise
     volume = ask_status(control, name)
-    while wait and any(mirror["state"] == "syncing" for mirror in volume["mirrors"]):
+    while wait and any(mirror["state"] == "syncing" or mirror["sought"] for mirror in volume["mirrors"]):
         time.sleep(POLL_S)
         volume = ask_status(control, name)
     if as_json:
@@ -50,11 +50,15 @@ def sync(
     else:
         for mirror in volume["mirrors"]:
             typer.echo(f"{mirror['path']}: {mirror['state']}")
+        if not (wait or volume["mirrors"]):
+            typer.echo(f"{name} has no mirror: nothing is copied. Give it one: lockstep mirror add {name} PATH")
     if wait:
         _require_in_sync(name, volume)
 
 
 def _require_in_sync(name: str, volume: dict[str, Any]) -> None:
+    if not volume["mirrors"]:
+        raise NoMirror(volume=name)
     for mirror in volume["mirrors"]:
         if mirror["state"] != "in-sync":
             held = f"{mirror['held_bytes']} bytes of it are held" if mirror["held_bytes"] else None

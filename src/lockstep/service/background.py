@@ -61,6 +61,7 @@ class Background:
         self._stopping = asyncio.Event()
         # For each mirror, whether somebody wants it to be looked for now, if it is away.
         self._sought = {mirror: asyncio.Event() for mirror in session.mirrors}
+        self._trying: set[MirrorSession] = set()
         self._states: dict[MirrorLink, str] = {}
         self._blind = False  # the registry could not be read when last tried
 
@@ -130,6 +131,10 @@ class Background:
         self._trail.note("mirrors-sought", actor, f"{actor.user} had mirrors that are away looked for")
         self._seek()
 
+    def seeks(self, mirror: MirrorSession) -> bool:
+        """Whether a mirror that is away is being looked for, or is about to be."""
+        return self._sought[mirror].is_set() or mirror in self._trying
+
     def _seek(self) -> None:
         for sought in self._sought.values():
             sought.set()
@@ -174,12 +179,22 @@ class Background:
                     delay_s = FIRST_RETURN_S
             elif not (away or now):
                 pass  # it failed just now
-            elif await _comes_back(session):
+            elif await self._comes_back(session):
                 back_s = time.monotonic()
                 delay_s = min(delay_s * 2, LAST_RETURN_S)
                 resync.wake()
             else:
                 delay_s = min(delay_s * 2, LAST_RETURN_S)
+
+    async def _comes_back(self, session: MirrorSession) -> bool:
+        self._trying.add(session)
+        try:
+            return await session.come_back()
+        except Exception:
+            log.exception("mirror %s cannot be followed again yet", session.mirror.path)
+            return False
+        finally:
+            self._trying.discard(session)
 
     async def _announce(self) -> None:
         for session in self._session.mirrors:
@@ -234,14 +249,6 @@ class Background:
                 log.exception("something in the background failed, and is tried again")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), interval_s)
-
-
-async def _comes_back(session: MirrorSession) -> bool:
-    try:
-        return await session.come_back()
-    except Exception:
-        log.exception("mirror %s cannot be followed again yet", session.mirror.path)
-        return False
 
 
 async def _reported(work: Coroutine[Any, Any, None]) -> None:

@@ -28,7 +28,7 @@ class ServedVolume:
     def describe(self) -> dict[str, Any]:
         """Return the volume as `status --json` prints it."""
         clients = [status.of_client(user, self.gate.verdict(user)) for user in self.server.clients()]
-        mirrors = [status.of_link(session.link) for session in self.session.mirrors]
+        mirrors = [status.of_link(each.link) | {"sought": self.background.seeks(each)} for each in self.session.mirrors]
         for mirror in mirrors:
             mirror["error"] = mirror["error"] or self.trail.error
         uri = self.uri if self.server.accepting else None

@@ -176,6 +176,7 @@ def _mirror(path: str, uuid: str, state: str, regions: RegionMap, held: HeldReco
         "held_bytes": regions.held_bytes,
         "consistent": state == IN_SYNC,
         "sync": None,
+        "sought": False,
         "error": None,
         "held": [{"user": user, "kind": kind, "since": since_s} for (user, kind), since_s in held.writers.items()],
         "frozen_since": held.frozen_since_s,
