@@ -1,8 +1,13 @@
 """Verify says where target and mirror differ, and never that they do when they do not, however busy the clients are."""
 
 import asyncio
+import contextlib
+import errno
 import json
+import os
 import random
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -155,6 +160,47 @@ def test_a_mirror_that_is_away_is_not_said_to_be_equal(volume: Volume) -> None:
         for command, code in (("verify", 1), ("sync", 3)):
             said = volume.lab.lockstep(command, "vol", *(["--wait"] if command == "sync" else [])).failed(code, "away")
             assert ".." not in said
+
+
+def test_a_mirror_that_was_never_copied_is_not_said_to_be_equal(volume: Volume) -> None:
+    done = volume.lab.lockstep("verify", "vol", "--key-file", volume.lab.key)
+    done.failed(1, "all of it is known to differ")
+    assert "no difference" not in done.out
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["served", "at-rest"])
+def test_what_nobody_may_copy_is_not_said_to_be_repaired(volume: Volume, served: bool) -> None:
+    with volume.served():
+        pass
+    volume.lab.lockstep("revoke", "vol", "root").ok()
+    damage(volume, 5)
+    with volume.served() if served else contextlib.nullcontext():
+        done = volume.lab.lockstep("verify", "vol", "--repair", "--key-file", volume.lab.key)
+    done.failed(3, "is behind: what differs is marked")
+    assert "were copied" not in done.out
+    volume.grant("root")
+    with volume.served():
+        assert verify(volume)["left_out_bytes"] == 0
+    volume.assert_equal_disks()
+
+
+def test_the_end_of_its_server_is_told_as_that(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to ask for a passphrase."""
+    with volume.served() as served:
+
+        def ask(path: str, name: str, method: str, resource: str, **body: object) -> dict[str, Any]:
+            if method == "GET":
+                os.kill(served.process.pid, signal.SIGKILL)
+                wait_until(lambda: gone(path), "its end")
+            return control_client.ask(path, name, method, resource, **body)
+
+        monkeypatch.setattr("lockstep.cli.verifying.ask", ask)
+        volume.lab.lockstep("verify", "vol").failed(1, "The volume vol is not being served")
+
+
+def gone(control: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(control) == errno.ECONNREFUSED
 
 
 def test_a_mirror_that_was_just_connected_again_is_waited_for(volume: Volume) -> None:

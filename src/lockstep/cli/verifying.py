@@ -11,7 +11,7 @@ from lockstep.cli.options import Credential, Json, KeyFile, Name, TokenOnly, unl
 from lockstep.cli.output import human_bytes, human_moment, print_json
 from lockstep.cli.screen import progress_bar
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import MirrorsDiffer, NoMirror, NotServed, VerifyIncomplete
+from lockstep.errors import MirrorsDiffer, NoMirror, NotServed, StillBehind, VerifyIncomplete
 from lockstep.service.control_client import ask, ask_status
 from lockstep.service.managing import manager
 from lockstep.service.state import State
@@ -42,38 +42,41 @@ def verify(
         _show_history(state, name, as_json=as_json)
         return
     manager(state, f"verify {name}")
+    control = state.control(name)
     with progress_bar("Comparing") as show:
         try:
-            results = _while_served(state, name, repair=repair, on_progress=show)
+            ask(control, name, "POST", "/v1/verify", repair=repair)
         except NotServed:
             from lockstep.service.maintenance import verify_at_rest  # noqa: PLC0415 (half a second, for this case only)
 
             unlock = unlock_from(key_file, credential, token_only=token_only, what=f"the mirror of {name}")
             results = verify_at_rest(state, name, unlock, repair=repair, on_progress=show)
+        else:
+            results = _while_served(control, name, repair=repair, on_progress=show)
     _report(results, as_json=as_json)
     _judge(name, results)
 
 
 def _while_served(
-    state: State, name: str, *, repair: bool, on_progress: Callable[[int, int], None]
+    control: str, name: str, *, repair: bool, on_progress: Callable[[int, int], None]
 ) -> list[dict[str, Any]]:
-    """Have the server compare; if this is interrupted, it stops."""
-    control = state.control(name)
-    ask(control, name, "POST", "/v1/verify", repair=repair)
+    """Wait for the server, which has begun to compare; if this is interrupted, it stops. NotServed when it ends."""
     try:
         while (answer := ask(control, name, "GET", "/v1/verify"))["running"]:
             on_progress(
                 sum(mirror["done_bytes"] for mirror in answer["mirrors"]),
                 sum(mirror["total_bytes"] for mirror in answer["mirrors"]),
             )
-        while repair and any(m["state"] == "syncing" for m in ask_status(control, name)["mirrors"]):
+        status = ask_status(control, name)["mirrors"]
+        while repair and any(each["state"] == "syncing" for each in status):
             time.sleep(POLL_S)
+            status = ask_status(control, name)["mirrors"]
     except KeyboardInterrupt:
         with contextlib.suppress(NotServed):
             ask(control, name, "DELETE", "/v1/verify")
         raise
-    mirrors: list[dict[str, Any]] = answer["mirrors"]
-    return mirrors
+    stands = {each["path"]: {"state": each["state"], "dirty_bytes": each["dirty_bytes"]} for each in status}
+    return [mirror | stands[mirror["path"]] for mirror in answer["mirrors"]]
 
 
 def _report(results: list[dict[str, Any]], *, as_json: bool) -> None:
@@ -101,20 +104,28 @@ def _report(results: list[dict[str, Any]], *, as_json: bool) -> None:
 
 def _finding(result: dict[str, Any]) -> str:
     if not result["mismatches"]:
-        return "and not to the end; no difference so far" if result["error"] else "no difference"
+        if result["error"]:
+            return "and not to the end; no difference so far"
+        return "no difference" if result["compared_bytes"] else "for there is nothing to compare yet"
     finding = f"{result['differing_bytes']} bytes differ in {len(result['mismatches'])} places"
-    return finding + (", and were copied" if result["repaired_bytes"] else "")
+    if not result["repaired_bytes"]:
+        return finding
+    return finding + (", and are marked to be copied" if result["dirty_bytes"] else ", and were copied")
 
 
 def _judge(name: str, results: list[dict[str, Any]]) -> None:
     if not results:
         raise NoMirror(volume=name)
     for result in results:
-        if result["error"]:
-            raise VerifyIncomplete(mirror=result["path"], reason=result["error"], volume=name)
-        if result["mismatches"] and not result["repaired_bytes"]:
+        if result["error"] or not result["compared_bytes"]:
+            reason = result["error"] or "all of it is known to differ, and not copied yet"
+            raise VerifyIncomplete(mirror=result["path"], reason=reason, volume=name)
+        if result["repaired_bytes"] < result["differing_bytes"]:
             count = len(result["mismatches"])
             raise MirrorsDiffer(mirror=result["path"], places=count, volume=name, bytes=result["differing_bytes"])
+        if result["repaired_bytes"] and result["dirty_bytes"]:
+            reason = "what differs is marked, and could not be copied yet"
+            raise StillBehind(mirror=result["path"], state=result["state"], reason=reason, volume=name)
 
 
 def _show_history(state: State, name: str, *, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from lockstep.service.memory import protect_memory
 from lockstep.service.state import State
 from lockstep.service.verification import of_comparison, sentence
 from lockstep.service.volume_session import VolumeSession, open_volume
+from lockstep.volume.link import MirrorLink
 from lockstep.volume.verify import Comparison, Verify
 from lockstep.volume.workers import Workers
 
@@ -29,7 +30,7 @@ def verify_at_rest(
     repair: bool,
     on_progress: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
-    """Compare the mirrors of a volume with its target, and return what was found of each.
+    """Compare the mirrors of a volume with its target, and return what was found of each, and how it stands then.
 
     Nothing is changed, unless `repair`: then what differs is copied, if somebody may update the mirrors now.
     `on_progress` is given bytes done and bytes in all. Raises AlreadyServed, and whatever opening the volume raises.
@@ -48,21 +49,23 @@ def verify_at_rest(
         session = stack.enter_context(open_volume(state, volume, unlock, gate, workers))
         found = asyncio.run(_verify(session, repair=repair, on_progress=on_progress))
         results = []
-        for path, comparison in found.items():
-            results.append(of_comparison(path, comparison))
-            registry.audit("verify", actor=actor, volume=name, reason=sentence(path, comparison), details=results[-1])
+        for link, comparison in found.items():
+            stands = {"state": link.state, "dirty_bytes": link.regions.dirty_bytes}
+            results.append(of_comparison(link.path, comparison) | stands)
+            reason = sentence(link.path, comparison)
+            registry.audit("verify", actor=actor, volume=name, reason=reason, details=results[-1])
         return results
 
 
 async def _verify(
     session: VolumeSession, *, repair: bool, on_progress: Callable[[int, int], None]
-) -> dict[str, Comparison]:
+) -> dict[MirrorLink, Comparison]:
     if repair:
         await session.workers.run(session.claim)
     found = {}
     for mirror, resync in zip(session.mirrors, session.resyncs, strict=True):
         verify = Verify(session.writes, mirror.link, session.workers, repair=repair)
-        found[mirror.link.path] = verify.found
+        found[mirror.link] = verify.found
         comparing = asyncio.ensure_future(verify.run())
         while not (await asyncio.wait([comparing], timeout=PROGRESS_S))[0]:
             on_progress(verify.found.done_bytes, verify.found.total_bytes)
