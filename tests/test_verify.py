@@ -107,6 +107,15 @@ def test_a_mirror_with_many_differences_does_not_hold_up_the_clients() -> None:
     assert time.monotonic() - began_s < 5
 
 
+def test_the_audit_trail_keeps_the_first_of_many_differences(volume: Volume) -> None:
+    with volume.served():
+        pass
+    damage(volume, *range(0, 300 * 1024, 1024))
+    assert len(verify(volume, code=3)["mismatches"]) == 300
+    (row,) = volume.lab.lockstep("verify", "vol", "--history", "--json").ok().splitlines()
+    assert len(json.loads(row)["details"]["mismatches"]) == 100
+
+
 def test_many_differences_are_not_listed_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever waits asks five times a second how far it is, and the list is made where requests are served."""
 

@@ -12,7 +12,7 @@ from lockstep.service.gate import VolumeGate
 from lockstep.service.managing import manager, unserved
 from lockstep.service.memory import protect_memory
 from lockstep.service.state import State
-from lockstep.service.verification import of_comparison, sentence
+from lockstep.service.verification import MOST_MISMATCHES, of_comparison, sentence
 from lockstep.service.volume_session import VolumeSession, open_volume
 from lockstep.volume.link import MirrorLink
 from lockstep.volume.verify import Comparison, Verify
@@ -52,8 +52,9 @@ def verify_at_rest(
         for link, comparison in found.items():
             stands = {"state": link.state, "dirty_bytes": link.regions.dirty_bytes}
             results.append(of_comparison(link.path, comparison) | stands)
+            details = of_comparison(link.path, comparison, MOST_MISMATCHES)
             reason = sentence(link.path, comparison)
-            registry.audit("verify", actor=actor, volume=name, reason=reason, details=results[-1])
+            registry.audit("verify", actor=actor, volume=name, reason=reason, details=details)
         return results
 
 
