@@ -1,14 +1,18 @@
 """Two commands on one volume: who gets its lock works on the volume as it is then, not as it was a moment before."""
 
 import contextlib
+import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from lockstep.crypto import luks
 from lockstep.errors import DiskBusy, VolumeUnknown
+from lockstep.nbd.identity import account
 from lockstep.service import control_client
 from lockstep.service.state import State
 from tests.forks import ForkLab
@@ -87,3 +91,35 @@ def test_a_mirror_is_not_let_go_while_its_server_is_just_claiming_it(lab: Lab) -
     finally:
         served.kill()
     volume.assert_equal_disks()
+
+
+# Has the server release what is held a while after it was told to stop.
+_SLOW_RELEASE = """
+import asyncio, os, signal, sys
+from lockstep.cli.main import main
+from lockstep.service.mirror_session import MirrorSession
+release = MirrorSession.release_held
+async def slow(session):
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(3)
+    return await release(session)
+MirrorSession.release_held = slow
+main()
+"""
+
+
+def test_what_is_released_while_the_server_ends_is_on_record(lab: Lab) -> None:
+    volume = lab.volume("vol", SIZE_BYTES)
+    with volume.served():
+        pass
+    options = ("--state-dir", lab.state, "serve", "vol", "--key-file", lab.key)
+    server = subprocess.Popen([sys.executable, "-c", _SLOW_RELEASE, *map(str, options)], stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    with server.stdout as ready:
+        assert ready.readline().startswith(b"ready")
+        lab.lockstep("sync", "vol", "--include-held")
+        assert server.wait(60) == 0
+    rows = map(json.loads, lab.lockstep("audit", "vol", "--json").ok().splitlines())
+    assert [row["reason"] for row in rows if row["event"] == "sync"] == [
+        f"{account(os.geteuid())} had the mirrors brought in sync, 0 held bytes included"
+    ]

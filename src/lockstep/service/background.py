@@ -30,7 +30,6 @@ WATCH_INTERVAL_S: Final = 1.0
 FIRST_RETURN_S: Final = 1.0
 LAST_RETURN_S: Final = 60.0
 STEADY_S: Final = 60.0  # a mirror that has been followed so long again is given a fresh start
-SETTLE_S: Final = 10.0
 
 
 class Background:
@@ -68,7 +67,6 @@ class Background:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run everything until the block ends; then each task stops after the step that it is at."""
-        writing = asyncio.create_task(self._trail.run())
         self._trail.note("serve", SERVER, f"the volume {self._volume_name} is being served")
         work = [
             self._repeat(self._announce, TOKEN_INTERVAL_S),
@@ -94,8 +92,6 @@ class Background:
             await asyncio.gather(*tasks)
             self._note_states()
             self._trail.note("stop", SERVER, f"the volume {self._volume_name} is not being served any more")
-            await self._trail.settle(SETTLE_S)
-            writing.cancel()
 
     async def sync(self, actor: Actor, *, include_held: bool, compare: bool) -> None:
         """Have everything copied that may be; with `include_held` also what is held, if `actor` may update the mirrors.

@@ -170,7 +170,8 @@ async def _serve(
     server = NbdServer(VolumeExport(session), watcher=clients)
     async with _listening(server, listen, name) as uris:
         commands = ServedVolume(session, server, gate, trail, background, verification, uris[0])
-        async with control_interface(state.control(name), commands, state.require_manager):
+        # In this order: what the control interface is still carrying out at the end goes on record too.
+        async with trail.written(), control_interface(state.control(name), commands, state.require_manager):
             await session.workers.run(session.claim)
             await server.accept()
             async with background.running():

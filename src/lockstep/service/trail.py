@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
 from lockstep.errors import LockstepError
@@ -19,6 +19,7 @@ from lockstep.service.gate import VolumeGate
 log = logging.getLogger(__name__)
 
 RETRY_S: Final = 1.0
+SETTLE_S: Final = 10.0
 UNWRITABLE: Final = "the audit trail cannot be written"
 MAX_WAITING: Final = 10_000
 
@@ -49,6 +50,16 @@ class Trail:
         self._rows.append((event, actor, reason, details))
         self._written.clear()
         self._something.set()
+
+    @contextlib.asynccontextmanager
+    async def written(self) -> AsyncIterator[None]:
+        """Write rows as they come, and at the end of the block those that are left, as far as SETTLE_S allow."""
+        writing = asyncio.create_task(self.run())
+        try:
+            yield
+        finally:
+            await self.settle(SETTLE_S)
+            writing.cancel()
 
     async def settle(self, timeout_s: float) -> None:
         """Wait until every row is written, or `timeout_s` have passed."""
