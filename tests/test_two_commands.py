@@ -6,10 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from lockstep.cli import options
 from lockstep.crypto import luks
 from lockstep.errors import DiskBusy, VolumeUnknown
 from lockstep.nbd.identity import account
@@ -63,6 +64,46 @@ def test_a_volume_that_was_just_removed_gets_no_header(lab: Lab, between: list[l
     assert volume.mirror.read_bytes() == mirror
 
 
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """What happens while a command waits for its passphrase."""
+    events: list[Callable[[], object]] = []
+    read = options._content
+
+    def late(key_file: str) -> bytes:
+        while events:
+            events.pop(0)()
+        return read(key_file)
+
+    monkeypatch.setattr(options, "_content", late)
+    return events
+
+
+def test_a_new_target_keeps_the_mirror_that_it_is_filled_from(lab: Lab, meanwhile: list[Callable[[], object]]) -> None:
+    volume, new = lab.volume("vol", SIZE_BYTES, content=b"good" * 1000), lab.home / "new"
+    with volume.served():
+        pass
+    good = volume.target.read_bytes()
+    volume.target.unlink()
+    replace = ("replace-target", "vol", new, "--key-file", lab.key)
+    meanwhile.append(lambda: Lab.lockstep(lab, *replace).ok())
+    lab.lockstep("key", "rekey", "vol", "--key-file", lab.key).failed(1, "still being filled")
+    with volume.served():
+        pass
+    assert new.read_bytes() == good
+
+
+def test_a_disk_that_has_just_taken_the_mirrors_place_keeps_its_keys(
+    lab: Lab, meanwhile: list[Callable[[], object]]
+) -> None:
+    volume, other = lab.volume("vol", SIZE_BYTES), lab.volume("other", SIZE_BYTES)
+    before = other.mirror.read_bytes()
+    meanwhile.append(lambda: os.replace(other.mirror, volume.mirror))
+    add = ("key", "add", "vol", "--key-file", lab.key, "--recovery")
+    lab.lockstep(*add, environment=lab.quick_format()).failed(1, "is not the mirror of vol")
+    assert volume.mirror.read_bytes() == before
+
+
 # Stands in cryptsetup's place: to write a token takes its time.
 _SLOW_TOKEN = """#!/bin/sh
 [ "$1" = token ] && sleep 2
@@ -112,8 +153,8 @@ def test_what_is_released_while_the_server_ends_is_on_record(lab: Lab) -> None:
     volume = lab.volume("vol", SIZE_BYTES)
     with volume.served():
         pass
-    options = ("--state-dir", lab.state, "serve", "vol", "--key-file", lab.key)
-    server = subprocess.Popen([sys.executable, "-c", _SLOW_RELEASE, *map(str, options)], stdout=subprocess.PIPE)
+    arguments = ("--state-dir", lab.state, "serve", "vol", "--key-file", lab.key)
+    server = subprocess.Popen([sys.executable, "-c", _SLOW_RELEASE, *map(str, arguments)], stdout=subprocess.PIPE)
     assert server.stdout is not None
     with server.stdout as ready:
         assert ready.readline().startswith(b"ready")

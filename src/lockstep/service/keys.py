@@ -94,10 +94,11 @@ def change_key(
 @contextlib.contextmanager
 def _changing(state: State, name: str, mirror_path: str | None, action: str, *asked: Ask) -> Iterator[MirrorWork]:
     """Alone with a mirror's key slots. Raises NotManager, registry errors, MirrorOfAnotherVolume and header errors."""
-    with working_on(state, name, mirror_path, action) as work:
+    with working_on(state, name, mirror_path, action) as begun:
         for ask in asked:
             ask()  # they remember: nobody else has to wait while somebody types
-        with state.key_lock(work.mirror.luks_uuid):
+        with state.key_lock(begun.mirror.luks_uuid):
+            work = begun.renewed()
             luks.read_header(work.header)  # refuses one that is being re-keyed
             yield work
 

@@ -6,9 +6,11 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from lockstep.crypto import luks
+from lockstep.errors import MirrorUnknown
 from lockstep.nbd.identity import account
 from lockstep.registry.audit import Actor
 from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
@@ -26,6 +28,18 @@ class MirrorWork:
     actor: Actor
     volume: VolumeRecord
     mirror: MirrorRecord
+
+    def renewed(self) -> Self:
+        """The same work, as the volume is now: for whoever has just got a lock, or an answer from somebody who types.
+
+        Raises MirrorUnknown where it is no mirror of the volume any more, and what `working_on` raises.
+        """
+        volume = self.registry.volume(self.volume.name)
+        mirror = next((each for each in volume.mirrors if each.id == self.mirror.id), None)
+        if mirror is None:
+            raise MirrorUnknown(mirror=self.mirror.path, where=f" with the volume {volume.name}")
+        mirrors.require_same_disk(volume, mirror, luks.read_uuid(mirrors.header_path(mirror)))
+        return replace(self, volume=volume, mirror=mirror)
 
     @property
     def header(self) -> str:

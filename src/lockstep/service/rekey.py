@@ -81,12 +81,13 @@ def rekey(
     cryptsetup's.
     """
     with working_on(state, name, mirror_path, "re-key a mirror of") as begun:
-        work = _Work(**vars(begun), passphrase=passphrase)
-        _refuse_filling(work.volume)
+        _refuse_filling(begun.volume)
         for ask in (passphrase, new):
             if ask is not None:
                 luks.refuse_empty(ask())
-        with borrowing.alone(work.state, work.mirror) as lock:
+        with borrowing.alone(state, begun.mirror) as lock:
+            work = _Work(**vars(begun.renewed()), passphrase=passphrase)
+            _refuse_filling(work.volume)
             former = _former_key(work)
             resumed = former is not None
             if reencryption.under_way(work.header) or former in (None, reencryption.key_mark(work.header)):
