@@ -20,6 +20,7 @@ import pytest
 from lockstep.crypto import luks, reencryption
 from lockstep.disk.mirror import claim_for_rekeying
 from lockstep.service import rekey as rekeying
+from lockstep.service.state import State
 from tests.forks import ForkLab, become_lockstep
 from tests.keys import NEW, opens
 from tests.lab import MIB, PASSPHRASE, Lab, Volume, forget_volume_keys, needs, run, wait_until
@@ -293,3 +294,36 @@ def test_what_is_being_rekeyed_is_not_forgotten(lab: Lab) -> None:
         go.touch()
         rekey.ok()
     lab.lockstep("remove", "vol").ok()
+
+
+def test_no_target_is_filled_from_what_is_being_rekeyed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = lab.volume(size_bytes=MIB)
+    with volume.served():
+        pass
+
+    def after_another_command(path: str, segment: luks.Segment, size_bytes: int) -> int:
+        replace = ("replace-target", "vol", lab.home / "disk", "--key-file", lab.key)
+        Lab.lockstep(lab, *replace).failed(1, "is being re-keyed")
+        return claim_for_rekeying(path, segment, size_bytes)
+
+    monkeypatch.setattr(rekeying, "claim_for_rekeying", after_another_command)
+    lab.lockstep("key", "rekey", "vol", "--key-file", lab.key, environment=lab.quick_format()).ok()
+
+
+def test_another_mirror_is_filled_from_meanwhile_and_the_rekeyed_one_stays_borrowed(lab: Lab) -> None:
+    volume = lab.volume(size_bytes=SIZE_BYTES)
+    other = lab.home / "other"
+    lab.lockstep("mirror", "add", "vol", other, "--key-file", lab.key, environment=lab.quick_format()).ok()
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: all(each["state"] == "in-sync" for each in served.now()["mirrors"]), "both mirrors")
+    with interrupted(lab) as (slow, began, go):
+        rekey = Rekey(volume, "--mirror", volume.mirror, environment=slow)
+        wait_until(began.exists, "the data's turn")
+        options = ("--mirror", other, "--key-file", lab.key)
+        lab.lockstep("replace-target", "vol", lab.home / "disk", *options).ok()
+        with State(str(lab.state)).borrowing_lock(luks.read_uuid(str(volume.mirror))) as mine:
+            assert mine is None
+        go.touch()
+        rekey.ok()
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: all(each["state"] == "in-sync" for each in served.now()["mirrors"]), "both mirrors")

@@ -152,7 +152,7 @@ def forget_records(state: State, luks_uuid: str) -> None:
     Raises StateDirUnusable.
     """
     try:
-        for path in (*state.records(luks_uuid), state.borrowing_lock_path(luks_uuid)):
+        for path in state.records(luks_uuid):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         for path in state.records(luks_uuid):

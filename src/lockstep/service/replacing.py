@@ -38,7 +38,7 @@ from lockstep.errors import (
     TargetStillThere,
 )
 from lockstep.registry.store import MirrorRecord, VolumeRecord
-from lockstep.service import mirrors
+from lockstep.service import borrowing, mirrors
 from lockstep.service.managing import manager, unserved
 from lockstep.service.memory import protect_memory
 from lockstep.service.mirror_set import forget_records, refuse_taken
@@ -84,8 +84,8 @@ def replace_target(
     """Give a volume that is not served the new target `path`; a file that does not exist is made.
 
     `force` lets it hold something; `incomplete` takes a mirror that may not have everything. Raises StillServed,
-    NoMirror, MirrorIncomplete, MirrorStale, TargetStillThere, OutputTooSmall, OutputExists, DiskBusy, and registry,
-    disk and LUKS errors.
+    NoMirror, MirrorIncomplete, MirrorStale, MirrorBorrowed, TargetStillThere, OutputTooSmall, OutputExists,
+    DiskBusy, and registry, disk and LUKS errors.
     """
     protect_memory()
     actor = manager(state, f"replace the target of {name}")
@@ -96,6 +96,7 @@ def replace_target(
         path = os.path.abspath(path)
         refuse_taken(registry, [path], but=volume.target_path if _same(path, volume.target_path) else None)
         source = _source(volume, mirror_path, incomplete=incomplete)
+        stack.enter_context(borrowing.nobodys(state, [source.mirror]))
         if not incomplete:
             _refuse_what_is_better(state, volume, source)
         undo = stack.enter_context(contextlib.ExitStack())

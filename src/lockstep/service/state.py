@@ -150,10 +150,6 @@ class State:
         with self._flock(f"{self.run_dir}/{luks_uuid}.keys", fcntl.LOCK_EX):
             yield
 
-    def borrowing_lock_path(self, luks_uuid: str) -> str:
-        """Where the lock of a mirror is that `borrowing_lock` takes."""
-        return f"{self.run_dir}/{luks_uuid}.borrowed"
-
     @contextlib.contextmanager
     def borrowing_lock(self, luks_uuid: str, *, shared: bool = False) -> Iterator[int | None]:
         """Try to be the one who borrows a mirror; or with `shared`, to open one that nobody borrows meanwhile.
@@ -161,7 +157,7 @@ class State:
         Yields None if that cannot be, or the descriptor that has the lock: a child that inherits it has the lock too.
         """
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        with self._flock(self.borrowing_lock_path(luks_uuid), kind | fcntl.LOCK_NB) as fd:
+        with self._flock(f"{self.run_dir}/{luks_uuid}.borrowed", kind | fcntl.LOCK_NB) as fd:
             yield fd
 
     @contextlib.contextmanager
