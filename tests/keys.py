@@ -7,6 +7,7 @@ from typing import Any
 
 from tests.lab import MIB, Lab, Result, Volume
 
+CHANGES = ("key-added", "key-removed", "key-changed")
 NEW = b"a second passphrase\nof two lines"
 
 
@@ -48,4 +49,4 @@ class Keys:
     def events(self) -> list[tuple[str, Any]]:
         lines = self.lab.lockstep("audit", "vol", "--json").ok().splitlines()
         rows = [json.loads(line) for line in lines]
-        return [(row["event"], row["details"].get("slot")) for row in rows if row["event"].startswith("key-")]
+        return [(row["event"], row["details"].get("slot")) for row in rows if row["event"] in CHANGES]

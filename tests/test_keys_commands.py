@@ -1,6 +1,7 @@
 """key add, remove, change, list: what opens a mirror afterwards, as cryptsetup sees it, and what is refused."""
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -11,12 +12,21 @@ import pytest
 
 from lockstep.crypto import keyslots
 from lockstep.errors import KeySlotsFull, LastKeySlot, NoKeySlots, NotManager
+from lockstep.nbd.identity import account
 from lockstep.registry.audit import Actor
 from lockstep.service import headers, keys
 from lockstep.service.state import State
 from tests.forks import ForkLab
 from tests.keys import NEW, Keys, opens
 from tests.lab import MIB, PASSPHRASE, Lab, needs, run
+
+ME = account(os.geteuid())
+
+
+def trail(lab: Lab) -> list[str]:
+    """What the audit trail says of keys, without the mirror's path."""
+    rows = map(json.loads, lab.lockstep("audit", "vol", "--json").ok().splitlines())
+    return [row["reason"].rpartition(" ")[0] for row in rows if row["event"].startswith("key-")]
 
 
 @pytest.fixture
@@ -83,6 +93,7 @@ def test_a_wrong_passphrase_changes_nothing(lab: Lab) -> None:
     key("add", *wrong, "--new-key-file", key.new, "--recovery", stdin=b"x").failed(2, "--recovery and --new-key-file")
     assert key.header.read_bytes() == before
     assert key.events() == []
+    assert trail(lab)[:2] == [f"{ME} began to add a key to the mirror", f"{ME} did not change a key of the mirror"]
 
 
 def test_one_of_several_mirrors_must_be_named(lab: Lab) -> None:
@@ -199,3 +210,26 @@ def test_whenever_a_change_is_killed_a_passphrase_opens(lab: Lab, mirror: Path, 
     assert lab.lockstep("key", "change", "vol", *options, stdin=NEW, environment=environment).code == -9
     added, removed = (command, when) != ("luksAddKey", "before"), (command, when) == ("luksKillSlot", "after")
     assert (opens(mirror, PASSPHRASE), opens(mirror, NEW)) == (not removed, added)
+    assert trail(lab) == [f"{ME} began to change a key of the mirror"]
+
+
+@pytest.mark.parametrize("slot", [(), ("--slot", 1)], ids=["its-own", "a-slot"])
+def test_a_key_that_was_taken_away_is_on_record_whatever_happens(lab: Lab, slot: tuple[object, ...]) -> None:
+    key, backup = Keys(lab, header=True), lab.home / "backup"
+    key("add", "--key-file", lab.key, "--new-key-file", key.new).ok()
+    lab.lockstep("header", "backup", "vol", backup).ok()
+    status = functools.partial(lab.lockstep, "status", "vol")
+    assert "older than its keys" not in status().ok()
+    key("remove", "--key-file", "-", *slot, stdin=b"wrong").failed(1)
+    assert "older than its keys" not in status().ok()
+    program = lab.home / "killing" / "cryptsetup"
+    program.parent.mkdir()
+    command = "luksKillSlot" if slot else "luksRemoveKey"
+    program.write_text(KILLED.format(command=command, when="after", quick=lab.home / "bin" / "cryptsetup"))
+    program.chmod(0o755)
+    environment = {"PATH": f"{program.parent}:{lab.quick_format()['PATH']}"}
+    passphrase = lab.key if slot else key.new
+    assert lab.lockstep("key", "remove", "vol", "--key-file", passphrase, *slot, environment=environment).code == -9
+    assert not opens(key.header, NEW)
+    assert trail(lab)[-1] == f"{ME} began to remove a key from the mirror"
+    assert "older than its keys" in status().ok()

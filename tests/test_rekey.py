@@ -281,7 +281,7 @@ def test_a_passphrase_that_is_added_at_the_last_moment_is_not_lost(lab: Lab, mon
     monkeypatch.setattr(rekeying, "claim_for_rekeying", after_another_command)
     lab.lockstep("key", "rekey", "vol", "--key-file", lab.key).failed(1, "key slot 1", "--drop-other-keys")
     assert [opens(volume.mirror, each) for each in (PASSPHRASE, NEW)] == [True, True]
-    assert events(lab) == ["key-added"]
+    assert events(lab) == ["key-begun", "key-added"]
 
 
 def test_what_is_being_rekeyed_is_not_forgotten(lab: Lab) -> None:

@@ -54,7 +54,7 @@ BACKED_UP, RESTORED = "header-backup", "header-restored"
 MISSING, OUTDATED, CURRENT = "missing", "outdated", "current"
 """How it stands with the copy of a header."""
 
-_CHANGES: Final = (keys.ADDED, keys.REMOVED, keys.CHANGED, rekey.BEGUN, rekey.REKEYED)
+_CHANGES: Final = (keys.BEGUN, keys.UNCHANGED, keys.ADDED, keys.REMOVED, keys.CHANGED, rekey.BEGUN, rekey.REKEYED)
 
 
 Slots = tuple[int, ...]
@@ -77,11 +77,15 @@ class Restored:
 def backups(registry: Registry, volume: VolumeRecord) -> dict[str, str]:
     """LUKS UUID of each mirror -> MISSING, OUTDATED or CURRENT, by what Lockstep's own commands did."""
     found = {mirror.luks_uuid: MISSING for mirror in volume.mirrors}
+    former = dict(found)  # before the change that was begun last
     for row in registry.audit_rows(volume=volume.name, events=(BACKED_UP, RESTORED, *_CHANGES)):
         uuid = row.details.get("luks_uuid")
         if uuid in found:
+            former[uuid] = found[uuid] if row.event == keys.BEGUN else former[uuid]
             if row.event in (BACKED_UP, RESTORED):
                 found[uuid] = CURRENT
+            elif row.event == keys.UNCHANGED:
+                found[uuid] = former[uuid]
             elif found[uuid] == CURRENT:
                 found[uuid] = OUTDATED
     return found

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 
 from lockstep.crypto import keyslots, luks, recovery_key
 from lockstep.crypto.keyslots import KeySlot
-from lockstep.errors import NoMirror, WrongPassphrase
+from lockstep.errors import LockstepError, NoMirror, WrongPassphrase
 from lockstep.registry.store import MirrorRecord
 from lockstep.service import mirrors
 from lockstep.service.managing import MirrorWork, manager, working_on
 from lockstep.service.state import State
 
 ADDED, REMOVED, CHANGED = "key-added", "key-removed", "key-changed"
-"""Events of the audit trail."""
+BEGUN, UNCHANGED = "key-begun", "key-unchanged"
+"""Events of the audit trail. Each change has two: begun comes before anything is changed, and so is never missing."""
 
 Ask = Callable[[], bytes]
 
@@ -100,7 +101,15 @@ def _changing(state: State, name: str, mirror_path: str | None, action: str, *as
         with state.key_lock(begun.mirror.luks_uuid):
             work = begun.renewed()
             luks.read_header(work.header)  # refuses one that is being re-keyed
-            yield work
+            before = keyslots.read(work.header)
+            work.note(BEGUN, f"began to {action}")
+            try:
+                yield work
+            except BaseException:
+                with contextlib.suppress(LockstepError):
+                    if keyslots.read(work.header) == before:
+                        work.note(UNCHANGED, "did not change a key of")
+                raise
 
 
 @contextlib.contextmanager
