@@ -221,7 +221,14 @@ def test_a_mirror_that_is_away_does_not_keep_the_next_one_from_being_drilled(lab
     lab.lockstep("mirror", "add", "vol", second, "--key-file", lab.key, environment=lab.quick_format()).ok()
     Volume(lab, "vol", volume.target, second, None).copy_by_hand()
     volume.mirror.unlink()
-    lab.lockstep("drill", "vol", "--key-file", lab.key).failed(1, f"{volume.mirror} cannot be read")
+    done = lab.lockstep("drill", "vol", "--key-file", lab.key, "--json")
+    done.failed(1, f"{volume.mirror} cannot be read")
+    away, tried = json.loads(done.out)["mirrors"]
+    assert (away["mirror"], away["passed"], tried["mirror"], tried["passed"]) == (
+        *(str(volume.mirror), False),
+        *(str(second), True),
+    )
+    assert f"{volume.mirror} cannot be read" in away["error"]
     rows = [json.loads(line)["details"] for line in lab.lockstep("audit", "vol", "--json").ok().splitlines()[-2:]]
     assert [(row["mirror"], row["passed"]) for row in rows] == [(str(volume.mirror), False), (str(second), True)]
     assert_clean(volume)

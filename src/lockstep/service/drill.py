@@ -118,6 +118,7 @@ class Report:
     volume: str
     mirror: str
     steps: list[Step] = field(default_factory=list)
+    failure: LockstepError | None = None  # why the mirror could not be tried
     ended: bool = False  # by itself: whatever was to be tried was tried, up to the first step that failed
 
     @property
@@ -148,7 +149,7 @@ def drill(
     """Try every mirror of a volume, one after the other; `on_step` is told of each step as it ends.
 
     Raises DrillBusy, DrillWithoutMirror, NotManager, AttachNeedsRoot, StateDirUnusable, DrillOverlayFailed, DrillStuck,
-    and what opening the mirror and attaching raise. A mirror that does not pass is no error here: see the reports.
+    and what attaching raises. A mirror that cannot be opened, or does not pass, is no error here: see the reports.
     """
     actor = manager(state, f"drill the volume {name}")
     attaching.require_root()
@@ -157,26 +158,25 @@ def drill(
         if not volume.mirrors:
             raise DrillWithoutMirror(volume=name)
         reports: list[Report] = []
-        unusable: LockstepError | None = None
         for mirror in volume.mirrors:
             report = Report(name, mirror.path)
             try:
                 with _place(state, name) as place:
                     _Drill(state, report, place, on_step).run(mirror, unlock, command)
             except (DiskError, LuksError) as error:  # of this mirror: the others are tried all the same
-                unusable = unusable or error
+                report.failure = error
             finally:
                 if report.steps:
                     reason = f"{actor.user} drilled the mirror {mirror.path}: {report.outcome}"
                     registry.audit("drill", actor=actor, volume=name, reason=reason, details=described(report))
             reports.append(report)
-        if unusable is not None:
-            raise unusable
         return reports
 
 
 def require_passed(report: Report) -> None:
-    """Raises DrillFailed."""
+    """Raises DrillFailed, or why the mirror could not be tried."""
+    if report.failure is not None:
+        raise report.failure
     for step in report.steps:
         if not step.passed:
             raise DrillFailed(volume=report.volume, step=f"{step.name} {step.what}".rstrip(), reason=step.detail)
@@ -188,7 +188,8 @@ def described(report: Report) -> dict[str, Any]:
         {"step": s.name, "what": s.what, "passed": s.passed, "seconds": round(s.seconds, 3), "detail": s.detail}
         for s in report.steps
     ]
-    return {"mirror": report.mirror, "passed": report.passed, "steps": steps}
+    error = str(report.failure) if report.failure else None
+    return {"mirror": report.mirror, "passed": report.passed, "error": error, "steps": steps}
 
 
 # --- its place ----------------------------------------------------------------------------------------------
