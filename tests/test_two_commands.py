@@ -134,33 +134,62 @@ def test_a_mirror_is_not_let_go_while_its_server_is_just_claiming_it(lab: Lab) -
     volume.assert_equal_disks()
 
 
-# Has the server release what is held a while after it was told to stop.
-_SLOW_RELEASE = """
+# A server that takes its time over one step.
+_SLOW = """
 import asyncio, os, signal, sys
 from lockstep.cli.main import main
 from lockstep.service.mirror_session import MirrorSession
-release = MirrorSession.release_held
-async def slow(session):
-    os.kill(os.getpid(), signal.SIGTERM)
+step = MirrorSession.{step}
+async def slow(session, *arguments):
+    if {stopping}:
+        os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.sleep(3)
-    return await release(session)
-MirrorSession.release_held = slow
+    return await step(session, *arguments)
+MirrorSession.{step} = slow
 main()
 """
+
+
+@contextlib.contextmanager
+def slow_server(lab: Lab, step: str, *, stopping: bool) -> Iterator["subprocess.Popen[bytes]"]:
+    arguments = ("--state-dir", lab.state, "serve", "vol", "--key-file", lab.key)
+    program = _SLOW.format(step=step, stopping=stopping)
+    server = subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    with server.stdout as ready:
+        try:
+            assert ready.readline().startswith(b"ready")
+            yield server
+        finally:
+            server.terminate()
+            assert server.wait(60) == 0
 
 
 def test_what_is_released_while_the_server_ends_is_on_record(lab: Lab) -> None:
     volume = lab.volume("vol", SIZE_BYTES)
     with volume.served():
         pass
-    arguments = ("--state-dir", lab.state, "serve", "vol", "--key-file", lab.key)
-    server = subprocess.Popen([sys.executable, "-c", _SLOW_RELEASE, *map(str, arguments)], stdout=subprocess.PIPE)
-    assert server.stdout is not None
-    with server.stdout as ready:
-        assert ready.readline().startswith(b"ready")
+    with slow_server(lab, "release_held", stopping=True):
         lab.lockstep("sync", "vol", "--include-held")
-        assert server.wait(60) == 0
     rows = map(json.loads, lab.lockstep("audit", "vol", "--json").ok().splitlines())
     assert [row["reason"] for row in rows if row["event"] == "sync"] == [
         f"{account(os.geteuid())} had the mirrors brought in sync, 0 held bytes included"
     ]
+
+
+@pytest.mark.parametrize(
+    ("step", "command"),
+    [("step_aside", ("key", "rekey", "vol")), ("release_held", ("sync", "vol", "--include-held"))],
+    ids=["rekey", "sync"],
+)
+def test_a_server_that_waits_for_its_mirror_is_waited_for(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, step: str, command: tuple[str, ...]
+) -> None:
+    volume = lab.volume("vol", SIZE_BYTES)
+    with volume.served():
+        pass
+    monkeypatch.setattr(control_client.ask, "__defaults__", (1.0,))
+    monkeypatch.setattr(control_client, "ANSWER_TIMEOUT_S", 1.0)
+    key = ("--key-file", lab.key) if "rekey" in command else ()
+    with slow_server(lab, step, stopping=False):
+        lab.lockstep(*command, *key, environment=lab.quick_format()).ok()

@@ -10,7 +10,7 @@ from lockstep.cli.options import Json, Name
 from lockstep.cli.output import print_json
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import NoMirror, NotServed, StillBehind
-from lockstep.service.control_client import ask, ask_status
+from lockstep.service.control_client import ask_patiently, ask_status
 
 POLL_S: Final = 0.2
 
@@ -36,7 +36,7 @@ def sync(
     state.require_manager(os.geteuid(), f"sync {name}")
     control = state.control(name)
     try:
-        ask(control, name, "POST", "/v1/sync", include_held=include_held, compare=checksum)
+        ask_patiently(control, name, "POST", "/v1/sync", include_held=include_held, compare=checksum)
     except NotServed:
         with state.registry() as registry:
             registry.volume(name)  # or there is no such volume to serve

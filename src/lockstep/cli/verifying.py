@@ -11,7 +11,7 @@ from lockstep.cli.options import Credential, Json, KeyFile, Name, TokenOnly, unl
 from lockstep.cli.output import human_bytes, human_moment, print_json
 from lockstep.cli.screen import progress_bar
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import MirrorsDiffer, NoMirror, NotServed, StillBehind, VerifyIncomplete
+from lockstep.errors import LockstepError, MirrorsDiffer, NoMirror, NotServed, StillBehind, VerifyIncomplete
 from lockstep.service.control_client import ask, ask_status
 from lockstep.service.managing import manager
 from lockstep.service.state import State
@@ -72,7 +72,7 @@ def _while_served(
             time.sleep(POLL_S)
             status = ask_status(control, name)["mirrors"]
     except KeyboardInterrupt:
-        with contextlib.suppress(NotServed):
+        with contextlib.suppress(LockstepError):
             ask(control, name, "DELETE", "/v1/verify")
         raise
     stands = {each["path"]: {"state": each["state"], "dirty_bytes": each["dirty_bytes"]} for each in status}

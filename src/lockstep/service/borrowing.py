@@ -57,7 +57,7 @@ def ask(state: State, volume: str, mirror: MirrorRecord, purpose: str) -> bool:
     """
     try:
         body = {"mirror": mirror.luks_uuid, "for": purpose}
-        control_client.ask(state.control(volume), volume, "POST", "/v1/aside", **body)
+        control_client.ask_patiently(state.control(volume), volume, "POST", "/v1/aside", **body)
     except NotServed:
         return False
     return True

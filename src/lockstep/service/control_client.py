@@ -18,14 +18,14 @@ _LONGEST_PATH: Final = 107  # unix(7): nobody can listen on a longer one
 class _UnixConnection(http.client.HTTPConnection):
     """HTTP over a unix socket."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=ANSWER_TIMEOUT_S)
+    def __init__(self, path: str, patience_s: float | None) -> None:
+        super().__init__("localhost", timeout=patience_s)
         self._path = path
 
     def connect(self) -> None:
         """Connect."""
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(ANSWER_TIMEOUT_S)
+        self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
 
 
@@ -34,14 +34,31 @@ def ask_status(path: str, volume: str) -> dict[str, Any]:
     return ask(path, volume, "GET", "/v1/status")
 
 
-def ask(path: str, volume: str, method: str, resource: str, **body: object) -> dict[str, Any]:
+def ask_patiently(path: str, volume: str, method: str, resource: str, **body: object) -> dict[str, Any]:
+    """Like `ask`, for what takes as long as the server waits for a disk, which is its own affair (`--mirror-timeout`).
+
+    Whether it answers at all is known before.
+    """
+    ask_status(path, volume)
+    return ask(path, volume, method, resource, None, **body)
+
+
+def ask(
+    path: str,
+    volume: str,
+    method: str,
+    resource: str,
+    patience_s: float | None = ANSWER_TIMEOUT_S,
+    /,
+    **body: object,
+) -> dict[str, Any]:
     """Have the server behind the control socket at `path` answer; `body` is sent as JSON.
 
     Raises NotServed, ServerSilent when it hangs, and the error that it answers with.
     """
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise NotServed(volume=volume)
-    with contextlib.closing(_UnixConnection(path)) as connection:
+    with contextlib.closing(_UnixConnection(path, patience_s)) as connection:
         try:
             connection.request(method, resource, json.dumps(body) if body else None)
             answer = connection.getresponse()
