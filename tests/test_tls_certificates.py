@@ -23,6 +23,29 @@ def names(directory: Path) -> set[str]:
     return {each.name for each in directory.iterdir()}
 
 
+def test_what_was_made_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files' content is of no use where their names are gone."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    tls = tmp_path / "etc" / "tls"
+    make_authority(str(tls))
+    assert {str(tls), str(tls.parent), str(tmp_path)} <= set(synced)
+    synced.clear()
+    (tls / "server-cert.pem").unlink()
+    (tls / "server-key.pem").unlink()
+    make_authority(str(tls))
+    assert str(tls) in synced
+    synced.clear()
+    make_client(str(tls), "alice")
+    assert {str(tls / "clients" / "alice"), str(tls / "clients"), str(tls)} <= set(synced)
+
+
 @pytest.fixture
 def tls(tmp_path: Path) -> Path:
     make_authority(str(tmp_path / "tls"), ["storage.example.org", "192.0.2.7"])

@@ -38,6 +38,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from lockstep.errors import HostInvalid, TlsAuthorityAway, TlsDirUnusable, TlsFilesExist, UserNameInvalid
 from lockstep.nbd.identity import is_user_name
 from lockstep.nbd.tls import server_context
+from lockstep.volume.pages import sync_directory
 
 CA_DAYS: Final = 3652
 LEAF_DAYS: Final = 730
@@ -313,12 +314,15 @@ def _publish(directory: str, files: dict[str, bytes]) -> list[str]:
     """Make all of these files, and their directory if need be, or nothing. Raises TlsFilesExist, TlsDirUnusable."""
     directory = os.path.realpath(directory)
     try:
+        made = [each for each in (Path(directory), *Path(directory).parents) if not each.exists()]
         os.makedirs(os.path.dirname(directory), mode=0o700, exist_ok=True)
         with _staged(os.path.dirname(directory), files) as staged:
             try:
                 os.rename(staged, directory)  # replaces an empty directory at most
             except OSError:
                 _link_all(staged, directory, files)
+            for path in (f"{directory}/{CA_CERT}", *map(str, made)):  # their names are to survive a power cut as well
+                sync_directory(path)
     except FileExistsError as error:
         raise TlsFilesExist(path=error.filename2 or directory) from error
     except OSError as error:
