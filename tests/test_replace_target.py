@@ -34,8 +34,9 @@ from lockstep.errors import (
     WrongPassphrase,
 )
 from lockstep.nbd.identity import account
+from lockstep.service import control_client
 from tests.forks import ForkLab
-from tests.lab import MIB, PATIENCE_S, Lab, Result, Served, Storage, Volume, libnbd, needs, run, wait_until
+from tests.lab import MIB, PATIENCE_S, Lab, Result, Served, Storage, Volume, is_root, libnbd, needs, run, wait_until
 from tests.test_mirror_faults import Plugged
 from tests.test_mirror_set import add, in_sync
 from tests.test_service_refusals import assert_error, everything_below
@@ -236,6 +237,24 @@ def plugged(lab: Lab, plugs: contextlib.ExitStack, target: Path, mirror: Path, h
     with volume.served():
         pass
     return plug, volume
+
+
+@needs_nbdkit
+def test_the_mirror_that_a_new_target_is_filled_from_is_not_drilled(lab: Lab) -> None:
+    """Its clients would get errors, for as long as the drill takes, where they read what the target lacks."""
+    with slow_volume(lab, 25) as volume:
+        replaced(volume, lab.home / "new").ok()
+        with on(volume, lab.home / "new").served() as served:
+            assert restoring(served) is not None
+            if is_root():
+                drill = lab.lockstep("drill", "vol", "--key-file", lab.key, "--command", "true")
+                drill.failed(1, "is still being filled from the mirror")
+            aside = {"mirror": served.mirror()["uuid"], "for": "drill"}
+            with pytest.raises(TargetUnfinished):
+                control_client.ask(f"{lab.state}/run/vol.control", "vol", "POST", "/v1/aside", **aside)
+            handle = connected(served)
+            assert handle.pread(100_000, SIZE_BYTES - 100_000) == noise()[-100_000:]
+            handle.shutdown()
 
 
 @needs_nbdkit

@@ -53,7 +53,7 @@ def nobodys(state: State, mirrors: Iterable[MirrorRecord]) -> Iterator[None]:
 def ask(state: State, volume: str, mirror: MirrorRecord, purpose: str) -> bool:
     """Have the server let the mirror go; False if there is none.
 
-    Raises ServerSilent, DiskBusy, NotManager, and for a drill MirrorNotDrilled.
+    Raises ServerSilent, DiskBusy, TargetUnfinished, NotManager, and for a drill MirrorNotDrilled.
     """
     try:
         body = {"mirror": mirror.luks_uuid, "for": purpose}

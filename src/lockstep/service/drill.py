@@ -61,6 +61,7 @@ from lockstep.errors import (
     NotAttached,
     NotServed,
     StateDirUnusable,
+    TargetUnfinished,
 )
 from lockstep.registry.store import MirrorRecord
 from lockstep.service import attach as attaching
@@ -163,7 +164,7 @@ def drill(
             try:
                 with _place(state, name) as place:
                     _Drill(state, report, place, on_step).run(mirror, unlock, command)
-            except (DiskError, LuksError) as error:  # of this mirror: the others are tried all the same
+            except (DiskError, LuksError, TargetUnfinished) as error:  # of this mirror: the others are tried all the same
                 report.failure = error
             finally:
                 if report.steps:

@@ -47,6 +47,7 @@ from lockstep.errors import (
     MirrorNotDrilled,
     RekeyUnfinished,
     StateDirUnusable,
+    TargetUnfinished,
 )
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.borrowing import DRILL, REKEY
@@ -299,10 +300,13 @@ class MirrorSession:
     async def step_aside(self, path: WritePath, purpose: str) -> None:
         """Let another command have the mirror: from here on nobody here has it open, and it says that it is aside.
 
-        Raises DiskBusy if it does not answer, or is just being claimed; and MirrorNotDrilled if it could not be used,
-        where that is the purpose.
+        Raises DiskBusy if it does not answer, or is just being claimed; TargetUnfinished if the target is being filled
+        from it; and MirrorNotDrilled if it could not be used, where that is the purpose.
         """
         self._require_claimed()
+        if self.link.is_source:  # its clients could not read what the target lacks
+            volume = self._volume
+            raise TargetUnfinished(path=volume.target_path, volume=volume.name, mirror=self.mirror.path)
         if purpose == DRILL and not self.link.consistent:
             raise MirrorNotDrilled(path=self.mirror.path, state=self.link.state)
         self._rekeyed = self._rekeyed or purpose == REKEY
