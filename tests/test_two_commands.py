@@ -124,6 +124,7 @@ def test_a_mirror_is_not_let_go_while_its_server_is_just_claiming_it(lab: Lab) -
     served = Served(volume)
     try:
         wait_until(lambda: os.path.exists(control), "the control socket")
+        lab.lockstep("attach", "vol").failed(1, "it lets nobody in")
         with pytest.raises(DiskBusy):
             control_client.ask(control, "vol", "POST", "/v1/aside", mirror=uuid, **{"for": "rekey"})
         served.await_ready()

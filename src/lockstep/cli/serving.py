@@ -10,7 +10,7 @@ import typer
 from lockstep.cli import streams
 from lockstep.cli.options import Credential, KeyFile, Name, TokenOnly, patience_s, unlock_from
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import NotAttached, RegistryLost, StdoutFailed, TcpMissing
+from lockstep.errors import NotAttached, RegistryLost, ServerSilent, StdoutFailed, TcpMissing
 from lockstep.registry.store import check_name
 from lockstep.service import attach as attaching
 from lockstep.service.control_client import ask_status
@@ -116,6 +116,8 @@ def attach(
     with state.registry() as registry:
         volume = registry.volume(name)
     uri = ask_status(state.control(name), name)["uri"]
+    if uri is None:
+        raise ServerSilent(volume=name, reason="it lets nobody in, yet or any more")
     socket = unquote(uri.partition("?socket=")[2])
     typer.echo(attaching.attach(socket, name, state.run_dir, volume.sector_bytes, user).device)
 
