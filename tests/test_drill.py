@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from lockstep.cli import options
 from lockstep.crypto.luks import read_header
 from lockstep.errors import DrillOverlayFailed
 from tests.lab import MIB, Lab, Served, Volume, needs, run, wait_until
@@ -232,6 +233,20 @@ def test_a_mirror_that_is_away_does_not_keep_the_next_one_from_being_drilled(lab
     rows = [json.loads(line)["details"] for line in lab.lockstep("audit", "vol", "--json").ok().splitlines()[-2:]]
     assert [(row["mirror"], row["passed"]) for row in rows] == [(str(volume.mirror), False), (str(second), True)]
     assert_clean(volume)
+
+
+def test_the_mirror_is_followed_while_the_passphrase_is_typed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume, states = backed_up(lab, file_system(lab, 8 * MIB, *EXT4)), lab.home / "states"
+    with volume.served() as served:
+        read = options._content
+
+        def late(key_file: str) -> bytes:
+            states.write_text(served.mirror_state())
+            return read(key_file)
+
+        monkeypatch.setattr(options, "_content", late)
+        lab.lockstep("drill", "vol", "--key-file", lab.key).ok()
+        assert states.read_text() == "in-sync"
 
 
 def test_there_must_be_a_mirror(lab: Lab) -> None:

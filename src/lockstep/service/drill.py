@@ -67,6 +67,7 @@ from lockstep.registry.store import MirrorRecord
 from lockstep.service import attach as attaching
 from lockstep.service import borrowing
 from lockstep.service.managing import manager
+from lockstep.service.memory import protect_memory
 from lockstep.service.opening import exported, opened
 from lockstep.service.state import State
 from lockstep.volume.overlay import Overlay
@@ -152,6 +153,7 @@ def drill(
     Raises DrillBusy, DrillWithoutMirror, NotManager, AttachNeedsRoot, StateDirUnusable, DrillOverlayFailed, DrillStuck,
     and what attaching raises. A mirror that cannot be opened, or does not pass, is no error here: see the reports.
     """
+    protect_memory()
     actor = manager(state, f"drill the volume {name}")
     attaching.require_root()
     with state.registry() as registry:
@@ -159,12 +161,13 @@ def drill(
         if not volume.mirrors:
             raise DrillWithoutMirror(volume=name)
         reports: list[Report] = []
+        unlock.prepare()  # while the server still follows the mirror
         for mirror in volume.mirrors:
             report = Report(name, mirror.path)
             try:
                 with _place(state, name) as place:
                     _Drill(state, report, place, on_step).run(mirror, unlock, command)
-            except (DiskError, LuksError, TargetUnfinished) as error:  # of this mirror: the others are tried all the same
+            except (DiskError, LuksError, TargetUnfinished) as error:  # the others are tried all the same
                 report.failure = error
             finally:
                 if report.steps:
