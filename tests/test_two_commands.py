@@ -64,6 +64,13 @@ def test_a_volume_that_was_just_removed_gets_no_header(lab: Lab, between: list[l
     assert volume.mirror.read_bytes() == mirror
 
 
+def test_a_command_that_has_the_volume_is_not_called_a_server(lab: Lab) -> None:
+    lab.volume("vol", SIZE_BYTES)
+    with State(str(lab.state)).volume_lock("vol"):  # as `verify` has it, for hours
+        for command in (("serve", "vol", "--key-file", lab.key), ("remove", "vol")):
+            lab.lockstep(*command).failed(1, "another command is at work on it", "lockstep verify vol")
+
+
 @pytest.fixture
 def meanwhile(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
     """What happens while a command waits for its passphrase."""

@@ -1323,9 +1323,9 @@ class DrillFailed(ServiceError):
 class AlreadyServed(ServiceError):
     """Data: volume."""
 
-    happened = "The volume {volume} is being served already."
-    cause = "Another `lockstep serve {volume}` runs on this state directory."
-    next_step = "Use that one (`lockstep status {volume}` shows its address), or stop it first."
+    happened = "The volume {volume} is being served already, or another command is at work on it."
+    cause = "A `lockstep serve {volume}` runs on this state directory, or a command such as `lockstep verify {volume}`."
+    next_step = "See `lockstep status {volume}`: use that server, or stop it; if there is none, wait for the command."
 
 
 class VerifyIncomplete(ServiceError):
@@ -1355,9 +1355,9 @@ class MemoryNotLockable(ServiceError):
 class StillServed(ServiceError):
     """Data: volume, action."""
 
-    happened = "The volume {volume} is being served and cannot be {action}."
-    cause = "A `lockstep serve {volume}` is running."
-    next_step = "Stop it first (SIGTERM, or Ctrl-C where it runs)."
+    happened = "The volume {volume} is being served, or another command is at work on it, and it cannot be {action}."
+    cause = "A `lockstep serve {volume}` is running, or a command such as `lockstep verify {volume}`."
+    next_step = "Stop it first (SIGTERM, or Ctrl-C where it runs), or wait for the command's end."
 
 
 class NotServed(ServiceError):
