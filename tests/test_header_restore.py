@@ -257,7 +257,11 @@ def test_a_copy_overwrites_nothing(lab: Lab) -> None:
     lab.lockstep("header", "backup", "vol", "/dev/null", "--force").failed(1, "is not a file")
     lab.lockstep("header", "backup", "vol", lab.home / "no" / "copy").failed(1, "No such file")
     assert {path: path.read_bytes() for path in before} == before
-    lab.lockstep("header", "backup", "vol", copy, "--force").ok()
+    link = lab.home / "link"
+    link.symlink_to(copy)
+    copy.write_bytes(copy.read_bytes()[:-1] + b"x")
+    lab.lockstep("header", "backup", "vol", link, "--force").ok()
+    assert link.is_symlink()
     assert copy.stat().st_mode & 0o077 == 0
     assert copy.read_bytes() == volume.header.read_bytes()
     assert not [name for name in os.listdir(lab.home) if name.startswith(".lockstep-")]
