@@ -1,6 +1,7 @@
 """D2, P3, P4: a mirror is the one that was opened, as it was left, and where somebody would look for it."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,16 @@ def test_a_target_whose_path_leads_elsewhere_is_reported(lab: Lab) -> None:
         assert "Put the right one back" in served.now()["target"]["error"]
         aside.rename(volume.target)
         wait_until(lambda: served.now()["target"]["error"] is None, "the target to be found again")
+
+
+def test_what_a_mirror_says_of_itself_is_nothing_that_a_terminal_obeys(lab: Lab) -> None:
+    """Its token is not authenticated."""
+    volume = lab.volume("vol", MIB)
+    volume.copy_by_hand()
+    header = luks.read_header(str(volume.mirror))
+    assert header.token is not None
+    token = replace(header.token, volume_name="\x1b]0;owned\x07")
+    luks.write_token(str(volume.mirror), token, token_id=header.token_id)
+    assert "Restored 1.0 MiB of \\x1b]0;owned\\x07 to" in volume.restore(lab.home / "output").ok()
+    luks.write_token(str(volume.mirror), replace(token, volume_id="another"), token_id=header.token_id)
+    lab.lockstep("serve", "vol", "--key-file", lab.key).failed(1, "the volume \\x1b]0;owned\\x07.")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lockstep.cli.options import Credential, Header, Incomplete, Json, KeyFile, Mirror, TokenOnly, unlock_from
-from lockstep.cli.output import human_bytes, human_seconds, print_json
+from lockstep.cli.output import human_bytes, human_seconds, print_json, visible
 from lockstep.cli.screen import ProgressBars
 from lockstep.cli.state import state_of
 from lockstep.service.committing import commit as commit_overlay
@@ -48,7 +48,8 @@ def commit(
         print_json({"committed_bytes": done.size_bytes, "volume": done.volume_name, "output": done.output})
         return
     took = human_seconds(time.monotonic() - began_s)
-    typer.echo(f"Wrote {human_bytes(done.size_bytes)} of {done.volume_name}, as changed, to {done.output} in {took}.")
+    what = f"{human_bytes(done.size_bytes)} of {visible(done.volume_name)}"
+    typer.echo(f"Wrote {what}, as changed, to {done.output} in {took}.")
 
 
 COMMANDS = {"commit": commit}

@@ -15,11 +15,16 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 def report_error(error: LockstepError) -> None:
     """Print what happened, the likely cause and the next step, on standard error."""
-    typer.echo(f"lockstep: {error}", err=True)
+    typer.echo(visible(f"lockstep: {error}"), err=True)
     if error.cause:
-        typer.echo(f"  Likely cause: {error.likely_cause}", err=True)
+        typer.echo(visible(f"  Likely cause: {error.likely_cause}"), err=True)
     if error.next_step:
-        typer.echo(f"  Next step:    {error.advice}", err=True)
+        typer.echo(visible(f"  Next step:    {error.advice}"), err=True)
+
+
+def visible(text: str) -> str:
+    """Return text with nothing in it that a terminal would obey: names and headers come from somebody else."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def print_json(value: Any, *, err: bool = False) -> None:

@@ -16,7 +16,7 @@ from lockstep.cli.options import (
     size_bytes,
     unlock_from,
 )
-from lockstep.cli.output import EARLIER, human_bytes, print_json
+from lockstep.cli.output import EARLIER, human_bytes, print_json, visible
 from lockstep.cli.screen import ProgressBars
 from lockstep.cli.state import state_of
 from lockstep.service.recovery import COPYING, STDOUT, VERIFYING, Restored, Wanted, note_restore
@@ -113,9 +113,8 @@ def _tell(done: Restored, elapsed_s: float, *, err: bool) -> None:
     rate = human_bytes((done.extent.length - done.resumed_bytes) / elapsed_s)
     output = "standard output" if done.output == STDOUT else done.output
     again = f"; {human_bytes(done.resumed_bytes)} of it were there already" if done.resumed_bytes else ""
-    typer.echo(
-        f"Restored {human_bytes(done.extent.length)} of {done.volume_name} to {output} ({rate}/s){again}.", err=err
-    )
+    what = f"{human_bytes(done.extent.length)} of {visible(done.volume_name)}"
+    typer.echo(f"Restored {what} to {output} ({rate}/s){again}.", err=err)
     if done.verified:
         typer.echo("It was read back, and equals the mirror.", err=err)
     if done.frozen:

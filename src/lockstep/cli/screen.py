@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Column, Table
 from rich.text import Text
 
-from lockstep.cli.output import print_json
+from lockstep.cli.output import print_json, visible
 
 _PIPE_COLUMNS = 10_000
 
@@ -26,7 +26,7 @@ def console() -> Console:
 
 def plain(text: str, style: str = "") -> Text:
     """Return text that somebody else chose, with nothing in it that a terminal would obey."""
-    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), style)
+    return Text(visible(text), style)
 
 
 class Listing(Table):
