@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from lockstep.errors import (
     LuksUuidTaken,
     MirrorKeysDiffer,
@@ -237,3 +239,25 @@ def test_no_mirror_is_added_where_something_is_held(lab: Lab) -> None:
         assert served.mirror()["held_bytes"] > 0
     assert_error(add(volume, lab.home / "second"), MirrorsHoldBack(volume="vol", mirror=volume.mirror))
     assert not (lab.home / "second").exists()
+
+
+@pytest.mark.parametrize("command", ["luksFormat", "token"])
+def test_a_mirror_that_was_only_half_added_is_told_how_to_go_on(lab: Lab, command: str) -> None:
+    volume, second = lab.volume("vol", MIB), lab.home / "second"
+    program = lab.home / "killing" / "cryptsetup"
+    program.parent.mkdir()
+    quick = lab.quick_format()
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = {command} ] && kill -9 $PPID && exit 1\nexec "{lab.home}/bin/cryptsetup" "$@"\n'
+    )
+    program.chmod(0o755)
+    add = ("mirror", "add", "vol", second, "--key-file", lab.key)
+    assert lab.lockstep(*add, environment={"PATH": f"{program.parent}:{quick['PATH']}"}).code == -9
+    again = f"lockstep mirror remove vol {second}"
+    lab.lockstep(*add, environment=quick).failed(1, again)
+    for said in ("was killed", "lockstep mirror remove NAME"):
+        lab.lockstep("serve", "vol", "--key-file", lab.key).failed(1, said)
+    lab.lockstep(*again.split()[1:]).ok()
+    lab.lockstep(*add, "--force", environment=quick).ok()
+    with volume.served(in_sync=False):
+        pass

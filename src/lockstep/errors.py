@@ -411,7 +411,7 @@ class MirrorTaken(RegistryError):
 
     happened = "{path} already is a mirror of the volume {volume}."
     cause = "One disk has one role: a mirror holds the ciphertext of one volume, and nothing else may write to it."
-    next_step = "Give another disk, or `lockstep remove {volume}` first; that leaves both of its disks as they are."
+    next_step = "Give another disk, or `lockstep mirror remove {volume} {path}` first; that leaves the disk as it is."
 
 
 class HeaderTaken(RegistryError):
@@ -420,7 +420,8 @@ class HeaderTaken(RegistryError):
     happened = "{path} already is the header of a mirror of the volume {volume}."
     cause = "A detached header belongs to one mirror; overwritten, that mirror cannot be opened any more."
     next_step = (
-        "Give another path, or `lockstep remove {volume}` first; that leaves its disks and the header as they are."
+        "Give another path, or `lockstep mirror remove {volume} MIRROR` first, with the mirror's path; that leaves the "
+        "disk and the header as they are."
     )
 
 
@@ -889,8 +890,14 @@ class NoToken(DiskError):
     """Data: path."""
 
     happened = "{path} is a LUKS2 volume, but not a mirror of Lockstep: its header has no lockstep token."
-    cause = "It was made by another program, or its header was restored from before Lockstep used it."
-    next_step = "Check the path. As a LUKS2 volume it opens with `cryptsetup open {path} NAME`."
+    cause = (
+        "It was made by another program, its header was restored from before Lockstep used it, or `lockstep create` or "
+        "`lockstep mirror add` was killed while it made it."
+    )
+    next_step = (
+        "Check the path. One that was being made: `lockstep mirror remove NAME {path}`, and add it again with --force. "
+        "As a LUKS2 volume it opens with `cryptsetup open {path} NAME`."
+    )
 
 
 class DirectoryMissing(DiskError):
@@ -976,10 +983,14 @@ class NotLuks2(LuksError):
     """There is no LUKS2 header where one was expected."""
 
     happened = "{path} has no LUKS2 header."
-    cause = "It is not a mirror, its header was overwritten, or the header is in a file of its own."
+    cause = (
+        "It is not a mirror, its header was overwritten, the header is in a file of its own, or `lockstep create` or "
+        "`lockstep mirror add` was killed before it was made."
+    )
     next_step = (
         "Check the path. For a mirror with a detached header, give the header file with --header. A header that was "
-        "overwritten comes back from a backup (`lockstep header restore NAME BACKUP`)."
+        "overwritten comes back from a backup (`lockstep header restore NAME BACKUP`). One that was being made: "
+        "`lockstep mirror remove NAME {path}`, and add it again."
     )
 
 
