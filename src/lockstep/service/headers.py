@@ -121,10 +121,8 @@ def back_up_header(state: State, name: str, mirror_path: str | None, output: str
     BackupExists, OutputInState, TargetTaken and its like, BackupNotWritten, MirrorOfAnotherVolume, and header errors.
     """
     actor = manager(state, f"back up a header of {name}")
-    if os.path.exists(
-        output
-    ):  # a link stays one: it shows where the copies are. Once, so that it leads nowhere else later
-        output = os.path.realpath(output)
+    if os.path.exists(output):  # a link stays one: it shows where the copies are
+        output = os.path.realpath(output)  # once, so that it leads nowhere else later
     with state.registry() as registry:
         volume = registry.volume(name)
         mirror = mirrors.chosen(volume, mirror_path)
