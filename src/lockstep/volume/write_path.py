@@ -177,7 +177,7 @@ class WritePath:
             at += number
 
     def _settle_half_done(self) -> None:
-        """Have what mirrors may have alone count as different: it is not carried out, or not before others have turns."""
+        """Have what mirrors may have alone count as different: it is not carried out, or not before others are."""
         for offset, length in self._half_done:
             for mirror in self.mirrors:
                 mirror.regions.mark(offset, length)
