@@ -50,6 +50,27 @@ def test_an_older_copy_that_takes_the_mirrors_place_is_copied_to_as_a_whole(lab:
     volume.assert_equal_disks()
 
 
+def test_an_older_copy_that_is_followed_is_the_newer_one_from_then_on(lab: Lab) -> None:
+    """Else `replace-target` would take the one that was left behind, and refuse the one that is in sync."""
+    volume = lab.volume("vol", SIZE_BYTES)
+    old, left_behind = older_copy(volume), volume.mirror.with_name("left-behind")
+    for _ in range(3):
+        with volume.served():
+            pass
+    with volume.served() as served:
+        volume.mirror.rename(left_behind)
+        old.rename(volume.mirror)
+        await_degraded(served, "leads to another file by now")
+        wait_until(lambda: served.mirror_state() == "in-sync", "the copy to be brought in sync")
+        served.stop()
+    volume.target.unlink()
+    newer = volume.mirror.rename(lab.home / "newer")
+    left_behind.rename(volume.mirror)
+    lab.lockstep("replace-target", "vol", lab.home / "new", "--key-file", lab.key).failed(1, "older copy")
+    newer.rename(volume.mirror)
+    lab.lockstep("replace-target", "vol", lab.home / "new", "--key-file", lab.key).ok()
+
+
 def test_an_older_copy_that_is_not_noticed_before_the_end_is_not_vouched_for(lab: Lab) -> None:
     """The path is looked at each second; a server that stops before that must not give it the new generation."""
     volume = lab.volume("vol", SIZE_BYTES)

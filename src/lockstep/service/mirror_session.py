@@ -9,7 +9,8 @@ copies of one mirror that went different ways never come to the same generation.
     serve   token: state, whenever it changes; "in-sync" only after a flush
             before marks are cleared: a new generation, in the same three steps
     return  of a mirror that failed or was away: as at the start
-            of one that was re-keyed: with a new generation, so that no header with the old key is ever taken for it
+            of one that was re-keyed, or is not as it was left: with a new generation, so that no header with the old
+            key, nor the one that it was, is ever taken for it
     retire  the same as claim, after both disks were flushed; only what differs is still marked when it is settled
 
 A power cut between any two of these leaves a pair that still fits. A mirror that was swapped, copied back or written
@@ -118,6 +119,7 @@ class MirrorSession:
         loaded = intent.load(path, identity, token.generation if token else None, target.written_ns())
         # What the mirror's token may say for the bitmap to fit it.
         self._generations = loaded.generations or (mirror.generation, mirror.generation)
+        self._newest = max(mirror.generation, *self._generations, token.generation if token else 0)
         self._token = token or luks.Token(volume.id, volume.name, volume.size_bytes, self._generations[0], DEGRADED)
         self._token_id = header.token_id if header else None
         self._intent = IntentBitmap(path, identity, workers.run)
@@ -260,7 +262,9 @@ class MirrorSession:
         self._write_token(generation, self._token.state)  # as it is by now: a state may have been waiting to be written
 
     def _following(self) -> int:
-        return self._token.generation + 1 + secrets.randbits(31)
+        """Return a new generation, above every one that was ever seen: else an older copy would look like the newer."""
+        self._newest = max(self._newest, self._token.generation) + 1 + secrets.randbits(31)
+        return self._newest
 
     def _write_token(self, generation: int, state: str) -> None:
         self._require_same_mirror()
@@ -368,8 +372,8 @@ class MirrorSession:
         try:
             self._scribe.close()
             self._scribe = Workers("lockstep-header", 1, self._patience_s)
-            await self._recognise(header.token.generation)
-            if self._rekeyed:
+            as_left = await self._recognise(header.token.generation)
+            if self._rekeyed or not as_left:
                 await self.advance()
             await self._own_up()
             workers = self._new_workers()  # last: nobody ends their threads where something else fails
@@ -382,10 +386,10 @@ class MirrorSession:
         log.info("mirror %s is back; %d bytes are to be copied", self.mirror.path, self.link.regions.dirty_bytes)
         return True
 
-    async def _recognise(self, generation: int) -> None:
+    async def _recognise(self, generation: int) -> bool:
         """See whether it is the mirror that the bitmap tells of; if not, everything differs. Raises OSError."""
         if not self._disowned and generation in self._generations:
-            return
+            return True
         self.link.regions.mark_all()
         await self._held.thaw()  # it is not the one that was frozen; after a crash, the bitmap says that it fits
         if self._disowned:
@@ -396,6 +400,7 @@ class MirrorSession:
             await self._intent.mark([(0, self._volume.size_bytes)])  # before the bitmap says that it fits
             await self._in_worker(self._intent.settle, generation)
         self._generations = (generation, generation)
+        return False
 
     async def _own_up(self) -> None:
         """Have a mirror that misses something say so before anything is written to it.
