@@ -99,7 +99,10 @@ class World:
         self.links.append(link)
 
     async def write(self, offset: int, data: bytes = DATA) -> None:
-        await self.path.write("someone", memoryview(data), run_of(offset, len(data)), 1, durable=False)
+        await self.write_to(self.path, offset, data)
+
+    async def write_to(self, path: WritePath, offset: int, data: bytes) -> None:
+        await path.write("someone", memoryview(data), run_of(offset, len(data)), 1, durable=False)
 
     async def zero(self, offset: int, length: int) -> None:
         await self.path.zero("someone", offset, length, durable=False, allocate=False, fast=False)
@@ -450,7 +453,7 @@ def filled(world: World, home: Path) -> tuple[NewTarget, WritePath, Filling, Cal
     target = NewTarget.claim(inspect(_image(home / "new")))
     target.missing = bytearray(b"\1" * pair.regions)
     path = WritePath(target, tuple(world.links), cast(Gate, world.gate), 512, world.workers)
-    filling = path.filling = Filling(target, world.links[0], path.ranges, world.workers)
+    filling = path.filling = Filling(target, world.links[0], path.ranges, world.workers, path.flush_target)
     filling.record_in(missing.record(record, pair, target.missing, world.workers.run))
     return target, path, filling, lambda: missing.load(record, pair)
 
@@ -474,19 +477,47 @@ def test_a_new_target_is_written_nowhere_that_the_record_calls_missing(tmp_path:
     played(scene, tmp_path)
 
 
+def test_a_new_target_that_fails_a_flush_lacks_again_what_was_copied_since(tmp_path: Path) -> None:
+    """Nor is that flush the filling's alone: the kernel tells of what it lost once, and clients have written too."""
+
+    async def scene(world: World) -> None:
+        target, path, filling, on_record = filled(world, tmp_path)
+        await filling.fetch(0, REGION_BYTES)
+        real = target.flush_job
+        target.flush_job = failing(OSError(errno.EIO, "bad sector"))  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="durable"):
+            await filling.settle()
+        target.flush_job = real  # type: ignore[method-assign]
+        target.zero(0, REGION_BYTES, allocate=True)  # it was never on the medium, and is not in memory any more
+        await filling.settle()
+        left = on_record()
+        assert left is not None
+        assert left[0]
+        with pytest.raises(OSError, match="bad sector"):
+            await path.flush()
+        into = memoryview(bytearray(REGION_BYTES))
+        await ReadPath(path, world.workers).read(into, run_of(0, REGION_BYTES), 1)
+        assert into == DATA
+        path.durability_lost = None  # somebody has looked after it
+        await world.write_to(path, 0, b"W" * 512)
+        assert not (on_record() or b"\1")[0]
+
+    played(scene, tmp_path)
+
+
 def test_who_fills_a_new_target_waits_for_what_a_client_has_put_on_record(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         target, _path, filling, on_record = filled(world, tmp_path)
         await filling.fetch(0, SIZE_BYTES)
-        flushing, go, real, looks = threading.Event(), threading.Event(), target.flush, iter(range(1000))
+        flushing, go, real, looks = threading.Event(), threading.Event(), target.flush_job, iter(range(1000))
         looking = filling._copy_missing
 
         def flush() -> None:
             flushing.set()
             go.wait()
-            real()
+            real()()
 
-        target.flush = flush  # type: ignore[method-assign]
+        target.flush_job = lambda: flush  # type: ignore[method-assign]
         filling._copy_missing = lambda number: (next(looks), looking(number))[1]  # type: ignore[method-assign]
         writing = asyncio.ensure_future(filling.make_writable([(0, 512)]))
         while not flushing.is_set():

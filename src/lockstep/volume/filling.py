@@ -10,7 +10,8 @@ Of each region one of the two disks has the truth. Rules:
    was not the mirror's to have, or the mirror had failed. From then on it is a region like any other.
 3. A region is copied as a whole, while its range is held, and only where it is still missing then.
 4. The record is cleared after the target was flushed (volume/missing.py). So a crash at any moment leaves regions
-   missing that are there already, never the other way round; they are copied once more.
+   missing that are there already, never the other way round; they are copied once more. So they are where the target
+   fails a flush: what it had cached of them may be lost, and nobody has written there yet.
 5. Until it is on record that nothing is missing, the target is not prompt: each request passes `WritePath._hold` or
    `ReadPath.read`. From then on the target is one like any other; a volume whose target was not replaced knows nothing
    of all this.
@@ -24,7 +25,7 @@ import contextlib
 import errno
 import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
 from lockstep.buffers import page_aligned
@@ -119,8 +120,18 @@ class NewTarget(PlainDisk):
 class Filling:
     """Fills one target. Offsets and lengths are bytes within it; failures are OSErrors."""
 
-    def __init__(self, target: NewTarget, source: MirrorLink, ranges: Ranges, workers: Workers) -> None:
-        """`workers` write the target; what is missing of it is known, and `record_in` says where that is recorded."""
+    def __init__(
+        self,
+        target: NewTarget,
+        source: MirrorLink,
+        ranges: Ranges,
+        workers: Workers,
+        flush: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`workers` write the target; what is missing of it is known, and `record_in` says where that is recorded.
+
+        `flush` makes the target durable, or raises OSError after it has said so to `lose`.
+        """
         self.progress = SyncProgress(target.left_bytes)
         self.error: str | None = None  # why nothing more can be had from the mirror now
         self.requests = lambda: 0  # counts what clients ask
@@ -128,6 +139,8 @@ class Filling:
         self._source = source
         self._ranges = ranges
         self._in_worker = workers.run
+        self._flush = flush
+        self._losses = 0  # how often the target has lost what it had cached
         self._record: PagedBits | None = None
         self._recorded = bytearray(target.missing)  # regions of which the record may still say that they are missing
         self._fresh: set[int] = set()  # those of them that are there
@@ -188,6 +201,14 @@ class Filling:
             part = slice(start // step, -(-end // step))
             while 1 in self._recorded[part]:
                 await self._settling.join()
+                await self.fetch(start, end - start)  # the target may have lost it
+
+    def lose(self) -> None:
+        """The target has failed a flush: what was copied since the last one is missing again."""
+        self._losses += 1
+        for region in self._fresh:
+            self._target.missing[region] = 1
+        self._fresh.clear()
 
     # --- in the background ---
 
@@ -236,7 +257,7 @@ class Filling:
         async with self._ranges.hold([(offset, -(-(offset + length) // sector) * sector)]):
             for start, count in self._target.lacking(offset, length):
                 try:
-                    await self._copy_pieces(start, count)
+                    await self._copy_surely(start, count)
                 except OSError as failure:
                     self._note_failure(failure)
                     raise
@@ -245,6 +266,13 @@ class Filling:
         if self.error is not None:
             log.info("the new target is being filled again")
             self.error = None
+
+    async def _copy_surely(self, offset: int, length: int) -> None:
+        """Copy it, once more where the target loses something meanwhile."""
+        losses = -1
+        while losses != self._losses:
+            losses = self._losses
+            await self._copy_pieces(offset, length)
 
     async def _copy_pieces(self, offset: int, length: int) -> None:
         sector = self._source.sector_bytes
@@ -272,9 +300,10 @@ class Filling:
     async def _settle_fresh(self) -> None:
         """One round: rule 4."""
         assert self._record is not None
-        fresh, self._fresh = self._fresh, set()
+        fresh = set(self._fresh)
+        await self._flush()
+        self._fresh -= fresh
         try:
-            await self._in_worker(self._target.flush)
             await self._record.clear(fresh)
         except OSError:
             self._fresh |= fresh
