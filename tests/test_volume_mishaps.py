@@ -400,6 +400,37 @@ def test_a_frozen_mirror_says_that_it_is_so_no_more_before_it_is_written(tmp_pat
     played(scene, tmp_path)
 
 
+def test_a_mirror_does_not_say_that_it_is_frozen_before_that_is_on_record(tmp_path: Path) -> None:
+    """It may fail to come on record, and then whoever waits for it writes to the mirror."""
+
+    async def scene(world: World) -> None:
+        (link,) = world.links
+        world.gate.ruling = Ruling.UNTIL_RELEASED
+        asked, fail = asyncio.Event(), asyncio.Event()
+
+        async def full(*_: object) -> None:
+            asked.set()
+            await fail.wait()
+            raise OSError(errno.ENOSPC, "full")
+
+        link.held._in_worker = full
+        writing = asyncio.ensure_future(world.write(0, b"H" * 512))
+        await asked.wait()
+        await link.announce()
+        world.gate.ruling = UPDATE
+        permitted = asyncio.ensure_future(world.write(REGION_BYTES))
+        await asyncio.sleep(0.01)
+        said = said_at_each_write(world)
+        fail.set()
+        with pytest.raises(OSError, match="full"):
+            await writing
+        await permitted
+        assert said
+        assert not set(said) & set(WHOLE), said
+
+    played(scene, tmp_path)
+
+
 def test_a_mirror_that_is_being_copied_to_says_so_first(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         (link,), said = world.links, said_at_each_write(world)

@@ -110,7 +110,6 @@ class MirrorLink:
         self._flushes = Rounds(self._flush_once, at_once=True)
         self._writing_out: asyncio.Task[bool] | None = None
         self._freezing = asyncio.Lock()
-        self._thawing = False
         self._disk: EncryptedDisk | None = None
         self._workers: Workers | None = None
 
@@ -200,7 +199,7 @@ class MirrorLink:
     @property
     def consistent(self) -> bool:
         """Whether the mirror alone is the whole disk as it was at one moment: now, or when it was frozen."""
-        frozen = self.held.frozen_since_s is not None and not self._thawing
+        frozen = self.held.frozen_since_s is not None and not self._freezing.locked()  # until it is so, and on record
         return self.error is None and (self.state == IN_SYNC or frozen)
 
     @property
@@ -268,12 +267,8 @@ class MirrorLink:
         """
         async with self._freezing:
             if self.held.frozen_since_s is not None:
-                self._thawing = True
-                try:
-                    await self.announce(BEHIND)
-                    await self.held.thaw()
-                finally:
-                    self._thawing = False
+                await self.announce(BEHIND)
+                await self.held.thaw()
 
     async def release(self, regions: bytes) -> None:
         """Have these regions, a byte each, copied, as far as they are held. Raises OSError.
