@@ -536,6 +536,28 @@ def test_a_new_target_that_fails_a_flush_lacks_again_what_was_copied_since(tmp_p
     played(scene, tmp_path)
 
 
+def test_a_mirror_that_a_new_target_needs_is_not_disowned(tmp_path: Path) -> None:
+    """It could not be filled from it after a crash, whatever had been written to it meanwhile."""
+
+    async def scene(world: World) -> None:
+        _target, path, filling, _on_record = filled(world, tmp_path)
+        (link,) = world.links
+        link.is_source = True
+        await world.write_to(path, 0, b"W" * 512)
+        pages, disowned = link.intent._pages, []
+        world.desk.disown = lambda: disowned.append(1)  # type: ignore[method-assign, assignment, return-value]
+        pages._write_pages = failing(OSError(errno.ENOSPC, "full"))()  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="full"):
+            await world.write_to(path, SIZE_BYTES - 512, b"W" * 512)
+        assert link.error is None
+        assert not disowned
+        del pages._write_pages
+        await world.write_to(path, SIZE_BYTES - 512, b"W" * 512)
+        assert filling.error is None
+
+    played(scene, tmp_path)
+
+
 def test_who_fills_a_new_target_waits_for_what_a_client_has_put_on_record(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         target, _path, filling, on_record = filled(world, tmp_path)

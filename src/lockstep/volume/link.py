@@ -229,12 +229,15 @@ class MirrorLink:
         """Have each [start, end) marked durably, before it is written anywhere; a frozen mirror is so no more.
 
         If that fails, the mirror is dropped and disowned; raises OSError when it cannot even be disowned, since then
-        the next start would take it for equal.
+        the next start would take it for equal. So it does at once while a new target is being filled from it: that
+        would be from no mirror that was disowned.
         """
         try:
             await self._thaw()
             await self.intent.mark(extents)
         except OSError as failure:
+            if self.is_source:
+                raise
             self.drop("recording, in the state directory, the writes to", failure)
             await self._keeper.disown()
 
