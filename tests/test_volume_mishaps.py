@@ -742,6 +742,36 @@ def test_a_mirror_that_is_too_slow_for_large_pieces_is_copied_to_in_small_ones(t
     played(scene, tmp_path, patience_s=0.3)
 
 
+def test_a_comparison_during_which_the_mirror_fails_and_comes_back_says_so(tmp_path: Path) -> None:
+    """What it could not read meanwhile it has not compared."""
+
+    async def scene(world: World) -> None:
+        (link,), (disk,), real = world.links, world.disks, world.disks[0].read_job
+        disk.write(SIZE_BYTES - REGION_BYTES, memoryview(b"X" * 512))
+
+        def read_job(*arguments: Any, **how: Any) -> Callable[[], None]:
+            link.drop("reading", OSError(errno.EIO, "bad sector"))
+            disk.read_job = real  # type: ignore[method-assign]
+            return real(*arguments, **how)
+
+        disk.read_job = read_job  # type: ignore[method-assign]
+        verify, forget = Verify(world.path, link, world.workers, repair=False), link.forget_cache
+
+        async def forget_cache() -> None:
+            await world.comes_back()
+            await forget()
+
+        link.forget_cache = forget_cache  # type: ignore[method-assign]
+        await verify.run()
+        assert not verify.found.mismatches
+        assert link.error is None
+        assert "is back" in (verify.found.error or "")
+        link.forget_cache = forget  # type: ignore[method-assign]
+        await verify.run()
+
+    played(scene, tmp_path)
+
+
 def test_a_comparison_that_the_target_ends_says_so(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         world.target.flush_job = failing(OSError(errno.EIO, "bad sector"))  # type: ignore[method-assign]

@@ -62,6 +62,7 @@ class Verify:
         self._repair = repair
         self._stopping = asyncio.Event()
         self._next = 0
+        self._admissions = 0  # of the mirror, when `run` began
 
     def stop(self) -> None:
         """Have `run` return after the pieces that it is at."""
@@ -70,14 +71,15 @@ class Verify:
     async def run(self, may_go_on: Callable[[], bool] = lambda: True) -> None:
         """Compare all of it, as long as it `may_go_on`; called again, it goes on where it was."""
         self.found.error = None
+        self._admissions = self._link.admissions
         try:
             await self._path.flush()
             await asyncio.gather(*(self._compare(number, may_go_on) for number in range(HANDS)))
         except OSError as failure:  # of the target, or of a record
             self.found.error = failure.strerror or str(failure)
         await self._link.forget_cache()
-        if self._link.error is not None:
-            self.found.error = self._link.error
+        if (parted := self._parted) is not None:
+            self.found.error = parted
         elif self._stopping.is_set():
             self.found.error = "it was stopped"
 
@@ -86,11 +88,18 @@ class Verify:
         """Whether everything has been looked at."""
         return self._next >= self.found.total_bytes
 
+    @property
+    def _parted(self) -> str | None:
+        """Why the mirror was not there all the time; what was passed over, nobody knows."""
+        if self._link.error is not None:
+            return self._link.error
+        return None if self._link.admissions == self._admissions else "the mirror failed meanwhile, and is back"
+
     async def _compare(self, number: int, may_go_on: Callable[[], bool]) -> None:
         pace = Pace(lambda: self._path.requests, self._stopping)
         sector = self._link.sector_bytes if self._link.error is None else 1
         buffers = [page_aligned(LARGEST_PIECE_BYTES) for _ in range(2)]
-        while not (self.over or self._stopping.is_set() or self._link.error) and may_go_on():
+        while not (self.over or self._stopping.is_set() or self._parted) and may_go_on():
             if number and pace.gives_way:
                 return
             start = self._next
