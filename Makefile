@@ -75,7 +75,7 @@ REKEY_KILLS ?= 200
 rekey-kills: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
 	$(SUDO) env REKEY_KILLS=$(REKEY_KILLS) $(BIN)/pytest --timeout=0 tests/test_rekey.py -k killed -s
 
-# The write path in an order that a seed decides, so many scenes; the suite plays 80. INTERLEAVINGS_SEED is the first.
+# The write path in an order that a seed decides, so many scenes; the suite plays 160. INTERLEAVINGS_SEED is the first.
 INTERLEAVINGS ?= 20000
 interleavings: $(VENV)/installed
 	INTERLEAVINGS=$(INTERLEAVINGS) $(BIN)/pytest --timeout=0 --numprocesses 4 tests/test_volume_interleavings.py

@@ -10,7 +10,7 @@ import pytest
 
 from tests.interleavings import played
 
-SCENES = 80
+SCENES = 160
 TASKS = 4
 
 

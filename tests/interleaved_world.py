@@ -1,0 +1,767 @@
+"""The world in which scenes (tests/interleavings.py) are played: disks, threads, time, and what a state directory has.
+
+Nothing in it waits for real: time is counted (`Turns`), and threads are a list of jobs (`Hands`), each carried out at
+one random moment and answered at another. So every await can be the place where others run, and a seed (`Fate`) gives
+the same scene again.
+
+Each disk has a cache: what was not flushed may be lost in a power cut, each 512 bytes in any version since, and so may
+a mirror lose it when it fails, and the target when its flush does. The records are real files; the power can also be
+cut between any two durable steps of what one thread does (`Fate.cut_within`).
+
+What is not here: the header's own format, threads that run at the same time within one job.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import errno
+import functools
+import itertools
+import math
+import random
+import selectors
+import uuid
+import weakref
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final, cast
+
+from lockstep.crypto import luks
+from lockstep.crypto.luks import Token
+from lockstep.disk.encrypted import EncryptedDisk
+from lockstep.disk.plain import PlainDisk
+from lockstep.disk.probe import Disk
+from lockstep.disk.runs import places, requests
+from lockstep.errors import DiskUnreadable
+from lockstep.service.mirror_session import MirrorSession
+from lockstep.volume.filling import NewTarget
+from lockstep.volume.gate import UPDATE, Ruling
+from lockstep.volume.link import IN_SYNC
+from lockstep.volume.workers import Workers
+
+CELL: Final = 8
+SECTOR: Final = 512
+REGION_BYTES: Final = 4096
+PATIENCE_S: Final = 5.0
+NEVER: Final = math.inf
+BARRING: Final = frozenset({Ruling.UNTIL_WINDOW, Ruling.UNTIL_RELEASED, Ruling.REFUSE})
+USERS: Final = ("ada", "bob", "eve")
+SPOILT: Final = 0xBAD00000  # in place of a request's number: what nobody wrote
+
+
+class Broken(AssertionError):
+    """A promise was broken."""
+
+
+class PowerCut(BaseException):
+    """The power is cut within what a thread does."""
+
+
+# --- time and threads ---
+
+
+class Job:
+    """What a thread was asked."""
+
+    def __init__(
+        self, future: "asyncio.Future[Any] | None", work: Callable[..., Any], arguments: tuple[Any, ...]
+    ) -> None:
+        self.future = future
+        self.work = work
+        self.arguments = arguments
+        self.ended = False
+        self.value: Any = None
+        self.failure: BaseException | None = None
+
+    def carry_out(self) -> None:
+        self.ended = True
+        try:
+            self.value = self.work(*self.arguments)
+        except Exception as failure:  # noqa: BLE001 (it is for who asked)
+            self.failure = failure
+
+
+class Fate:
+    """Decides what happens next: all of it by one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.now_s = 1000.0
+        self.hands: list[Hands] = []
+        self.futures: weakref.WeakSet[asyncio.Future[Any]] = weakref.WeakSet()
+        self.violations: list[str] = []
+        self.eager = self.chance.choice((0.2, 0.5, 0.8))
+        self.blocks: Callable[[Job], OSError | None] = lambda _: None
+        self._ticks = itertools.count(1)
+        self._steps_left: int | None = None
+
+    def tick(self) -> int:
+        """A moment: later ones are larger."""
+        return next(self._ticks)
+
+    def often(self, probability: float) -> bool:
+        return self.chance.random() < probability
+
+    @contextlib.contextmanager
+    def cut_within(self, steps: int | None) -> Iterator[None]:
+        """Have the power cut after so many durable steps, if any; PowerCut comes out of what was at work then."""
+        self._steps_left = steps
+        try:
+            yield
+        finally:
+            self._steps_left = None
+
+    def durable_step(self) -> None:
+        """Something is about to become durable."""
+        if self._steps_left is not None:
+            self._steps_left -= 1
+            if self._steps_left < 0:
+                raise PowerCut
+
+    def violated(self, what: str) -> None:
+        self.violations.append(what)
+
+    def turn(self, timeout_s: float | None) -> None:
+        """The loop has come round; `timeout_s` is how long it would wait, None if for ever."""
+        if self.violations:
+            raise Broken(self.violations[0])
+        if timeout_s is not None and timeout_s <= 0:
+            while self.often(self.eager) and self.step():
+                pass
+            return
+        may_wait = timeout_s is not None and timeout_s <= PATIENCE_S and self.often(0.1)
+        if not may_wait and self.step():
+            return
+        if timeout_s is None:
+            raise Broken("everybody waits, and nothing will ever happen")
+        self.now_s += timeout_s
+
+    def step(self) -> bool:
+        """One thing that threads do; False if there is none."""
+        steps = [step for hands in self.hands for step in hands.steps()]
+        if not steps:
+            return False
+        self.chance.choice(steps)()
+        return True
+
+    @property
+    def at_rest(self) -> bool:
+        return not any(hands.jobs for hands in self.hands)
+
+
+class Hands:
+    """In place of `Workers`: the same promises, and every order that those allow."""
+
+    def __init__(self, fate: Fate, name: str, count: int, patience_s: float | None = None) -> None:
+        self.name = name
+        self.patience_s = patience_s
+        self.jobs: list[Job] = []
+        self.stuck = False
+        self._fate = fate
+        self._count = count
+        self._given_up = self._closed = self._at_hint = False
+        fate.hands.append(self)
+
+    def begin(self, work: Callable[..., Any], *arguments: Any) -> "asyncio.Future[Any]":
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if self._given_up:
+            future.set_exception(self._silence())
+            return future
+        if self._closed:
+            self._fate.violated(f"{self.name} was asked after it was closed")
+        self._fate.futures.add(future)
+        self.jobs.append(Job(future, work, arguments))
+        return future
+
+    def hint(self, work: Callable[[], None]) -> None:
+        if not (self._at_hint or self._closed):
+            self._at_hint = True
+            self.jobs.append(Job(None, work, ()))
+
+    async def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await self.begin(work, *arguments)
+
+    @property
+    def at_rest(self) -> bool:
+        return not self.jobs
+
+    def give_up(self) -> None:
+        self._given_up = True
+        for job in self.jobs:
+            if job.future is not None and not job.future.done() and self.patience_s is not None:
+                job.future.set_exception(self._silence())
+        self.jobs = [job for at, job in enumerate(self.jobs) if job.ended or at < self._count]
+        self.close()
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _silence(self) -> TimeoutError:
+        return TimeoutError(errno.ETIMEDOUT, "it did not answer")
+
+    def steps(self) -> list[Callable[[], None]]:
+        if self.stuck and not self._given_up:
+            return [self._hang] if self.jobs else []
+        begun = self.jobs[: self._count]
+        if self.stuck:  # what hangs goes on hanging
+            return [self._loosen] if begun else []
+        return [functools.partial(self._answer if job.ended else self._carry_out, job) for job in begun]
+
+    def _hang(self) -> None:
+        if self._fate.often(0.1) and any(job.future is not None for job in self.jobs):
+            self.give_up()
+
+    def _loosen(self) -> None:
+        self.stuck = not self._fate.often(0.05)
+
+    def _carry_out(self, job: Job) -> None:
+        failure = self._fate.blocks(job)
+        if failure is None:
+            job.carry_out()
+        else:
+            job.ended, job.failure = True, failure
+
+    def _answer(self, job: Job) -> None:
+        self.jobs.remove(job)
+        if job.future is None:
+            self._at_hint = False
+        elif not job.future.done():
+            if job.failure is None:
+                job.future.set_result(job.value)
+            else:
+                job.future.set_exception(job.failure)
+
+
+class _Selector(selectors.SelectSelector):
+    fate: Fate
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.fate.turn(timeout)
+        return []
+
+
+class Turns(asyncio.SelectorEventLoop):
+    """A loop whose time is counted."""
+
+    def __init__(self, fate: Fate) -> None:
+        self._fate = fate
+        selector = _Selector()
+        selector.fate = fate
+        super().__init__(selector)
+
+    def time(self) -> float:
+        return self._fate.now_s
+
+
+# --- disks ---
+
+
+class Medium:
+    """A disk with a cache."""
+
+    def __init__(self, content: bytes) -> None:
+        self.now = bytearray(content)
+        self.flushed = bytearray(content)
+        self._cached: dict[int, list[bytes]] = {}  # sector -> versions since the flush
+
+    def write(self, offset: int, data: bytes, *, durable: bool = False) -> None:
+        assert offset + len(data) <= len(self.now)
+        self.now[offset : offset + len(data)] = data
+        for sector in range(offset // SECTOR, -(-(offset + len(data)) // SECTOR)):
+            at = sector * SECTOR
+            version = bytes(self.now[at : at + SECTOR])
+            if durable:
+                self.flushed[at : at + SECTOR] = version
+                self._cached.pop(sector, None)
+            else:
+                self._cached.setdefault(sector, []).append(version)
+
+    def flush(self) -> None:
+        self.flushed[:] = self.now
+        self._cached.clear()
+
+    def cut(self, chance: random.Random) -> None:
+        """Lose what the cache does not give back: all, nothing, or some sectors."""
+        how = chance.random()
+        self.now[:] = self.flushed
+        for sector, versions in self._cached.items():
+            kept = versions if how < 0.3 else versions[: chance.randrange(len(versions) + 1)] if how < 0.7 else []
+            if kept:
+                self.now[sector * SECTOR : (sector + 1) * SECTOR] = kept[-1]
+        self.flush()
+
+
+class Target(PlainDisk):
+    """A target in memory."""
+
+    def __init__(self, fate: Fate, content: bytes, *, prompt: bool) -> None:
+        self.disk = cast(Disk, SimpleNamespace(is_block=False, path="/target"))
+        self.size_bytes = len(content)
+        self.medium = Medium(content)
+        self.fails: set[str] = set()  # what it fails once
+        self.trouble = False  # it has failed, and not everybody may know yet
+        self.troubles = 0  # how often it has
+        self.lost: Callable[[], None] = lambda: None  # called when it has lost what it had cached
+        self._fate = fate
+        self._prompt = prompt
+        blocks = range(0, self.size_bytes, REGION_BYTES)
+        self._hole = [not any(content[at : at + REGION_BYTES]) for at in blocks]
+
+    @property
+    def prompt(self) -> bool:
+        return self._prompt
+
+    @property
+    def cached(self) -> bool:
+        return True
+
+    @property
+    def block_bytes(self) -> int:
+        return 1
+
+    def written_ns(self) -> int:
+        return 0
+
+    def _fail(self, doing: str) -> bool:
+        if doing not in self.fails:
+            return False
+        self.fails.discard(doing)
+        self.trouble = True
+        self.troubles += 1
+        return True
+
+    def _write(self, offset: int, data: bytes, *, durable: bool = False) -> None:
+        for block in range(offset // REGION_BYTES, -(-(offset + len(data)) // REGION_BYTES)):
+            self._hole[block] = False
+        self.medium.write(offset, data, durable=durable)
+
+    def read(self, offset: int, into: memoryview) -> None:
+        if self._fail("read"):
+            raise OSError(errno.EIO, "bad sector")
+        data = self.medium.now[offset : offset + len(into)]
+        into[:] = data.ljust(len(into), b"\0")
+
+    def read_run(self, into: bytearray, run: "array[int]", count: int) -> int:
+        if self.fails or self._fate.often(0.2):  # it is not in the page cache
+            return 0
+        for offset, length, position in requests(run, 0, count):
+            self.read(offset, memoryview(into)[position : position + length])
+        return count
+
+    def read_job(self, into: memoryview, run: "array[int]", count: int) -> Callable[[], None]:
+        def job() -> None:
+            for offset, length, position in requests(run, 0, count):
+                self.read(offset, into[position : position + length])
+
+        return job
+
+    def write_run(self, data: memoryview, run: "array[int]", count: int) -> int:
+        done = count if self._fate.often(0.9) else self._fate.chance.randrange(count + 1)
+        for offset, length, position in requests(run, 0, done):
+            self._write(offset, bytes(data[position : position + length]))
+        return done
+
+    def write_job(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> Callable[[], None]:
+        def job() -> None:
+            for offset, length, position in requests(run, 0, count):
+                self.write(offset, data[position : position + length], durable=durable)
+
+        return job
+
+    def write(self, offset: int, data: memoryview | bytes, *, durable: bool = False) -> None:
+        if self._fail("write"):
+            self._write(offset, bytes(data[: self._fate.chance.randrange(len(data) // CELL + 1) * CELL]))
+            raise OSError(errno.EIO, "the target is broken")
+        self._write(offset, bytes(data), durable=durable)
+
+    def zero(self, offset: int, length: int, *, allocate: bool) -> None:
+        if self._fail("write"):
+            raise OSError(errno.EIO, "the target is broken")
+        self._write(offset, bytes(length))
+        if not allocate:
+            for block in range(-(-offset // REGION_BYTES), (offset + length) // REGION_BYTES):
+                self._hole[block] = True
+
+    def extents(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        end = offset + length
+        while offset < end:
+            stop = min(end, (offset // REGION_BYTES + 1) * REGION_BYTES)
+            yield offset, stop - offset, not self._hole[offset // REGION_BYTES]
+            offset = stop
+
+    def flush(self) -> None:
+        if self._fail("flush"):
+            self.medium.cut(self._fate.chance)
+            self.lost()
+            raise OSError(errno.EIO, "the target is broken")
+        self.medium.flush()
+
+    def flush_job(self) -> Callable[[], None]:
+        return self.flush
+
+    def write_back_job(self) -> Callable[[], None] | None:
+        return lambda: None
+
+
+class Replacement(NewTarget, Target):
+    """A new target, which is filled from a mirror."""
+
+
+class Platter:
+    """What a mirror is made of: it outlives whoever has it open."""
+
+    def __init__(self, content: bytes, token: Token) -> None:
+        self.medium = Medium(content)
+        self.token = token
+        self.gone = False
+        self.silenced = False  # it could not say of itself what it should
+        self.older = False  # it was put back from an image of it, and has not been in sync since
+        self.losses = 0  # how often it has lost what it had cached
+        self.fails: set[str] = set()  # what it fails once
+
+
+class Mirror:
+    """In place of `EncryptedDisk`: a mirror while it is open."""
+
+    cached = True
+
+    def __init__(self, world: "World", platter: Platter, sector_bytes: int) -> None:
+        self.sector_bytes = sector_bytes
+        self.failed = self.closed = False
+        self._world = world
+        self._chance = world.fate.chance
+        self._platter = platter
+
+    @property
+    def prompt(self) -> bool:
+        return self._world.prompt
+
+    def _fail(self, doing: str) -> bool:
+        if self.closed:
+            self._world.fate.violated(f"{doing} a mirror that was closed")
+        lost = doing == "flushing" and self._lossy  # what is lost is not told to one caller alone
+        if not lost and not self._platter.gone and doing not in self._platter.fails:
+            return False
+        self._platter.fails.discard(doing)
+        self.failed = True
+        if self._chance.random() < 0.5:
+            self._platter.medium.cut(self._chance)
+            self._platter.losses += 1
+            self._lossy = True
+        return True
+
+    def _check(self, offset: int, length: int) -> None:
+        behind = offset + length > len(self._platter.medium.now)
+        if (offset | length) % self.sector_bytes or not length or behind:
+            self._world.fate.violated(f"the mirror was given ({offset}, {length}), no whole sectors, or behind its end")
+
+    def _check_right(self) -> None:
+        request = REQUEST.get()
+        if request is not None and request.kind == "write" and self._world.gate(request.user) is not UPDATE:
+            self._world.fate.violated(f"{request}: the mirror is given what {request.user} may not update now")
+
+    def write_run(self, data: memoryview, run: "array[int]", count: int) -> int:
+        self._check_right()
+        if self._platter.gone or "writing" in self._platter.fails:
+            return 0
+        done = count if self._chance.random() < 0.9 else self._chance.randrange(count + 1)
+        for offset, length, position in requests(run, 0, done):
+            self._check(offset, length)
+            self._platter.medium.write(offset, bytes(data[position : position + length]))
+        return done
+
+    def write_job(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> Callable[[], None]:
+        self._check_right()
+        for place in places(run, count):
+            self._check(*place)
+
+        def job() -> None:
+            for offset, length, position in requests(run, 0, count):
+                self._write(offset, bytes(data[position : position + length]), durable=durable)
+
+        return job
+
+    def _write(self, offset: int, data: bytes, *, durable: bool = False) -> None:
+        failed = self._fail("writing")
+        if failed or self._stopped:
+            data = data[: self._chance.randrange(len(data) // SECTOR + 1) * SECTOR]
+        self._platter.medium.write(offset, data, durable=durable and not failed)
+        if failed:
+            raise OSError(errno.EIO, "the mirror is broken")
+
+    def zero(self, offset: int, length: int) -> None:
+        self._check(offset, length)
+        self._write(offset, bytes(length))
+
+    def read(self, offset: int, into: memoryview) -> None:
+        if self._fail("reading"):
+            raise OSError(errno.EIO, "the mirror is broken")
+        into[:] = self._platter.medium.now[offset : offset + len(into)]
+
+    def read_job(self, offset: int, into: memoryview, *, from_medium: bool = False) -> Callable[[], None]:
+        self._check(offset, len(into))
+        return functools.partial(self.read, offset, into)
+
+    def _flush(self) -> None:
+        if self._fail("flushing"):
+            raise OSError(errno.EIO, "the mirror is broken")
+        self._platter.medium.flush()
+
+    def flush_job(self) -> Callable[[], None]:
+        return self._flush
+
+    def write_back_job(self) -> Callable[[], None] | None:
+        return lambda: None
+
+    def forget_cache(self, offset: int, length: int) -> None: ...
+
+    _stopped = _lossy = False
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def close(self) -> None:
+        self.closed = True
+
+    def left(self, path: str) -> bool:
+        return False
+
+    def cut_short(self) -> bool:
+        return False
+
+
+class Session(MirrorSession):
+    """The real one, but for how its disk is opened."""
+
+    world: "World"
+    platter: Platter
+
+    @classmethod
+    def of(cls, world: "World", number: int) -> "Session":
+        session = cls.__new__(cls)
+        session.world, session.platter = world, world.platters[number]
+        session.__init__(  # type: ignore[misc]
+            cast(Any, world.state),
+            cast(Any, world.record),
+            cast(Any, world.register.mirror(number)),
+            world.target,
+            cast(Any, None),
+            cast(Workers, world.workers),
+            PATIENCE_S,
+        )
+        return session
+
+    def _open_unless_away(self) -> tuple[luks.Header | None, EncryptedDisk | None, str]:
+        if self.platter.gone:
+            return None, None, "it is away"
+        return *self._open(), ""
+
+    def _open(self) -> tuple[luks.Header, EncryptedDisk]:
+        if self.platter.gone:
+            raise DiskUnreadable(path=self.mirror.path, reason="it is gone")
+        header = cast(luks.Header, SimpleNamespace(token=self.platter.token, token_id=0))
+        return header, cast(EncryptedDisk, Mirror(self.world, self.platter, self.world.mirror_sector))
+
+
+class Headers:
+    """In place of `lockstep.crypto.luks`, as far as a session uses it."""
+
+    def __init__(self, world: "World") -> None:
+        self._world = world
+        self.Token = Token
+
+    def _platter(self, path: str) -> Platter:
+        platter = self._world.platters[self._world.uuids.index(path[1:])]
+        if platter.gone or "header" in platter.fails:
+            platter.fails.discard("header")
+            platter.silenced = True
+            raise DiskUnreadable(path=path, reason="it is broken")
+        return platter
+
+    def read_header(self, path: str) -> Any:
+        return SimpleNamespace(token=self._platter(path).token, token_id=0, uuid=path[1:])
+
+    def write_token(self, path: str, token: Token, *, token_id: int | None) -> None:
+        self._world.fate.durable_step()
+        platter = self._platter(path)
+        platter.token, platter.silenced = token, False
+        platter.older = platter.older and token.state != IN_SYNC
+
+
+# --- what is on record ---
+
+
+class StateDir:
+    """In place of `State`: where the records are in this life."""
+
+    def __init__(self, world: "World") -> None:
+        self._world = world
+
+    @property
+    def path(self) -> str:
+        return str(self._world.home)
+
+    def intent(self, luks_uuid: str) -> str:
+        return f"{self.path}/{luks_uuid}.intent"
+
+    def held(self, luks_uuid: str) -> str:
+        return f"{self.path}/{luks_uuid}"
+
+    def missing(self, volume_id: str) -> str:
+        return f"{self.path}/{volume_id}.missing"
+
+    def records(self, luks_uuid: str) -> tuple[str, ...]:
+        return self.intent(luks_uuid), f"{self.held(luks_uuid)}.held", f"{self.held(luks_uuid)}.writers"
+
+    def borrowing_lock_path(self, luks_uuid: str) -> str:
+        return f"{self.path}/{luks_uuid}.borrowed"
+
+    @contextlib.contextmanager
+    def registry(self) -> "Iterator[Register]":
+        yield self._world.register
+
+
+class Register:
+    """In place of the registry."""
+
+    def __init__(self, world: "World") -> None:
+        self.filled_from: str | None = None
+        self.replacements = 0
+        self.generations = dict.fromkeys(world.uuids, 1)
+        self._compare: dict[str, bool] = dict.fromkeys(world.uuids, False)
+        self._world = world
+
+    def mirror(self, number: int) -> Any:
+        """Of mirrors, the id is the LUKS UUID here."""
+        uuid_ = self._world.uuids[number]
+        return SimpleNamespace(
+            id=uuid_,
+            luks_uuid=uuid_,
+            path=f"/{uuid_}",
+            header_path=None,
+            generation=self.generations[uuid_],
+            compare=self._compare[uuid_],
+        )
+
+    def set_generation(self, mirror_id: str, generation: int, *, compare: bool | None = None) -> None:
+        self._world.fate.durable_step()
+        self.generations[mirror_id] = generation
+        self._compare[mirror_id] = self._compare[mirror_id] if compare is None else compare
+
+    def replace_target(self, mirror_id: str) -> None:
+        self._world.fate.durable_step()
+        self.filled_from = mirror_id
+        self.replacements += 1
+        self._compare = {each: each != mirror_id for each in self._compare}
+
+    def target_filled(self, name: str, *, actor: object) -> None:
+        self._world.fate.durable_step()
+        self.filled_from = None
+
+
+# --- requests ---
+
+
+class Request:
+    """What a client asked."""
+
+    def __init__(self, number: int, kind: str, user: str, extents: list[tuple[int, int]]) -> None:
+        self.number = number
+        self.kind = kind
+        self.user = user
+        self.extents = extents  # (offset, length)
+        self.begins: float = 0
+        self.ends: float = NEVER  # when it was answered, if it was carried out
+        self.durable = False
+        self.over = False
+        self.lost = False  # the target may have lost it, and said so
+        self.rulings: set[Ruling] = set()  # of its user, meanwhile
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.number} by {self.user} at {self.extents}"
+
+    def content(self, offset: int, length: int) -> bytes:
+        first = offset // CELL
+        if self.kind != "write":
+            return bytes(length)
+        return array("Q", (self.number << 32 | cell for cell in range(first, first + length // CELL))).tobytes()
+
+    def regions(self) -> set[int]:
+        return {
+            region
+            for offset, length in self.extents
+            for region in range(offset // REGION_BYTES, (offset + length - 1) // REGION_BYTES + 1)
+        }
+
+
+REQUEST: contextvars.ContextVar[Request | None] = contextvars.ContextVar("request", default=None)
+
+
+class Doorkeeper:
+    """The gate."""
+
+    def __init__(self, world: "World") -> None:
+        self._world = world
+        self.rulings = dict.fromkeys(USERS, UPDATE)
+
+    def __call__(self, user: str) -> Ruling:
+        return self.rulings[user]
+
+    def anyone(self) -> bool:
+        return UPDATE in self.rulings.values()
+
+    def denied(self, *_: object) -> None: ...
+
+    def change(self, user: str, ruling: Ruling) -> None:
+        self.rulings[user] = ruling
+        for request in self._world.under_way:
+            if request.user == user:
+                request.rulings.add(ruling)
+                if ruling not in BARRING:
+                    self._world.barred.pop(request.number, None)
+
+
+class World:
+    """What there is when a scene begins, and outlives the server."""
+
+    def __init__(self, seed: int, home: Path) -> None:
+        self.seed = seed
+        self.fate = Fate(seed)
+        self.chance = chance = self.fate.chance
+        self.base_home = home
+        self.epoch = 0
+        self.size_bytes = REGION_BYTES * chance.choice((20, 40)) + chance.choice((0, 3 * SECTOR + 104))
+        self.mirror_sector = chance.choice((512, 512, 4096))
+        self.volume_id = str(uuid.UUID(int=chance.getrandbits(128)))
+        self.uuids = [str(uuid.UUID(int=chance.getrandbits(128))) for _ in range(chance.choice((1, 1, 2)))]
+        self.state = StateDir(self)
+        self.register = Register(self)
+        whole = -(-self.size_bytes // self.mirror_sector) * self.mirror_sector
+        token = Token(self.volume_id, "vol", self.size_bytes, 1, IN_SYNC)
+        self.platters = [Platter(bytes(whole), token) for _ in self.uuids]
+        self.prompt = chance.random() < 0.7
+        self.workers = Hands(self.fate, "target", 16)
+        self.target: Target = Target(self.fate, bytes(self.size_bytes), prompt=self.prompt)
+        self.gate = Doorkeeper(self)
+        self.under_way: list[Request] = []
+        self.barred: dict[int, set[int]] = {}  # number of a request -> regions in which it is not the mirror's
+
+    @property
+    def home(self) -> Path:
+        home = self.base_home / str(self.epoch)
+        home.mkdir(exist_ok=True)
+        return home
+
+    @property
+    def record(self) -> Any:
+        """What the registry has of the volume."""
+        return SimpleNamespace(
+            id=self.volume_id,
+            name="vol",
+            size_bytes=self.size_bytes,
+            target_path="/target",
+            filled_from=self.register.filled_from,
+            mirrors=[self.register.mirror(number) for number in range(len(self.uuids))],
+        )
