@@ -4,11 +4,15 @@ INTERLEAVINGS is how many scenes are played (`make interleavings`); their seeds 
 """
 
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from tests.interleavings import played
+from lockstep.disk.runs import run_of
+from lockstep.volume.gate import Ruling
+from lockstep.volume.link import IN_SYNC, SYNCING
+from tests.interleavings import Scene, in_scene, played
 
 SCENES = 160
 TASKS = 4
@@ -32,3 +36,39 @@ def test_a_seed_gives_the_same_scene_again(tmp_path: Path) -> None:
         scene = played(7, home)
         histories.append((scene.history, bytes(scene.target.medium.now), scene.fate.now_s))
     assert histories[0] == histories[1]
+
+
+def _at_work(home: Path, what: Callable[[Scene], Awaitable[None]]) -> None:
+    """Have something happen to a volume that has just been claimed."""
+
+    async def happen() -> None:
+        scene.start(anew=True)
+        scene.volume.claim()
+        await what(scene)
+        scene._close()
+
+    scene = Scene(0, home)
+    in_scene(scene, happen())
+
+
+def test_a_mirror_that_misses_something_by_the_end_of_its_flush_does_not_say_that_it_is_in_sync(tmp_path: Path) -> None:
+    """What it misses is durable by then, and it has said so: with the state that was still on it."""
+
+    async def overtaken(scene: Scene) -> None:
+        link, platter = scene.links[0], scene.platters[0]
+        real = link.flush
+
+        async def flush() -> bool:
+            flushed = await real()
+            scene.gate.change("ada", Ruling.FALL_BEHIND)
+            data = memoryview(bytes(512))
+            await scene.path.write("ada", data, run_of(0, len(data)), 1, durable=True)
+            return flushed
+
+        await link.announce(SYNCING)
+        link.flush = flush  # type: ignore[method-assign]
+        await link.announce(IN_SYNC)
+        assert link.regions.dirty_bytes
+        assert platter.token.state == SYNCING
+
+    _at_work(tmp_path, overtaken)

@@ -190,7 +190,7 @@ class MirrorSession:
         said = self._token.state == state and self._scribe.at_rest  # nor is another about to be said
         if not self._claimed or said or self.link.silent or self._token_id is None or self._unsaid == state:
             return
-        if state == IN_SYNC and not await self.link.flush():
+        if state == IN_SYNC and not (await self.link.flush() and self.link.equal):  # it was until a moment ago
             return
         try:
             await self._scribe.run(self._write_state, state)
@@ -407,8 +407,7 @@ class MirrorSession:
 
         Raises LockstepError, TimeoutError.
         """
-        missing = self.link.regions.dirty_bytes or self.link.regions.held_bytes
-        if missing and self._token.state in WHOLE and self._held.frozen_since_s is None:
+        if not self.link.equal and self._token.state in WHOLE and self._held.frozen_since_s is None:
             await self._scribe.run(self._write_state, SYNCING)
 
     @property

@@ -190,11 +190,16 @@ class MirrorLink:
         """One of the four states in the table above."""
         if self.error is not None:
             return DEGRADED
-        if self.sync is None and not self.regions.dirty_bytes and not self.regions.held_bytes:
+        if self.sync is None and self.equal:
             return IN_SYNC  # a copy is over when it is durable
         if self.target_error or self.waiting or (self.sync is None and not self.regions.dirty_bytes):
             return BEHIND
         return SYNCING
+
+    @property
+    def equal(self) -> bool:
+        """Whether no region differs."""
+        return not self.regions.dirty_bytes and not self.regions.held_bytes
 
     @property
     def consistent(self) -> bool:

@@ -533,7 +533,7 @@ class WritePath:
     async def _announce_faults(self) -> None:
         """Nothing that a mirror has missed is answered as durable before the mirror says that it misses something."""
         for mirror in self.mirrors:
-            if mirror.error or mirror.target_error or mirror.regions.held_bytes or mirror.regions.dirty_bytes:
+            if mirror.error or mirror.target_error or not mirror.equal:
                 await mirror.announce()
 
     def _target_failed(self, failure: OSError, extent: tuple[int, int] | None = None) -> None:
