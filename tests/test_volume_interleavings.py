@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from lockstep.disk.runs import run_of
+from lockstep.volume import intent
 from lockstep.volume.gate import Ruling
+from lockstep.volume.intent import Identity
 from lockstep.volume.link import IN_SYNC, SYNCING
 from tests.interleavings import Scene, in_scene, played
 
@@ -72,3 +74,25 @@ def test_a_mirror_that_misses_something_by_the_end_of_its_flush_does_not_say_tha
         assert platter.token.state == SYNCING
 
     _at_work(tmp_path, overtaken)
+
+
+def test_marks_stay_where_a_mirror_is_dropped_while_it_is_closed(tmp_path: Path) -> None:
+    """It keeps its generation, so a copy of it from before fits the bitmap as well."""
+
+    async def dropped(scene: Scene) -> None:
+        session, link = scene.sessions[0], scene.links[0]
+        await scene.path.write("ada", memoryview(bytes(512)), run_of(0, 512), 1, durable=True)
+        real = session._claim
+
+        def claim(marked: bytes, written_ns: int) -> None:
+            link.drop("closing", TimeoutError("it did not answer"))
+            real(marked, written_ns)
+
+        session._claim = claim  # type: ignore[method-assign]
+        await session.retire()
+        identity = Identity(scene.volume_id, link.uuid, scene.size_bytes)
+        found = intent.load(scene.state.intent(link.uuid), identity, scene.platters[0].token.generation, None)
+        assert found.fits
+        assert found.marked[0]
+
+    _at_work(tmp_path, dropped)

@@ -150,10 +150,8 @@ class MirrorSession:
     async def retire(self) -> None:
         """Close in order: the target has been flushed and nobody writes any more. Raises as `claim` does."""
         await self.link.flush()
-        dirty = self.link.regions.dirty()
-        marked = dirty if self.link.error is None else union(dirty, self._intent.marked())
         try:
-            await self._scribe.run(self._claim, marked, self._target.written_ns())
+            await self._scribe.run(self._claim, self.link.regions.dirty(), self._target.written_ns())
         except TimeoutError as failure:
             self.link.drop("closing", failure)
 
@@ -167,12 +165,11 @@ class MirrorSession:
     def _claim(self, marked: bytes, written_ns: int) -> None:
         try:
             self._held.claim()
-            if self.link.error is not None:  # it cannot be given another
-                generation, following = self._generations
-                self._intent.claim(generation, following, marked, written_ns)
+            kept = union(marked, self._intent.marked())  # a copy of the mirror from before still fits
+            if self.link.error is not None:  # it cannot be given another; nor by now, if it was dropped meanwhile
+                self._intent.claim(*self._generations, kept, written_ns)
                 return
             following = self._following()
-            kept = union(marked, self._intent.marked())  # a copy of the mirror from before still fits
             self._intent.claim(self._token.generation, following, kept)
             self._write_token(following, self.link.token_state)
             self._intent.claim(following, following, marked, written_ns)
