@@ -772,6 +772,27 @@ def test_a_comparison_during_which_the_mirror_fails_and_comes_back_says_so(tmp_p
     played(scene, tmp_path)
 
 
+def test_a_comparison_leaves_out_no_more_than_what_differs_by_then(tmp_path: Path) -> None:
+    """Not all of the piece in which it lies."""
+
+    async def scene(world: World) -> None:
+        (link,), (disk,) = world.links, world.disks
+        disk.write(3 * REGION_BYTES, memoryview(b"X" * 512))
+        verify = Verify(world.path, link, world.workers, repair=False)
+        turn = world.path.ranges.take([(0, SIZE_BYTES)])
+        running = asyncio.ensure_future(verify.run())
+        while len(world.path.ranges._turns) == 1:
+            await asyncio.sleep(0.01)
+        link.regions.mark(2 * REGION_BYTES, 1)
+        world.path.ranges.end(turn)
+        await running
+        assert verify.found.mismatches == [(3 * REGION_BYTES, 512)]
+        assert verify.found.left_out_bytes == REGION_BYTES
+        assert verify.found.compared_bytes == SIZE_BYTES - REGION_BYTES
+
+    played(scene, tmp_path)
+
+
 def test_a_comparison_that_the_target_ends_says_so(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         world.target.flush_job = failing(OSError(errno.EIO, "bad sector"))  # type: ignore[method-assign]

@@ -106,11 +106,13 @@ class Verify:
             count = min(pace.piece_bytes, self.found.total_bytes - start)
             self._next += count
             pace.begin()
-            parts = self._known_equal(start, count)
+            if parts := self._known_equal(start, count):
+                async with self._path.ranges.hold([(offset, offset + length) for offset, length in parts]):
+                    parts = [still for part in parts for still in self._known_equal(*part)]  # it was until a moment ago
+                    for offset, length in parts:
+                        whole = -(-length // sector) * sector
+                        await self._compare_part(offset, length, [buffer[:whole] for buffer in buffers], sector)
             self.found.left_out_bytes += count - sum(length for _, length in parts)
-            for offset, length in parts:
-                whole = -(-length // sector) * sector
-                await self._compare_piece(offset, length, [buffer[:whole] for buffer in buffers], sector)
             self.found.done_bytes += count
             if start // UNCACHE_BYTES != (start + count) // UNCACHE_BYTES:
                 await self._link.forget_cache()
@@ -129,27 +131,25 @@ class Verify:
                     parts.append((offset, length))
         return parts
 
-    async def _compare_piece(self, offset: int, length: int, buffers: list[memoryview], sector: int) -> None:
+    async def _compare_part(self, offset: int, length: int, buffers: list[memoryview], sector: int) -> None:
+        """Compare a part whose range is held."""
         link, (ours, theirs) = self._link, buffers
-        async with self._path.ranges.hold([(offset, offset + length)]):
-            if not link.regions.equal(offset, length):  # it was until a moment ago
-                return
-            reading = self._in_worker(self._path.target.read_job(ours, run_of(offset, len(ours)), 1))
-            theirs_read = link.read(offset, theirs, from_medium=True)
-            readable, failure = await asyncio.gather(theirs_read, reading, return_exceptions=True)
-            if isinstance(failure, OSError):
-                self.found.differ(offset, length)  # nothing can be said of it, and that is worth an alarm
-                return
-            if readable is not True:
-                return
-            self.found.compared_bytes += length
-            if await self._in_worker(same, ours, theirs):
-                return
-            differing = _differing(offset, length, ours, theirs, sector)
-            for start, count in differing:
-                self.found.differ(start, count)
-            if self._repair:
-                await self._mark(differing)
+        reading = self._in_worker(self._path.target.read_job(ours, run_of(offset, len(ours)), 1))
+        theirs_read = link.read(offset, theirs, from_medium=True)
+        readable, failure = await asyncio.gather(theirs_read, reading, return_exceptions=True)
+        if isinstance(failure, OSError):
+            self.found.differ(offset, length)  # nothing can be said of it, and that is worth an alarm
+            return
+        if readable is not True:
+            return
+        self.found.compared_bytes += length
+        if await self._in_worker(same, ours, theirs):
+            return
+        differing = _differing(offset, length, ours, theirs, sector)
+        for start, count in differing:
+            self.found.differ(start, count)
+        if self._repair:
+            await self._mark(differing)
 
     async def _mark(self, differing: list[tuple[int, int]]) -> None:
         """Have it copied: on record first, as any difference."""
