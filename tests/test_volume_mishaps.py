@@ -694,6 +694,23 @@ def test_who_cannot_be_put_on_record_beside_others_holds_nothing_back(tmp_path: 
     played(scene, tmp_path)
 
 
+def test_who_cannot_be_put_on_record_together_hold_nothing_back(tmp_path: Path) -> None:
+    """Each saw what the other was about to hold, when it failed."""
+
+    async def scene(world: World) -> None:
+        (link,) = world.links
+        world.gate.ruling = Ruling.UNTIL_WINDOW
+        link.regions.mark(SIZE_BYTES - 1, 1)  # so it is not frozen, and neither waits for the other
+        link.held._pages._write_pages = failing(OSError(errno.ENOSPC, "full"))()  # type: ignore[method-assign]
+        data, runs = memoryview(DATA), [run_of(at * REGION_BYTES, REGION_BYTES) for at in range(2)]
+        writes = [world.path.write(user, data, run, 1, durable=False) for user, run in zip("ab", runs, strict=True)]
+        failures = await asyncio.gather(*writes, return_exceptions=True)
+        assert [type(failure) for failure in failures] == [OSError, OSError]
+        assert (link.held.writers, link.held.users(OUTSIDE_WINDOW)) == ({}, [])
+
+    played(scene, tmp_path)
+
+
 def test_who_begins_to_hold_while_the_last_region_is_forgotten_is_not_forgotten(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         held = world.links[0].held

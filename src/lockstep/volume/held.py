@@ -125,25 +125,26 @@ class HeldRecord:
         `equal`: up to now the mirror was equal to the target, and is on its medium. Raises OSError; then nothing may be
         written, and nothing is held for it.
         """
-        key, new = (user, kind), (user, kind) not in self.writers
+        key = user, kind
         offset = self._second if kind == NO_RIGHT else 0
         first, after = offset + (start >> self._shift), offset + ((end - 1) >> self._shift) + 1
         try:
             now_s = time.time()
             if equal and key not in self._known:
                 self.frozen_since_s = now_s
-            while key not in self._known:
+            while key not in self._known or 0 in self._pages.durable[first:after]:
+                if key in self._known:
+                    await self._pages.mark(range(first, after))
+                    continue
                 self.writers.setdefault(key, now_s)
                 await self._saves.join()
                 if key in self.writers:  # else it was taken back by another who could not be put on record
                     self._known.add(key)
-            while 0 in self._pages.durable[first:after]:
-                await self._pages.mark(range(first, after))
         except OSError:
             self._pages.unmark(range(first, after))
-            if key not in self._known or (new and not any(self.regions(kind))):
+            if key not in self._known:
                 self.writers.pop(key, None)
-                self._known.discard(key)
+            self._forget_writers()
             if equal:
                 self.frozen_since_s = None
             raise
@@ -162,13 +163,15 @@ class HeldRecord:
         """Clear regions, a byte each, that were released, copied and flushed. Raises OSError; `settle` tries again."""
         self._outdated = True
         await self._pages.clear_all(regions.ljust(self._second, b"\0") + regions)
-        # Whoever is not on record yet is about to be, and holds something then.
-        over = [key for key in self._known if 1 not in self.regions(key[1])]
-        for key in over:
-            del self.writers[key]
-            self._known.discard(key)
+        self._forget_writers()
         await self._saves.join()
         self._outdated = False
+
+    def _forget_writers(self) -> None:
+        """Forget who holds nothing; but whoever is not on record yet is about to be, and holds something then."""
+        for key in [key for key in self._known if 1 not in self.regions(key[1])]:
+            del self.writers[key]
+            self._known.discard(key)
 
     async def settle(self) -> None:
         """Have the files forget what they could not before. Raises OSError."""
