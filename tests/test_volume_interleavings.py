@@ -3,17 +3,20 @@
 INTERLEAVINGS is how many scenes are played (`make interleavings`); their seeds begin at INTERLEAVINGS_SEED.
 """
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lockstep.disk.runs import run_of
 from lockstep.volume import intent
-from lockstep.volume.gate import Ruling
+from lockstep.volume.gate import UPDATE, Ruling
 from lockstep.volume.intent import Identity
-from lockstep.volume.link import IN_SYNC, SYNCING
+from lockstep.volume.link import DEGRADED, IN_SYNC, SYNCING
+from tests.interleaved_world import USERS
 from tests.interleavings import Scene, in_scene, played
 
 SCENES = 160
@@ -46,6 +49,9 @@ def _at_work(home: Path, what: Callable[[Scene], Awaitable[None]]) -> None:
     async def happen() -> None:
         scene.start(anew=True)
         scene.volume.claim()
+        scene._repair()
+        for user in USERS:
+            scene.gate.change(user, UPDATE)
         await what(scene)
         scene._close()
 
@@ -74,6 +80,29 @@ def test_a_mirror_that_misses_something_by_the_end_of_its_flush_does_not_say_tha
         assert platter.token.state == SYNCING
 
     _at_work(tmp_path, overtaken)
+
+
+def test_a_mirror_says_how_it_stands_though_its_header_was_written_while_it_came_back(tmp_path: Path) -> None:
+    """What was read before that is not what it says."""
+
+    async def returning(scene: Scene) -> None:
+        session, link, platter = scene.sessions[0], scene.links[0], scene.platters[0]
+        link.drop("writing", OSError("gone"))
+        real = session._open
+
+        def read_first() -> Any:
+            opened = real()
+            session._write_state(DEGRADED)  # by the thread of the header, which had been told before
+            return opened
+
+        session._open = read_first  # type: ignore[method-assign]
+        while not await session.come_back():
+            await asyncio.sleep(0)
+        await scene.volume.resyncs[0].copy()
+        await link.announce()
+        assert (link.state, platter.token.state) == (IN_SYNC, IN_SYNC)
+
+    _at_work(tmp_path, returning)
 
 
 def test_marks_stay_where_a_mirror_is_dropped_while_it_is_closed(tmp_path: Path) -> None:

@@ -340,7 +340,8 @@ class MirrorSession:
         """
         if self.link.error is None or not self._at_rest:
             return False
-        opened = self._attempt = list[EncryptedDisk]()
+        opened, former = list[EncryptedDisk](), self._token
+        self._attempt = opened
         try:
             self._opener = Workers("lockstep-opener", 1, OPENING_PATIENCE_S)
             header = await self._opener.run(self._reopen, self.link.let_go(), opened)
@@ -365,8 +366,11 @@ class MirrorSession:
             self.link.stay_away(unfit)
             disk.close()
             return False
-        self._token, self._token_id = header.token, header.token_id
         try:
+            await self._come_to_rest()
+            if self._token is former:  # else the header was written after it was read
+                self._token = header.token
+            self._token_id = header.token_id
             self._scribe.close()
             self._scribe = Workers("lockstep-header", 1, self._patience_s)
             as_left = await self._recognise(header.token.generation)
