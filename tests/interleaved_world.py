@@ -171,7 +171,6 @@ class Hands:
             return future
         if self._closed:
             self._fate.violated(f"{self.name} was asked after it was closed")
-        self._fate.futures.add(future)
         self.jobs.append(Job(future, work, arguments))
         return future
 
@@ -253,6 +252,11 @@ class Turns(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._fate.now_s
+
+    def create_future(self) -> "asyncio.Future[Any]":
+        future = super().create_future()
+        self._fate.futures.add(future)
+        return future
 
 
 # --- disks ---

@@ -46,7 +46,7 @@ from lockstep.service import mirror_session, mirror_set, replacing
 from lockstep.service.background import Background
 from lockstep.service.borrowing import DRILL
 from lockstep.service.volume_session import VolumeSession, pair_of
-from lockstep.volume import backlog, filling, link, missing, pace, regions, resync, verify, write_path
+from lockstep.volume import backlog, filling, intent, link, missing, pace, regions, resync, verify, write_path
 from lockstep.volume.gate import UPDATE, Gate, Ruling
 from lockstep.volume.held import NO_RIGHT, HeldRecord
 from lockstep.volume.intent import Identity, IntentBitmap
@@ -95,8 +95,8 @@ class Scene(World):
         super().__init__(seed, home)
         chance = self.chance
         self.kind = chance.choice(tuple(KINDS))
-        self.trusts_target = self.kind == "comparing" or chance.random() < 0.7  # it does not fail
-        spots = 2 if self.kind == "records" else 4
+        self.trusts_target = self.kind == "comparing" or chance.random() < 0.6  # it does not fail
+        spots = 1 if self.kind == "records" else 4
         self.spots = [chance.randrange(self.size_bytes // CELL) * CELL for _ in range(spots)]
         self.numbers = itertools.count(1)
         self.requests: dict[int, Request] = {}  # of all times
@@ -123,6 +123,9 @@ class Scene(World):
         self.releasing: list[tuple[int, bytes]] = []
         self.verifying: set[int] = set()
         self.full: set[str] = set()
+        flaky = {"records": ("intent", "held"), "filling": ("missing",)}.get(self.kind, ())
+        self.flaky = {kind: self.chance.choice((0, 0.02, 0.2)) for kind in flaky}  # how often a record fails
+        self.near_end = False  # the most is found out when something has just begun
         self.excused = self.claimed = False  # excused: something but a mirror has failed
         self.fate.blocks = self._blocks
         self.tasks: list[asyncio.Task[None]] = []
@@ -132,6 +135,9 @@ class Scene(World):
             self.workers = Hands(self.fate, "target", 16)
             for number in range(len(self.uuids)):
                 self._first_records(number)
+            if self.kind == "filling" and self.fate.often(0.7):
+                self._replace_target()
+                self._renew_target()
         while True:
             try:
                 self._open()
@@ -146,6 +152,8 @@ class Scene(World):
         self.excused = self.path.filling is not None and self.links[self.source].error is not None
         for number, each in enumerate(self.links):
             self._watch(number, each)
+        for user in USERS if self.kind == "records" else ():
+            self.gate.rulings[user] = self.chance.choice((UPDATE, Ruling.UNTIL_WINDOW, Ruling.UNTIL_RELEASED))
 
     def _open(self) -> None:
         self.fate.hands.clear()
@@ -221,7 +229,7 @@ class Scene(World):
             kind = owner._path.rpartition(".")[2]  # intent, held, or missing
         else:
             kind = {IntentBitmap: "intent", HeldRecord: "held"}.get(type(owner), "")
-        if kind not in self.full:
+        if kind not in self.full and not self.fate.often(self.flaky.get(kind, 0)):
             return None
         self.excused = True
         if isinstance(owner, PagedBits) and self.fate.often(0.5):
@@ -238,7 +246,7 @@ class Scene(World):
 
     async def play(self) -> None:
         """All of it."""
-        lives = self.chance.choice((2, 3, 4) if self.kind in ("records", "filling") else (1, 2, 3))
+        lives = self.chance.choice((2, 3, 4, 5))
         for life in range(lives):
             self.start(anew=life == 0)
             self.history.append(f"life {life} begins")
@@ -270,10 +278,11 @@ class Scene(World):
 
     async def _busy(self) -> None:
         doing: set[asyncio.Task[None]] = set()
-        most = 40 if self.kind in ("records", "filling") else 70
-        for _ in range(self.chance.randrange(5, most)):
+        if self.kind == "records" and self.fate.often(0.7):
+            doing.add(asyncio.ensure_future(self._contend()))  # while the mirrors are in sync yet
+        for _ in range(self.chance.randrange(5, self.chance.choice((20, 40, 70)))):
             doing = {task for task in doing if not task.done() or task.result()}
-            if len(doing) < 8:
+            if len(doing) < 10:
                 doing.add(asyncio.ensure_future(self._something()))
             for _ in range(self.chance.choice((0, 1, 3, 10, 30))):
                 await asyncio.sleep(0)
@@ -282,6 +291,9 @@ class Scene(World):
             if self.fate.often(0.05):
                 await asyncio.sleep(1)
             self._check_background()
+            dull = self.near_end or (self.kind == "filling" and self.path.filling is None)
+            if dull and self.fate.often(0.1):
+                break
         self.doing = doing
 
     def _check_background(self) -> None:
@@ -306,7 +318,7 @@ class Scene(World):
         length = self.chance.choice((unit, SECTOR, 4096, self.chance.randrange(1, 12 << 10)))
         length = max(unit, length // unit * unit)
         spot = self.chance.choice(self.spots) + self.chance.randrange(-4096, 4096)
-        if self.fate.often(0.3):
+        if self.fate.often(0.1 if self.kind == "records" else 0.3):
             spot = self.chance.randrange(self.size_bytes)
         offset = max(0, min(spot // unit * unit, (self.size_bytes - length) // unit * unit))
         return offset, min(length, self.size_bytes - offset)
@@ -336,10 +348,10 @@ class Scene(World):
             request.over = True
             self.under_way.remove(request)
 
-    async def _write(self) -> None:
+    async def _write(self, user: str | None = None, extents: list[tuple[int, int]] | None = None) -> None:
         aligned = self.fate.often(0.6)
-        extents = [self._place(aligned) for _ in range(self.chance.choice((1, 1, 1, 3)))]
-        request = Request(next(self.numbers), "write", self.chance.choice(USERS), extents)
+        extents = extents or [self._place(aligned) for _ in range(self.chance.choice((1, 1, 1, 3)))]
+        request = Request(next(self.numbers), "write", user or self.chance.choice(USERS), extents)
         run, position = array("Q"), 0
         for offset, length in extents:
             run.extend((offset, length, position, 0))
@@ -387,7 +399,7 @@ class Scene(World):
                 if not self.excused:
                     self.fate.violated(f"a read failed, though only mirrors did: {failure}")
                 return
-        if self.path.filling is not None and self.target.troubles > troubles:
+        if self.path.filling is not None and (self.target.trouble or self.target.troubles > troubles):
             return  # what it lost is missing again, and nobody may know yet
         ends = self.fate.tick()
         self._check_content("a read", into, begins, durable_before=begins, before=ends, base=self.base, at=offset)
@@ -398,16 +410,43 @@ class Scene(World):
             await self.path.tidy()
 
     async def _change_ruling(self) -> None:
-        weights = (4, 2, 2, 1, 1)
+        weights = (4, 2, 2, 1, 2)
         rulings = (UPDATE, Ruling.UNTIL_WINDOW, Ruling.UNTIL_RELEASED, Ruling.REFUSE, Ruling.FALL_BEHIND)
         user, (ruling,) = self.chance.choice(USERS), self.chance.choices(rulings, weights)
         self.history.append(f"{user}: {ruling.name}")
         self.gate.change(user, ruling)
 
+    async def _contend(self) -> None:
+        """Two who may not update the mirror write to one region, and what they do is hard to put on record."""
+        self.near_end = True
+        region = self.chance.choice(self.spots) // REGION_BYTES * REGION_BYTES
+        flaky, self.flaky = self.flaky, {**self.flaky, "held": 0.4}
+        doing: list[Coroutine[Any, Any, None]] = [self._announce()]
+        for user in self.chance.sample(USERS, 2):
+            self.gate.change(user, self.chance.choice((Ruling.UNTIL_WINDOW, Ruling.UNTIL_RELEASED)))
+            sectors = (REGION_BYTES if self.fate.often(0.8) else 3 * REGION_BYTES) // SECTOR
+            offset = min(region + self.chance.randrange(sectors) * SECTOR, self.size_bytes // SECTOR * SECTOR - SECTOR)
+            doing.append(self._write(user, [(offset, SECTOR)]))
+        self.chance.shuffle(doing)
+        await asyncio.gather(*doing)
+        self.flaky = flaky
+
+    async def _blink(self) -> None:
+        """A mirror fails, and is back at once."""
+        number = self.chance.randrange(len(self.platters))
+        self.platters[number].fails.add(self.chance.choice(("writing", "flushing", "reading")))
+        self.history.append(f"mirror {number} fails for a moment")
+        self._miss_source(number)
+        for _ in range(20):
+            for _ in range(self.chance.randrange(10)):
+                await asyncio.sleep(0)
+            await self._come_back(number)
+
     async def _release(self) -> None:
         """`lockstep sync`."""
         include_held = self.gate.anyone() and self.fate.often(0.6)
         self.history.append(f"sync, held included: {include_held}")
+        self.near_end = self.near_end or self.kind == "records"
         self.path.durability_lost = None
         for each in self.links:
             each.target_error = None
@@ -453,7 +492,7 @@ class Scene(World):
             return
         self.coming_back.add(number)
         try:
-            if session._at_rest:
+            if session._at_rest and not session._disowned:
                 self._put_image(number)
             if await session.come_back():
                 if self.target_lacks_something and number == self.source and number in self.replaced_by:
@@ -529,9 +568,10 @@ class Scene(World):
         self._take_platter(number, Platter(content, token))
         self.platters[number].silenced = self.platters[number].older = True
 
-    def _put_back(self, number: int) -> None:
+    def _put_back(self, number: int, *, surely: bool = False) -> None:
         """Put the right one back, unless the copy is followed in its place."""
-        if number in self.replaced_by and self.fate.often(0.8 if self.target_lacks_something else 0.2):
+        often = 1 if surely else 0.8 if self.target_lacks_something else 0.2
+        if number in self.replaced_by and self.fate.often(often):
             self.history.append(f"mirror {number} is put back")
             self._take_platter(number, self.replaced_by.pop(number))
 
@@ -552,8 +592,9 @@ class Scene(World):
         if lacks is None:
             lacks = self.target.missing if isinstance(self.target, Replacement) else b""
         for region in regions.positions(lacks):
+            source = self.replaced_by.get(self.source, self.platters[self.source])
             part = slice(region * REGION_BYTES, min((region + 1) * REGION_BYTES, self.size_bytes))
-            content[part] = self.platters[self.source].medium.now[part]
+            content[part] = source.medium.now[part]
         return content
 
     def _check_image(self, number: int) -> None:
@@ -606,7 +647,7 @@ class Scene(World):
                 if lacks is not None:
                     break
         fresh = self.chance.choice((bytes(self.size_bytes), self.chance.randbytes(self.size_bytes)))
-        self.target = Target(self.fate, fresh, prompt=self.prompt)  # `_renew_target` makes a new one of it
+        self.target = Target(self.fate, fresh, prompt=self.prompt)  # `_renew_target` makes a new target of it
         if self.platters[number].medium.now[: self.size_bytes] != content:
             raise Broken("the mirror was changed, from which the new target is to be filled")
         self.barred, self.expect_held = {}, {}
@@ -856,11 +897,11 @@ class Scene(World):
         """What becomes of the disks before the next server begins."""
         self.epoch += 1
         for number in list(self.replaced_by):
-            self._put_back(number)
+            self._put_back(number, surely=number in self.disowned)
         for number, each in enumerate(self.platters):
             platter = self.platters[number] = Platter(bytes(each.medium.now), each.token)
             platter.silenced, platter.older = each.silenced, each.older
-        if self.kind == "filling" and self.fate.often(0.6):
+        if self.kind == "filling" and self.fate.often(0.7):
             self._replace_target()
         self._renew_target()
         for number in range(len(self.platters)):
@@ -923,6 +964,7 @@ class Scene(World):
             future.add_done_callback(lambda future: future.cancelled() or future.exception())
         while await self._cancel_all():
             pass
+        await asyncio.sleep(0)  # who has waited for them is told
         self.fate.hands.clear()
         self._close()
         self.under_way.clear()
@@ -991,7 +1033,7 @@ class Scene(World):
         for user in USERS:
             self.gate.change(user, UPDATE)
         self.path.durability_lost = None
-        if self.fate.often(0.5):
+        if self.fate.often(0.8):
             await self._in_time(self._in_sync(_copied_or_frozen), "a resync")
             self._look_for_barred()
             self._look()
@@ -1007,7 +1049,7 @@ class Scene(World):
             await self._in_time(self._in_sync(lambda each: each.state == IN_SYNC), "a resync")
         await self._in_time(self._announce(), "an announcement")
         await self._check_end()
-        for _ in range(2):
+        for _ in range(3):  # what could not be marked before is marked by the first, and cleared by the third
             await self._in_time(self.path.tidy(), "tidying")
         await self._end_background()
         self._check_accounts()
@@ -1027,6 +1069,7 @@ class Scene(World):
 
     def _repair(self) -> None:
         self.full.clear()
+        self.flaky = {}
         self.target.fails.clear()
         for platter in self.platters:
             platter.gone = False
@@ -1105,13 +1148,15 @@ SHARES: Final[dict[str, float]] = {
     "tidy": 5,
     "change_ruling": 9,
     "release": 4,
-    "announce": 4,
+    "announce": 6,
     "mirror_fault": 5,
     "heal": 8,
     "fill_up": 2,
     "make_room": 3,
     "target_fault": 2,
     "step_aside": 1,
+    "contend": 1,
+    "blink": 2,
     "verify": 1,
     "image": 1,
     "spoil": 0,
@@ -1120,9 +1165,19 @@ SHARES: Final[dict[str, float]] = {
 
 KINDS: Final[dict[str, dict[str, float]]] = {
     "any": {},
-    "records": {"change_ruling": 16, "release": 10, "fill_up": 12, "make_room": 10, "image": 0, "verify": 0},
-    "filling": {"read": 14, "flush": 12, "mirror_fault": 6, "heal": 14, "image": 3, "fill_up": 3, "make_room": 4},
-    "comparing": {"read": 25, "verify": 8, "spoil": 8, "fill_up": 1, "image": 0},
+    "records": {
+        "change_ruling": 12,
+        "contend": 16,
+        "release": 12,
+        "flush": 4,
+        "tidy": 3,
+        "announce": 8,
+        "fill_up": 6,
+        "image": 0,
+        "verify": 0,
+    },
+    "filling": {"read": 14, "flush": 12, "blink": 5, "heal": 14, "image": 4, "fill_up": 3, "target_fault": 6},
+    "comparing": {"read": 25, "verify": 14, "spoil": 16, "blink": 14, "heal": 16, "fill_up": 1, "image": 0},
 }
 """What is different in each kind of scene."""
 
@@ -1166,6 +1221,9 @@ def in_scene(scene: Scene, what: Coroutine[Any, Any, None]) -> None:
         (os, "replace"): _counting(scene, os.replace),
         (os, "unlink"): _counting(scene, os.unlink),
         (write_path, "CLEAR_PIECE_BYTES"): 8 << 10,
+        (intent, "GROUP_REGIONS"): 2,
+        (intent, "_GROUP_SHIFT"): 1,
+        (intent, "_WHOLE_GROUP"): (b"\0\0", b"\1\1"),
         (backlog, "LEAST_BYTES"): 8 << 10,
         (backlog, "FIRST_BYTES"): 32 << 10,
         (backlog, "SCATTERED_BYTES"): 1 << 10,
