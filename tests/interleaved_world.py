@@ -35,6 +35,7 @@ from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import Disk
 from lockstep.disk.runs import places, requests
 from lockstep.errors import DiskUnreadable
+from lockstep.service.mirror_opening import Away, MirrorOpener, Opened
 from lockstep.service.mirror_session import MirrorSession
 from lockstep.volume.filling import NewTarget
 from lockstep.volume.gate import UPDATE, Ruling
@@ -536,37 +537,33 @@ class Mirror:
         return False
 
 
-class Session(MirrorSession):
-    """The real one, but for how its disk is opened."""
+class Opener(MirrorOpener):
+    """How a platter comes to be open."""
 
-    world: "World"
-    platter: Platter
+    def __init__(self, world: "World", number: int) -> None:
+        mirror = cast(Any, world.register.mirror(number))
+        super().__init__(cast(Any, world.state), cast(Any, world.record), mirror, cast(Any, None))
+        self._world, self._number = world, number
 
-    @classmethod
-    def of(cls, world: "World", number: int) -> "Session":
-        session = cls.__new__(cls)
-        session.world, session.platter = world, world.platters[number]
-        session.__init__(  # type: ignore[misc]
-            cast(Any, world.state),
-            cast(Any, world.record),
-            cast(Any, world.register.mirror(number)),
-            world.target,
-            cast(Any, None),
-            cast(Workers, world.workers),
-            PATIENCE_S,
-        )
-        return session
+    @property
+    def _platter(self) -> Platter:
+        return self._world.platters[self._number]  # by now: another may have been put in its place
 
-    def _open_unless_away(self) -> tuple[luks.Header | None, EncryptedDisk | None, str]:
-        if self.platter.gone:
-            return None, None, "it is away"
-        return *self._open(), ""
+    def first(self, patience_s: float) -> Opened | Away:
+        return Away("it is away") if self._platter.gone else self._open()
 
-    def _open(self) -> tuple[luks.Header, EncryptedDisk]:
-        if self.platter.gone:
-            raise DiskUnreadable(path=self.mirror.path, reason="it is gone")
-        header = cast(luks.Header, SimpleNamespace(token=self.platter.token, token_id=0))
-        return header, cast(EncryptedDisk, Mirror(self.world, self.platter, self.world.mirror_sector))
+    def _open(self) -> Opened:
+        if self._platter.gone:
+            raise DiskUnreadable(path=self._mirror.path, reason="it is gone")
+        header = cast(luks.Header, SimpleNamespace(token=self._platter.token, token_id=0))
+        return Opened(header, cast(EncryptedDisk, Mirror(self._world, self._platter, self._world.mirror_sector)))
+
+
+def session_of(world: "World", number: int) -> MirrorSession:
+    """The real one, of the real path."""
+    mirror, opener = cast(Any, world.register.mirror(number)), Opener(world, number)
+    state, record, workers = cast(Any, world.state), cast(Any, world.record), cast(Workers, world.workers)
+    return MirrorSession(state, record, mirror, world.target, opener, workers, PATIENCE_S)
 
 
 class Headers:

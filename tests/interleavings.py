@@ -42,9 +42,10 @@ from unittest import mock
 from lockstep.crypto.luks import Token
 from lockstep.disk.runs import WORDS, run_of
 from lockstep.errors import FillingImpossible, LockstepError
-from lockstep.service import mirror_session, mirror_set, replacing
+from lockstep.service import mirror_opening, mirror_session, mirror_set, replacing
 from lockstep.service.background import Background
 from lockstep.service.borrowing import DRILL
+from lockstep.service.mirror_session import MirrorSession
 from lockstep.service.volume_session import VolumeSession, pair_of
 from lockstep.volume import backlog, filling, intent, link, missing, pace, regions, resync, verify, write_path
 from lockstep.volume.gate import UPDATE, Gate, Ruling
@@ -74,10 +75,10 @@ from tests.interleaved_world import (
     PowerCut,
     Replacement,
     Request,
-    Session,
     Target,
     Turns,
     World,
+    session_of,
 )
 
 LONG_S: Final = 300.0  # of counted time: whoever takes longer hangs
@@ -105,7 +106,7 @@ class Scene(World):
         self.coming_back: set[int] = set()  # mirrors that somebody opens or closes
         self.aside_since: dict[int, float] = {}  # of mirrors: what was answered by then is on it
         self.expect_held: dict[int, set[int]] = {}  # like `barred`, when the power was cut
-        self.sessions: list[Session] = []
+        self.sessions: list[MirrorSession] = []
         self.images: list[tuple[int, bytes, Token]] = []  # of mirrors, from some time
         self.replaced_by: dict[int, Platter] = {}  # mirrors in whose place an image was put
         self.spoilt: dict[int, set[int]] = {number: set() for number in range(len(self.uuids))}  # cells, ever
@@ -159,7 +160,7 @@ class Scene(World):
         self.fate.hands.clear()
         self.workers = Hands(self.fate, "target", 16)
         self.target.lost = self._lose
-        self.sessions = [Session.of(self, number) for number in range(len(self.uuids))]
+        self.sessions = [session_of(self, number) for number in range(len(self.uuids))]
         mirrors, gate, workers = tuple(self.sessions), cast(Gate, self.gate), cast(Workers, self.workers)
         self.volume = VolumeSession(cast(Any, self.state), self.record, self.target, mirrors, gate, workers)
         if isinstance(self.target, Replacement) and self.target.left_bytes and self.source in self.replaced_by:
@@ -565,7 +566,7 @@ class Scene(World):
         _, content, token = self.chance.choice(images)
         self.history.append(f"mirror {number} is replaced by an older copy")
         self.replaced_by[number] = self.platters[number]
-        self._take_platter(number, Platter(content, token))
+        self.platters[number] = Platter(content, token)
         self.platters[number].silenced = self.platters[number].older = True
 
     def _put_back(self, number: int, *, surely: bool = False) -> None:
@@ -573,12 +574,7 @@ class Scene(World):
         often = 1 if surely else 0.8 if self.target_lacks_something else 0.2
         if number in self.replaced_by and self.fate.often(often):
             self.history.append(f"mirror {number} is put back")
-            self._take_platter(number, self.replaced_by.pop(number))
-
-    def _take_platter(self, number: int, platter: Platter) -> None:
-        self.platters[number] = platter
-        for session in self.sessions[number : number + 1]:
-            session.platter = platter
+            self.platters[number] = self.replaced_by.pop(number)
 
     # --- a new target ---
 
@@ -1228,6 +1224,7 @@ def in_scene(scene: Scene, what: Coroutine[Any, Any, None]) -> None:
         (backlog, "FIRST_BYTES"): 32 << 10,
         (backlog, "SCATTERED_BYTES"): 1 << 10,
         (mirror_session, "Workers"): functools.partial(Hands, scene.fate),
+        (mirror_opening, "Workers"): functools.partial(Hands, scene.fate),
         **{(module, "luks"): Headers(scene) for module in (mirror_session, mirror_set, replacing)},
         **{(module, "time"): clock for module in (pace, resync, backlog, link, mirror_session)},
     }

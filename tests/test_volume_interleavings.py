@@ -88,14 +88,14 @@ def test_a_mirror_says_how_it_stands_though_its_header_was_written_while_it_came
     async def returning(scene: Scene) -> None:
         session, link, platter = scene.sessions[0], scene.links[0], scene.platters[0]
         link.drop("writing", OSError("gone"))
-        real = session._open
+        real = session._opener._open
 
         def read_first() -> Any:
             opened = real()
             session._write_state(DEGRADED)  # by the thread of the header, which had been told before
             return opened
 
-        session._open = read_first  # type: ignore[method-assign]
+        session._opener._open = read_first  # type: ignore[method-assign]
         while not await session.come_back():
             await asyncio.sleep(0)
         await scene.volume.resyncs[0].copy()

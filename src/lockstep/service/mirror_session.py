@@ -22,37 +22,27 @@ mirror whose header does not answer, or cannot say what it has to, is dropped li
 """
 
 import asyncio
-import contextlib
 import errno
 import logging
 import secrets
-import threading
 import time
 from dataclasses import replace
 from typing import Final
 
 from lockstep.crypto import luks
-from lockstep.crypto.unlock import Unlock
-from lockstep.disk.encrypted import EncryptedDisk
-from lockstep.disk.mirror import open_mirror
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import inspect, leads_elsewhere, node_of
 from lockstep.disk.transfer import SHORTER
 from lockstep.errors import (
     DiskBusy,
     DiskChanged,
-    DiskMissing,
-    DiskUnreadable,
     LockstepError,
-    MirrorBorrowed,
     MirrorNotDrilled,
-    RekeyUnfinished,
     StateDirUnusable,
     TargetUnfinished,
 )
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.borrowing import DRILL, REKEY
-from lockstep.service.mirrors import header_path, identified
+from lockstep.service.mirror_opening import Away, MirrorOpener, Opened
 from lockstep.service.state import State
 from lockstep.volume import intent
 from lockstep.volume.held import HeldRecord
@@ -66,7 +56,6 @@ from lockstep.volume.write_path import WritePath
 log = logging.getLogger(__name__)
 
 MIRROR_THREADS: Final = 8
-OPENING_PATIENCE_S: Final = 60.0  # argon2id takes seconds
 REST_INTERVAL_S: Final = 0.02
 _ASIDE: Final = {
     DRILL: "it is being drilled; what is written meanwhile is copied afterwards",
@@ -83,36 +72,27 @@ class MirrorSession:
         volume: VolumeRecord,
         mirror: MirrorRecord,
         target: PlainDisk,
-        unlock: Unlock,
+        opener: MirrorOpener,
         workers: Workers,
         patience_s: float,
-        *,
-        direct: bool = False,
     ) -> None:
-        """Open the mirror, unless it is away; nothing is changed yet.
-
-        Raises MirrorOfAnotherVolume, NoToken, and whatever `open_mirror` does, but not that its disk is missing.
-        """
+        """Open the mirror, unless it is away; nothing is changed yet. Raises as `MirrorOpener.first` does."""
         self.mirror = mirror
         self._volume = volume
         self._target = target
-        self._unlock = unlock
+        self._opener = opener
         self._patience_s = patience_s
-        self._direct = direct
-        self._header_path = header_path(mirror)
         self._state = state
         self._in_worker = workers.run
         self._scribe = Workers("lockstep-header", 1, patience_s)
-        self._opener = Workers("lockstep-opener", 0)
-        self._attempt: object = None  # the attempt to come back that somebody waits for
         self._last_failure = ""
         self._claimed = False  # until then nothing of it is changed, whatever is done with the volume
         self._disowned = False
         self._unsaid: str | None = None  # what could not be written to the header of a mirror that was dropped
-        self._header_node = (0, 0)
         self._advancing = asyncio.Lock()  # two at once would give the bitmap a generation, and the mirror another
-        self._rekeyed = False  # while it was away, as far as is known
-        header, disk, away = self._open_unless_away()
+        found = opener.first(patience_s)
+        self._rekeyed = isinstance(found, Away) and found.borrowed  # while it was away, as far as is known
+        header = found.header if isinstance(found, Opened) else None
         token = header.token if header else None
         path = state.intent(mirror.luks_uuid)
         identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
@@ -130,10 +110,10 @@ class MirrorSession:
         regions = RegionMap(volume.size_bytes, loaded.marked, self._held.regions())
         self.link = MirrorLink(mirror.path, mirror.luks_uuid, regions, self._intent, self._held, self)
         self.link.as_left = loaded.fits
-        if disk is None:
-            self.link.stay_away(away)
+        if isinstance(found, Opened):
+            self.link.admit(found.disk, self._new_workers())
         else:
-            self.link.admit(disk, self._new_workers())
+            self.link.stay_away(found.reason)
 
     @property
     def generation(self) -> int:
@@ -215,7 +195,7 @@ class MirrorSession:
             return OSError(errno.EIO, SHORTER)
         if self.link.left():
             return _gone(self.mirror.path)
-        return _gone(self._header_path) if leads_elsewhere(self._header_path, self._header_node) else None
+        return _gone(self._opener.header_path) if self._opener.header_left() else None
 
     async def advance(self) -> None:
         """Give mirror and bitmap a new generation: copies of the mirror from before are none of it."""
@@ -266,7 +246,7 @@ class MirrorSession:
     def _write_token(self, generation: int, state: str) -> None:
         self._require_same_mirror()
         token = replace(self._token, generation=generation, state=state)
-        luks.write_token(self._header_path, token, token_id=self._token_id)
+        luks.write_token(self._opener.header_path, token, token_id=self._token_id)
         self._token = token
 
     def _require_same_mirror(self) -> None:
@@ -274,10 +254,10 @@ class MirrorSession:
 
         An older copy of it would be given a generation that vouches for what it does not hold.
         """
-        found = luks.read_header(self._header_path)
+        found = luks.read_header(self._opener.header_path)
         known = (self._token.generation, *self._generations)
         if found.uuid != self.mirror.luks_uuid or found.token is None or found.token.generation not in known:
-            raise DiskChanged(path=self._header_path)
+            raise DiskChanged(path=self._opener.header_path)
 
     async def release_held(self) -> int:
         """Have everything that is held copied; return how much that is, in bytes.
@@ -330,7 +310,7 @@ class MirrorSession:
         deadline_s = time.monotonic() + self._patience_s
         while not self._at_rest:
             if time.monotonic() > deadline_s:
-                raise TimeoutError
+                raise TimeoutError(errno.ETIMEDOUT, f"it did not end what it was asked for {self._patience_s:g} s")
             await asyncio.sleep(REST_INTERVAL_S)
 
     async def come_back(self) -> bool:
@@ -340,52 +320,60 @@ class MirrorSession:
         """
         if self.link.error is None or not self._at_rest:
             return False
-        opened, former = list[EncryptedDisk](), self._token
-        self._attempt = opened
+        former = self._token
         try:
-            self._opener = Workers("lockstep-opener", 1, OPENING_PATIENCE_S)
-            header = await self._opener.run(self._reopen, self.link.let_go(), opened)
+            opened = await self._opener.again(self.link.let_go())
         except (LockstepError, OSError) as failure:
-            self._attempt = None
-            _close_left(opened)  # it may have come at the last moment
-            if str(failure) != self._last_failure:
-                self._last_failure = str(failure)
-                log.warning("mirror %s cannot be followed again yet: %s", self.mirror.path, failure)
+            self._tell_once(failure)
             return False
-        finally:
-            self._opener.close()
-        disk = opened.pop()
-        assert header.token is not None
-        unfit = None
-        if disk.sector_bytes > self.link.sector_bytes:
-            unfit = "it has larger sectors than before: serve the volume anew"
-        elif self.link.is_source and header.token.generation not in self._generations:
-            unfit = "it is not as it was left, and the new target lacks what that one has"
+        unfit = self._unfit(opened)
         if unfit is not None:
             log.error("mirror %s is not followed again: %s", self.mirror.path, unfit)
             self.link.stay_away(unfit)
-            disk.close()
+            opened.disk.close()
             return False
         try:
             await self._come_to_rest()
-            if self._token is former:  # else the header was written after it was read
-                self._token = header.token
-            self._token_id = header.token_id
-            self._scribe.close()
-            self._scribe = Workers("lockstep-header", 1, self._patience_s)
-            as_left = await self._recognise(header.token.generation)
-            if self._rekeyed or not as_left:
-                await self.advance()
-            await self._own_up()
+            await self._take_back(opened.header, written_since=self._token is not former)
             workers = self._new_workers()  # last: nobody ends their threads where something else fails
         except (LockstepError, OSError) as failure:
-            log.warning("mirror %s cannot be followed again yet: %s", self.mirror.path, failure)
-            disk.close()
+            self._tell_once(failure)
+            opened.disk.close()
             return False
         self._last_failure, self._rekeyed, self._unsaid = "", False, None
-        self.link.admit(disk, workers)
+        self.link.admit(opened.disk, workers)
         log.info("mirror %s is back; %d bytes are to be copied", self.mirror.path, self.link.regions.dirty_bytes)
         return True
+
+    def _tell_once(self, failure: Exception) -> None:
+        if str(failure) != self._last_failure:
+            self._last_failure = str(failure)
+            log.warning("mirror %s cannot be followed again yet: %s", self.mirror.path, failure)
+
+    def _unfit(self, opened: Opened) -> str | None:
+        """Why a mirror cannot be followed before the volume is served anew, whatever becomes of it; None if it can."""
+        assert opened.header.token is not None
+        if opened.disk.sector_bytes > self.link.sector_bytes:
+            return "it has larger sectors than before: serve the volume anew"
+        if self.link.is_source and opened.header.token.generation not in self._generations:
+            return "it is not as it was left, and the new target lacks what that one has"
+        return None
+
+    async def _take_back(self, header: luks.Header, *, written_since: bool) -> None:
+        """Have it on record, and on the mirror, how the two fit. Raises LockstepError, OSError.
+
+        `written_since`: what the header says was written after it was read.
+        """
+        assert header.token is not None
+        if not written_since:
+            self._token = header.token
+        self._token_id = header.token_id
+        self._scribe.close()
+        self._scribe = Workers("lockstep-header", 1, self._patience_s)
+        as_left = await self._recognise(header.token.generation)
+        if self._rekeyed or not as_left:
+            await self.advance()
+        await self._own_up()
 
     async def _recognise(self, generation: int) -> bool:
         """See whether it is the mirror that the bitmap tells of; if not, everything differs. Raises OSError."""
@@ -416,54 +404,6 @@ class MirrorSession:
         """Whether nothing that was asked of the mirror, or of its header, is still under way."""
         return self.link.at_rest and self._scribe.at_rest and self._opener.at_rest
 
-    def _open_unless_away(self) -> tuple[luks.Header | None, EncryptedDisk | None, str]:
-        if not self._answers():
-            log.error("mirror %s does not answer, the target goes on alone", self.mirror.path)
-            return None, None, f"it did not answer for {self._patience_s:g} s"
-        try:
-            inspect(self.mirror.path)
-        except (DiskMissing, DiskUnreadable) as failure:
-            log.error("mirror %s is away, the target goes on alone: %s", self.mirror.path, failure)
-            return None, None, f"it is away: {failure}"
-        try:
-            return *self._open(), ""
-        except (MirrorBorrowed, RekeyUnfinished) as failure:
-            self._rekeyed = True
-            log.error("mirror %s is not followed, the target goes on alone: %s", self.mirror.path, failure)
-            return None, None, str(failure)
-
-    def _answers(self) -> bool:
-        """Whether the mirror can be looked at in time: one that hangs must not keep its volume from serving."""
-        looking = threading.Thread(target=self._look_at, name="lockstep-look", daemon=True)
-        looking.start()
-        looking.join(self._patience_s)
-        return not looking.is_alive()
-
-    def _look_at(self) -> None:
-        with contextlib.suppress(LockstepError):
-            inspect(self.mirror.path)
-            luks.read_uuid(self._header_path)
-
-    def _reopen(self, former: EncryptedDisk | None, opened: list[EncryptedDisk]) -> luks.Header:
-        if former is not None:
-            former.close()
-        header, disk = self._open()
-        opened.append(disk)
-        if self._attempt is not opened:  # nobody waits for it any more
-            _close_left(opened)
-        return header
-
-    def _open(self) -> tuple[luks.Header, EncryptedDisk]:
-        mirror, size_bytes = self.mirror, self._volume.size_bytes
-        with self._state.borrowing_lock(mirror.luks_uuid, shared=True) as free:
-            if free is None:
-                raise MirrorBorrowed(path=mirror.path)
-            header = luks.read_header(self._header_path)
-            self._header_node = node_of(self._header_path)
-            _require_token(self._volume, mirror, header)
-            where = (mirror.path, mirror.header_path, header)
-            return header, open_mirror(*where, self._unlock, size_bytes, writable=True, direct=self._direct)
-
     def _new_workers(self) -> Workers:
         return Workers("lockstep-mirror", MIRROR_THREADS, self._patience_s)
 
@@ -475,21 +415,3 @@ def _gone(path: str) -> OSError:
 def _as_disk_error(error: LockstepError) -> OSError:
     """The same, for those who deal with what a disk fails."""
     return OSError(errno.EIO, str(error).removesuffix("."))
-
-
-def _close_left(opened: list[EncryptedDisk]) -> None:
-    """Close the disk that was opened, unless another thread has taken it out."""
-    with contextlib.suppress(IndexError):
-        opened.pop().close()
-
-
-def _require_token(volume: VolumeRecord, mirror: MirrorRecord, header: luks.Header) -> None:
-    """Refuse a mirror that is not the one that the registry means."""
-    token = identified(volume, mirror, header)
-    if token.generation < mirror.generation:
-        log.warning(
-            "mirror %s is an older copy of itself: its generation is %d, and %d was seen before",
-            mirror.path,
-            token.generation,
-            mirror.generation,
-        )

@@ -30,6 +30,7 @@ from lockstep.errors import (
 )
 from lockstep.registry.audit import SERVER
 from lockstep.registry.store import VolumeRecord
+from lockstep.service.mirror_opening import MirrorOpener
 from lockstep.service.mirror_session import MirrorSession
 from lockstep.service.state import State
 from lockstep.volume import missing
@@ -191,7 +192,8 @@ def open_volume(
         if record.mirrors:
             unlock.prepare()
         for mirror in record.mirrors:
-            session = MirrorSession(state, record, mirror, target, unlock, workers, patience_s, direct=direct)
+            opener = MirrorOpener(state, record, mirror, unlock, direct=direct)
+            session = MirrorSession(state, record, mirror, target, opener, workers, patience_s)
             stack.callback(session.close)
             mirrors.append(session)
         volume = VolumeSession(state, record, target, tuple(mirrors), gate, workers)
