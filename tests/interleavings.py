@@ -120,7 +120,8 @@ class Scene(World):
         self.recent: list[Request] = []  # of this life
         self.under_way.clear()
         self.flushed_before: float = 0  # what was answered by then is durable
-        self.still_since: dict[int, float] = {}  # of mirrors: what was answered by then is on it, and nothing else
+        # When mirrors came to stand still: what was answered as that began is on them, and nothing asked when it was over.
+        self.still_since: dict[int, tuple[float, float]] = {}
         self.releasing: list[tuple[int, bytes]] = []
         self.verifying: set[int] = set()
         self.full: set[str] = set()
@@ -186,14 +187,19 @@ class Scene(World):
 
     def _watch(self, number: int, mirror: MirrorLink) -> None:
         """Note when a mirror comes to stand still, and what is released from it."""
-        real_hold, real_release = mirror.held.hold, mirror.release
+        real_hold, real_record, real_release = mirror.hold, mirror.held.hold, mirror.release
         if mirror.held.frozen_since_s is not None:
-            self.still_since[number] = -1
+            self.still_since[number] = -1, -1
+        began: dict[asyncio.Task[Any] | None, float] = {}
 
-        async def hold(start: int, end: int, user: str, kind: str, *, equal: bool) -> None:
+        async def hold(start: int, end: int, user: str, kind: str) -> None:
+            began[asyncio.current_task()] = self.fate.tick()
+            await real_hold(start, end, user, kind)
+
+        async def record(start: int, end: int, user: str, kind: str, *, equal: bool) -> None:
             if equal:
-                self.still_since[number] = self.fate.tick()
-            await real_hold(start, end, user, kind, equal=equal)
+                self.still_since[number] = began[asyncio.current_task()], self.fate.tick()
+            await real_record(start, end, user, kind, equal=equal)
 
         async def release(released: bytes) -> None:
             self._check_release(number, mirror, released)
@@ -205,7 +211,7 @@ class Scene(World):
                 self.releasing.remove(entry)
                 self._unbar(released)
 
-        mirror.held.hold = hold  # type: ignore[method-assign]
+        mirror.hold, mirror.held.hold = hold, record  # type: ignore[method-assign]
         mirror.release = release  # type: ignore[method-assign, assignment]
 
     def _check_release(self, number: int, mirror: MirrorLink, released: bytes) -> None:
@@ -941,12 +947,12 @@ class Scene(World):
             if state == IN_SYNC or (state == ASIDE and number not in self.aside_since):
                 self._check_content(what, copy, self.flushed_before, base=self.base, but=spoilt)
             elif state == FROZEN:
-                since = self.still_since.get(number, -1)
+                began, since = self.still_since.get(number, (-1, -1))
                 if since < 0:
                     if not unchanged:
                         raise Broken(f"{what} was changed while it was frozen")
                 else:
-                    self._check_content(what, copy, since, before=since, base=self.base, but=spoilt)
+                    self._check_content(what, copy, began, before=since, base=self.base, but=spoilt)
             elif state == ASIDE:
                 since = self.aside_since[number]
                 self._check_content(what, copy, since, before=since, base=self.base, but=spoilt)
