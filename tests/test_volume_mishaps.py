@@ -558,6 +558,28 @@ def test_a_mirror_that_a_new_target_needs_is_not_disowned(tmp_path: Path) -> Non
     played(scene, tmp_path)
 
 
+def test_a_mirror_is_not_overwritten_with_what_a_new_target_may_still_lose(tmp_path: Path) -> None:
+    """What it was filled with is gone where it fails the flush; until that is known, it reads as something else."""
+
+    async def scene(world: World) -> None:
+        target, path, filling, _on_record = filled(world, tmp_path)
+        (link,), real = world.links, filling.fetch
+        link.regions.mark(0, REGION_BYTES)
+
+        async def fetch(offset: int, length: int) -> None:
+            await real(offset, length)
+            target.zero(0, REGION_BYTES, allocate=True)
+
+        filling.fetch = fetch  # type: ignore[method-assign]
+        target.flush_job = failing(OSError(errno.EIO, "bad sector"))  # type: ignore[method-assign]
+        await Resync(path, link, cast(Gate, world.gate), world.workers).copy()
+        mirrored = memoryview(bytearray(REGION_BYTES))
+        world.disks[0].read(0, mirrored)
+        assert mirrored == DATA
+
+    played(scene, tmp_path)
+
+
 def test_who_fills_a_new_target_waits_for_what_a_client_has_put_on_record(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         target, _path, filling, on_record = filled(world, tmp_path)
@@ -572,7 +594,7 @@ def test_who_fills_a_new_target_waits_for_what_a_client_has_put_on_record(tmp_pa
 
         target.flush_job = lambda: flush  # type: ignore[method-assign]
         filling._copy_missing = lambda number: (next(looks), looking(number))[1]  # type: ignore[method-assign]
-        writing = asyncio.ensure_future(filling.make_writable([(0, 512)]))
+        writing = asyncio.ensure_future(filling.secure([(0, 512)]))
         while not flushing.is_set():
             await asyncio.sleep(0.01)
         running = asyncio.ensure_future(filling.run())

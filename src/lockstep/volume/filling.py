@@ -7,7 +7,8 @@ Of each region one of the two disks has the truth. Rules:
    (`is_source`).
 2. Whoever wants to read a region has it copied first. Whoever wants to write to it also waits until the record says,
    durably, that it is not missing any more: else a crash would bring the mirror's older content back, where the write
-   was not the mirror's to have, or the mirror had failed. From then on it is a region like any other.
+   was not the mirror's to have, or the mirror had failed. So does a resync, which overwrites what it was copied from:
+   until then the target may lose it. From then on it is a region like any other.
 3. A region is copied as a whole, while its range is held, and only where it is still missing then.
 4. The record is cleared after the target was flushed (volume/missing.py). So a crash at any moment leaves regions
    missing that are there already, never the other way round; they are copied once more. So they are where the target
@@ -193,8 +194,8 @@ class Filling:
             end = min(-(-(offset + length) // step) * step, self._target.size_bytes)
             await self._copy(start, end - start)
 
-    async def make_writable(self, extents: Extents) -> None:
-        """Return when each [start, end) may be written: rule 2. Raises OSError."""
+    async def secure(self, extents: Extents) -> None:
+        """Return when each [start, end) is there, and on record as that: rule 2. Raises OSError."""
         step = self._target.region_bytes
         for start, end in extents:
             await self.fetch(start, end - start)

@@ -171,11 +171,10 @@ class Resync:
         return True
 
     async def _are_there(self, piece: Stretches) -> bool:
-        """Whether the target has all of it, or gets it: what a new target lacks must not overwrite anything."""
+        """Whether the target has it all, or gets it, durably: what a new target lacks must not overwrite anything."""
         try:
             if self._path.filling is not None:
-                for offset, length in piece:
-                    await self._path.filling.fetch(offset, length)
+                await self._path.filling.secure([(start, start + count) for start, count in piece])
         except OSError:  # it is on record why, and `_may_go_on` waits for its end
             return False
         return True

@@ -297,7 +297,7 @@ class WritePath:
         """
         extents = [self.sectors(*write) for write in writes]
         if self.filling is not None:
-            await self.filling.make_writable(extents)
+            await self.filling.secure(extents)
         async with self.ranges.hold(extents):
             mirrors = self.mirrors  # 502
             ruling, recorded = self._gate(user) if mirrors else UPDATE, None  # 602
