@@ -80,7 +80,7 @@ def grants(
             volume,
             grant.user,
             ", ".join(map(str, grant.windows)) or "always",
-            grant.timezone if grant.windows else "",
+            (grant.timezone if grant.windows else "") + ("" if grant.timezone_known else " (unknown here)"),
             Text("yes", "green") if verdict.allowed else Text("no", "yellow"),
             human_moment(verdict.until_s, grant.timezone) if verdict.until_s else "never",
         )

@@ -22,6 +22,11 @@ class Grant:
     windows: tuple[Window, ...]
     timezone: str
 
+    @property
+    def timezone_known(self) -> bool:
+        """Whether this machine can tell when its windows are open; until then they are closed."""
+        return not self.windows or windows.is_known(self.timezone)
+
     def is_open(self, at_s: float) -> bool:
         """Whether it holds at `at_s`, seconds since 1970."""
         return windows.is_open(self.windows, self.timezone, at_s)
@@ -56,6 +61,8 @@ def decide(user: str, volume_name: str, grants: Sequence[Grant], now_s: float) -
     if now_open:
         return Verdict("allowed", who if until_s is None else f"{who} until {_moment(until_s, mine)}", until_s)
     when = "" if until_s is None else f", and then from {_moment(until_s, mine)} on"
+    for unknown in (grant.timezone for grant in mine if not grant.timezone_known):
+        when += f"; this machine does not know the time zone {unknown}: update its tzdata, or grant in another zone"
     return Verdict("outside-window", f"{who}, but not at this time{when}", until_s)
 
 
@@ -74,5 +81,5 @@ def _next_change(grants: Sequence[Grant], now_s: float, now_open: bool) -> float
 
 def _moment(at_s: float, grants: Sequence[Grant]) -> str:
     """A moment as the wall clock of the grants shows it."""
-    timezone = next((grant.timezone for grant in grants if grant.windows), "UTC")
+    timezone = next((grant.timezone for grant in grants if grant.windows and grant.timezone_known), "UTC")
     return f"{datetime.fromtimestamp(at_s, windows.zone(timezone)):%a %d %b %H:%M} ({timezone})"

@@ -9,7 +9,8 @@ at or before the start is on the day after; a window belongs to the day on which
 
 A window is open at an instant exactly when the wall clock of its time zone shows a time inside it: the start belongs to
 it, the end does not. So a window that lies in the hour that a clock change skips does not open on that day, and one in
-the hour that is repeated opens twice, or is longer by that hour.
+the hour that is repeated opens twice, or is longer by that hour. In a time zone that this machine does not know, as its
+tzdata is older than that of who wrote it down, no clock shows anything: its windows are closed.
 """
 
 import functools
@@ -75,10 +76,21 @@ def zone(name: str) -> ZoneInfo:
         raise TimezoneUnknown(timezone=name) from error
 
 
+def is_known(timezone: str) -> bool:
+    """Whether this machine knows a time zone."""
+    try:
+        zone(timezone)
+    except TimezoneUnknown:
+        return False
+    return True
+
+
 def is_open(windows: tuple[Window, ...], timezone: str, at_s: float) -> bool:
     """Whether one of `windows` is open at `at_s`, seconds since 1970; no windows means always."""
     if not windows:
         return True
+    if not is_known(timezone):
+        return False
     wall = datetime.fromtimestamp(at_s, zone(timezone))
     minute = wall.weekday() * DAY_MINUTES + wall.hour * 60 + wall.minute
     return any(window.contains(minute) for window in windows)
@@ -86,7 +98,7 @@ def is_open(windows: tuple[Window, ...], timezone: str, at_s: float) -> bool:
 
 def next_change(windows: tuple[Window, ...], timezone: str, after_s: float) -> float | None:
     """Return when `is_open` next becomes another answer, in seconds since 1970; None if it never does."""
-    if not windows or _whole_week(windows):
+    if not windows or _whole_week(windows) or not is_known(timezone):
         return None
     now = is_open(windows, timezone, after_s)
     for candidates in _days_of_candidates(windows, zone(timezone), after_s):

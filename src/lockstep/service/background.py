@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from typing import Any, Final
 
 from lockstep.errors import LockstepError, MayNotRelease
+from lockstep.registry import windows
 from lockstep.registry.audit import SERVER, Actor
 from lockstep.registry.store import Registry
 from lockstep.service.clients import Clients
@@ -63,6 +64,7 @@ class Background:
         self._trying: set[MirrorSession] = set()
         self._states: dict[MirrorLink, str] = {}
         self._blind = False  # the registry could not be read when last tried
+        self._unknown_zones: set[str] = set()  # of which the log has told
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -219,6 +221,17 @@ class Background:
         self._blind = False
         self._gate.update(volume.on_denied, grants)
         self._verification.schedule = volume.scrub
+        self._tell_of_unknown_zones({each.timezone for each in (*grants, volume.scrub) if each is not None})
+
+    def _tell_of_unknown_zones(self, zones: set[str]) -> None:
+        found = {zone for zone in zones if not windows.is_known(zone)}
+        for zone in sorted(found - self._unknown_zones):
+            log.warning(
+                "this machine does not know the time zone %s: windows in it stay closed, of grants and of scrubs. "
+                "Update its tzdata, or set them anew in another zone",
+                zone,
+            )
+        self._unknown_zones = found
 
     def _note_states(self) -> None:
         for link in self._path.mirrors:

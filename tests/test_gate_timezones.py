@@ -1,0 +1,62 @@
+"""Grants whose time zone is one that this machine does not know, as where its tzdata is older than another's."""
+
+import importlib.resources
+import json
+
+from lockstep.registry import windows
+from lockstep.registry.access import ANYBODY, Grant, decide
+from lockstep.registry.windows import Schedule, parse
+from tests.lab import MIB, Lab, needs, run, wait_until
+from tests.test_nbd_identity import users
+
+ZONE = "Land/Newly_Named"
+UTC_RULES = importlib.resources.files("tzdata").joinpath("zoneinfo/UTC").read_bytes()
+
+
+def elsewhere(lab: Lab, *arguments: str) -> None:
+    """Run a command as on a machine that knows the zone."""
+    zone = lab.home / "zoneinfo" / ZONE
+    zone.parent.mkdir(parents=True, exist_ok=True)
+    zone.write_bytes(UTC_RULES)
+    environment = {"PYTHONTZPATH": str(lab.home / "zoneinfo")}
+    Lab.lockstep(lab, *arguments, "--timezone", ZONE, environment=environment).ok()  # a process of its own
+
+
+def test_nothing_is_open_in_a_zone_that_nobody_knows() -> None:
+    nights, week = (parse("daily 22:00-06:00"),), (parse("daily 00:00-24:00"),)
+    for found in (nights, week):
+        ada = Grant("ada", found, ZONE)
+        closed = decide("ada", "vm1", [ada], 0)
+        assert (closed.kind, closed.until_s) == ("outside-window", None)
+        assert ZONE in closed.reason
+        assert "tzdata" in closed.reason
+    everybody = Grant(ANYBODY, nights, "Europe/Berlin")
+    joined = decide("ada", "vm1", [ada, everybody], 12 * 3600)
+    assert joined.until_s == windows.next_change(nights, "Europe/Berlin", 12 * 3600)
+    assert "22:00 (Europe/Berlin)" in joined.reason
+    assert decide("ada", "vm1", [ada, everybody], 23 * 3600).allowed
+    assert decide("ada", "vm1", [Grant("ada", (), ZONE)], 0).allowed, "without a window no clock is asked"
+    assert Schedule(nights[0], ZONE).open_until(23 * 3600) is None
+
+
+@needs("qemu-io", root=True)
+def test_a_volume_is_served_although_a_grant_has_a_zone_that_is_not_known(lab: Lab) -> None:
+    volume = lab.volume("vol", 2 * MIB, content=b"before")
+    elsewhere(lab, "grant", "vol", "alice", "--window", "daily 00:00-24:00")
+    elsewhere(lab, "set", "vol", "scrub=sun 03:00-06:00")
+    assert f"{ZONE} (unknown here)" in lab.lockstep("grants", "vol").ok()
+    listed = json.loads(lab.lockstep("grants", "vol", "--json").ok())["grants"]
+    (row,) = [row for row in listed if row["user"] == "alice"]
+    assert (row["allowed_now"], row["next_change"]) == (False, None)
+    assert ZONE in lab.lockstep("whocan", "vol").ok()
+    with volume.served() as served:  # the first copy goes to its end
+        alices = served.uri.replace("///vol?", "///vol%40alice?")
+        assert "wrote 4096/4096" in run("qemu-io", "-f", "raw", "-c", "write -P 7 64k 4k", alices)
+        assert [each["kind"] for each in served.mirror()["held"]] == ["outside-window"]
+        assert users(served) == []
+        lab.lockstep("grant", "vol", "alice", "--window", "daily 00:00-24:00", "--timezone", "UTC").ok()
+        wait_until(lambda: served.mirror_state() == "in-sync", "what was held to be copied")
+        log = served.log.read_text()
+        assert log.count(f"does not know the time zone {ZONE}") == 1
+        assert "Traceback" not in log
+    volume.assert_equal_disks()
