@@ -1,6 +1,7 @@
 """Windows and verdicts against an independent calculation: minute by minute on the wall clock, weeks of it."""
 
 import random
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -167,6 +168,24 @@ def test_who_has_no_grant_has_no_right_and_who_has_no_window_always() -> None:
     assert decide("ada", "vm1", [everybody], 0).until_s is None
     week = tuple(parse(f"{day} 00:00-24:00") for day in DAYS)
     assert decide("ada", "vm1", [Grant("ada", week, "Europe/Berlin")], 1e9).until_s is None
+
+
+def test_windows_beside_a_right_that_always_holds_are_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server asks on its loop, for each user and each second: half a thousand changes took it a second."""
+    hours = tuple(parse(f"daily {hour:02}:00-{hour:02}:30") for hour in range(24))
+    grants = [Grant("ada", hours, "Europe/Berlin"), Grant(ANYBODY, (), "UTC")]
+    looks = []
+    search = windows._days_of_candidates
+
+    def counted(found: tuple[Window, ...], tz: ZoneInfo, after_s: float) -> Iterator[set[float]]:
+        looks.append(after_s)
+        return search(found, tz, after_s)
+
+    monkeypatch.setattr(windows, "_days_of_candidates", counted)
+    for now_s in (1e9, 1e9 + 1800):  # outside ada's windows and inside
+        assert decide("ada", "vm1", grants, now_s).until_s is None
+        assert decide("ada", "vm1", grants[::-1], now_s).until_s is None
+    assert len(looks) <= 4
 
 
 def test_a_verdict_says_why_and_until_when() -> None:

@@ -68,6 +68,8 @@ def decide(user: str, volume_name: str, grants: Sequence[Grant], now_s: float) -
 
 def _next_change(grants: Sequence[Grant], now_s: float, now_open: bool) -> float | None:
     """When the grants together give another answer: where windows meet, one ends and nothing changes."""
+    if any(grant.is_open(now_s) and grant.next_change(now_s) is None for grant in grants):
+        return None  # that one stays open whatever the others do, of which each change would be looked at
     at_s = now_s
     for _ in range(_MOST_CHANGES):
         changes = [change for grant in grants if (change := grant.next_change(at_s)) is not None]

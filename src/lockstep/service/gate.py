@@ -41,9 +41,7 @@ class VolumeGate:
     def anyone(self) -> bool:
         """Whether anybody may update the mirrors now."""
         now_s = time.time()
-        return not self._suspended and any(
-            access.decide(grant.user, self._volume_name, (grant,), now_s).allowed for grant in self._grants
-        )
+        return not self._suspended and any(grant.is_open(now_s) for grant in self._grants)
 
     def denied(self, user: str, ruling: Ruling, length: int) -> None:
         """Note that an update of `length` bytes did not reach the mirrors."""
