@@ -20,6 +20,7 @@ import contextlib
 import fcntl
 import glob
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -173,7 +174,7 @@ class State:
     def _flock(self, path: str, how: int) -> Iterator[int | None]:
         """Take a lock, and yield its descriptor; or None where others have it, unless `how` waits for them."""
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StateDirUnusable(path=self.path, reason=error.strerror) from error
         try:
@@ -183,5 +184,30 @@ class State:
                 yield None
             else:
                 yield fd
+        finally:
+            os.close(fd)
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Have what root has made belong to the directory's owner, who could not serve or manage any more.
+
+        That owner may have put links to others' files here: only what has no other name is handed over.
+        """
+        if os.geteuid() != 0:
+            return
+        with contextlib.suppress(OSError):  # of what is gone meanwhile
+            owner = os.stat(self.path)
+            for directory in (self.path, self.run_dir, self._intent_dir, self._held_dir, self._filling_dir):
+                for name in os.listdir(directory) if owner.st_uid != 0 else ():
+                    _give(f"{directory}/{name}", owner)
+
+
+def _give(path: str, owner: os.stat_result) -> None:
+    with contextlib.suppress(OSError):  # of a link, and of a socket
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found = os.fstat(fd)
+            if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_uid == 0:
+                os.fchown(fd, owner.st_uid, owner.st_gid)
         finally:
             os.close(fd)

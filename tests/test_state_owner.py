@@ -1,0 +1,58 @@
+"""A state directory of an account other than root's, in which root works too: as attach and drill demand of it."""
+
+import os
+import pwd
+from pathlib import Path
+
+from lockstep.crypto import luks
+from tests.lab import MIB, Lab, needs, write
+
+NOBODY = pwd.getpwnam("nobody").pw_uid
+
+
+def give_away(lab: Lab) -> None:
+    for path in (lab.state, *lab.state.rglob("*")):
+        os.chown(path, NOBODY, -1)
+
+
+def owners(lab: Lab) -> dict[str, int]:
+    return {str(path.relative_to(lab.state)): path.stat().st_uid for path in lab.state.rglob("*")}
+
+
+@needs("qemu-io", root=True)
+def test_what_root_makes_is_the_owners(lab: Lab) -> None:
+    volume = lab.volume("vol", MIB)
+    with volume.served():
+        give_away(lab)
+    assert set(owners(lab).values()) == {NOBODY}
+    for lock in (lab.state / "run").iterdir():
+        lock.unlink()
+    lab.lockstep("verify", "vol", "--repair", "--key-file", lab.key).ok()
+    found = owners(lab)
+    assert {Path(name).suffix for name in found} >= {".lock", ".borrowed", ".intent"}
+    assert set(found.values()) == {NOBODY}
+    with volume.served() as served:
+        write(served, "write -P 7 0 64k")
+    new = lab.home / "new"
+    new.write_bytes(b"another")
+    key = ("--key-file", lab.key, "--new-key-file", new, "--iter-time", "10")
+    lab.lockstep("key", "add", "vol", *key, environment=lab.quick_format()).ok()
+    assert set(owners(lab).values()) == {NOBODY}
+
+
+@needs("/", root=True)
+def test_a_file_that_the_owner_linked_here_is_not_given_to_them(lab: Lab) -> None:
+    volume = lab.volume("vol", MIB)
+    shadow, absent = lab.home / "shadow", lab.home / "absent"
+    shadow.write_bytes(b"root's own")
+    with volume.served():
+        give_away(lab)
+    (lab.state / "held" / "one.held").symlink_to(shadow)
+    os.link(shadow, lab.state / "held" / "two.held")
+    lab.lockstep("verify", "vol", "--key-file", lab.key).ok()
+    assert (shadow.stat().st_uid, shadow.read_bytes()) == (0, b"root's own")
+    keys = lab.state / "run" / f"{luks.read_uuid(str(volume.mirror))}.keys"
+    keys.unlink(missing_ok=True)
+    keys.symlink_to(absent)
+    lab.lockstep("key", "remove", "vol", "--key-file", lab.key).failed(1, str(lab.state), "cannot be used")
+    assert not absent.exists()
