@@ -533,7 +533,19 @@ def test_the_first_free_nbd_device_is_connected_and_let_go(tmp_path: Path, monke
     assert commands[-2:] == [["sync", "/dev/nbd2"], ["nbd-client", "-d", "/dev/nbd2"]]
     assert pids == {"/dev/nbd0": 77}
     assert leftovers(run_dir) == []
-    pids["/dev/nbd2"] = pids["/dev/nbd10"] = 1
+
+    def overtaken(step: str, command: list[str], timeout_s: float) -> str:
+        pids["/dev/nbd2"], sizes["/dev/nbd2"] = 99, 2048  # in another state directory, which has a lock of its own
+        if command[1] == "-d":
+            del pids[command[2]]
+        raise attaching._StepFailed(step, "Failed to setup device, check dmesg")
+
+    monkeypatch.setattr(attaching, "_run", overtaken)
+    with pytest.raises(AttachFailed) as told:
+        attach("/run/vol.sock", "vol", run_dir, 4096)
+    assert_told(told.value, "check dmesg")
+    assert pids == {"/dev/nbd0": 77, "/dev/nbd2": 99}
+    pids["/dev/nbd10"] = 1
     with pytest.raises(AttachFailed) as told:
         attach("/run/vol.sock", "vol", run_dir, 4096)
     assert_told(told.value, "every /dev/nbdN is taken")

@@ -291,8 +291,8 @@ def _attach_nbd(socket: str, place: _Place, sector_bytes: int, undo: ExitStack) 
     # Without -persist: a device that comes back under a mounted file system, perhaps with other content than
     # before, is worse than one that fails.
     command = ["nbd-client", "-unix", socket, device, "-name", place.name, "-block-size", str(sector_bytes)]
-    undo.callback(_quietly, _disconnect_nbd, device)
     _run("nbd-client", command, READY_S)
+    undo.callback(_quietly, _disconnect_nbd, device)  # only now: who failed was not given it, another may have been
     _wait_until("nbd-client", lambda: _nbd_pid(device) is not None and _size_sectors(device) > 0, READY_S)
     return Attachment(device, None, _nbd_pid(device), place.export, place.user)
 
