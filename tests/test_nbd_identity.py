@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import grp
+import json
 import os
 import pwd
 import shutil
@@ -125,6 +126,11 @@ def test_root_connects_on_behalf_of_a_user(volume: Volume) -> None:
         assert "alice" not in run("nbdinfo", "--list", served.uri)
         assert run("nbdinfo", "--size", served.uri.replace("/vol?", "/vol%40alice?")).strip() == str(16 * MIB)
     assert volume.target.read_bytes()[:10] == b"from alice"
+    rows = [json.loads(line) for line in volume.lab.lockstep("audit", "vol", "--json").ok().splitlines()]
+    came = {row["user"]: row["origin"] for row in rows if row["event"] == "connect"}
+    assert came["alice"].endswith(", root on behalf of alice"), "it was not alice who came"
+    assert came["bob"].endswith(", root on behalf of bob")
+    assert "behalf" not in came["root"]
 
 
 PROBE = """

@@ -258,7 +258,9 @@ class Connection(Securable):
         elif negotiation.agreement is not None:
             self._agreement = negotiation.agreement
             self._replies.agree(structured=self._agreement.structured)
-            self.user = negotiation.agreement.on_behalf_of or self.user
+            if (other := negotiation.agreement.on_behalf_of) is not None:
+                self.origin += f", {self.user} on behalf of {other}"
+                self.user = other
             self._negotiation = None
             self._server.entered(self)
             self._advance()
