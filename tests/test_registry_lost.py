@@ -1,6 +1,7 @@
 """A registry that is deleted while its volumes are served: nobody takes the state directory for a new one."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,24 @@ def test_what_is_served_goes_on_and_what_happens_is_on_record_when_the_registry_
     volume.assert_equal_disks()
     rows = [json.loads(line) for line in lab.lockstep("audit", "vol", "--json").ok().splitlines()]
     assert sum(row["event"] == "connect" for row in rows) >= 2
+    lab.lockstep("audit", "--check").ok()
+
+
+def test_what_waited_for_the_registry_has_the_time_at_which_it_happened(lab: Lab) -> None:
+    volume = lab.volume("vol", MIB)
+    registry, aside = lab.state / "registry.db", lab.home / "aside"
+    with volume.served() as served:
+        registry.rename(aside)
+        began_s = time.time()
+        write(served, "write -P 7 0 64k")
+        ended_s = time.time()
+        wait_until(lambda: is_unaccounted(served), "the server to miss the audit trail")
+        wait_until(lambda: time.time() > ended_s + 2, "some time to pass")
+        aside.rename(registry)
+        wait_until(lambda: not is_unaccounted(served), "the rows to be written")
+    rows = [json.loads(line) for line in lab.lockstep("audit", "vol", "--json").ok().splitlines()]
+    came = [row["at"] / 1e6 for row in rows if row["event"] == "connect"]
+    assert began_s <= came[-1] <= ended_s
     lab.lockstep("audit", "--check").ok()
 
 

@@ -387,10 +387,19 @@ class Registry:
 
     # --- the audit trail ---
 
-    def audit(self, event: str, *, actor: Actor, volume: str, reason: str, details: Mapping[str, Any]) -> None:
-        """Append a row to the audit trail, durably."""
+    def audit(
+        self,
+        event: str,
+        *,
+        actor: Actor,
+        volume: str,
+        reason: str,
+        details: Mapping[str, Any],
+        at_us: int | None = None,
+    ) -> None:
+        """Append a row to the audit trail, durably. `at_us` is when it happened, in microseconds; by default now."""
         with self._transaction(write=True) as connection:
-            _append(connection, event, actor, volume, reason, details)
+            _append(connection, event, actor, volume, reason, details, at_us)
 
     def audit_rows(
         self,
@@ -526,14 +535,20 @@ def _audit_head(connection: Connection) -> tuple[int, str] | None:
 
 
 def _append(
-    connection: Connection, event: str, actor: Actor, volume: str, reason: str, details: Mapping[str, Any]
+    connection: Connection,
+    event: str,
+    actor: Actor,
+    volume: str,
+    reason: str,
+    details: Mapping[str, Any],
+    at_us: int | None = None,
 ) -> None:
     """Add a row to the audit trail, in the transaction of what it tells of."""
     head = _audit_head(connection)
     number, previous = head or (0, audit.FIRST)
     record = AuditRecord(
         number=number + 1,
-        at_us=time.time_ns() // 1000,
+        at_us=time.time_ns() // 1000 if at_us is None else at_us,
         volume=volume,
         event=event,
         user=_text(actor.user),

@@ -7,8 +7,10 @@ account for is recorded as different, and copied afterwards. The target goes on.
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from lockstep.errors import LockstepError
@@ -24,6 +26,17 @@ UNWRITABLE: Final = "the audit trail cannot be written"
 MAX_WAITING: Final = 10_000
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What happened, and when: it may be written much later."""
+
+    event: str
+    actor: Actor
+    reason: str
+    details: dict[str, Any]
+    at_us: int
+
+
 class Trail:
     """What happens to one volume, on its way to the registry. Calls come from the loop's thread."""
 
@@ -36,7 +49,7 @@ class Trail:
         self._volume_name = volume_name
         self._gate = gate
         self._in_worker = in_worker
-        self._rows: deque[tuple[str, Actor, str, dict[str, Any]]] = deque()
+        self._rows: deque[_Row] = deque()
         self._lost = 0
         self._something = asyncio.Event()
         self._written = asyncio.Event()
@@ -47,7 +60,7 @@ class Trail:
         if len(self._rows) >= MAX_WAITING:
             self._lost += 1
             return
-        self._rows.append((event, actor, reason, details))
+        self._rows.append(_Row(event, actor, reason, details, time.time_ns() // 1000))
         self._written.clear()
         self._something.set()
 
@@ -74,7 +87,7 @@ class Trail:
             await self._something.wait()
             self._something.clear()
             while self._rows:
-                if await self._write(*self._rows[0]):
+                if await self._write(self._rows[0]):
                     self._rows.popleft()
                 else:
                     await asyncio.sleep(RETRY_S)
@@ -85,9 +98,16 @@ class Trail:
             else:
                 self._written.set()
 
-    async def _write(self, event: str, actor: Actor, reason: str, details: dict[str, Any]) -> bool:
+    async def _write(self, row: _Row) -> bool:
         def append() -> None:
-            self._registry.audit(event, actor=actor, volume=self._volume_name, reason=reason, details=details)
+            self._registry.audit(
+                row.event,
+                actor=row.actor,
+                volume=self._volume_name,
+                reason=row.reason,
+                details=row.details,
+                at_us=row.at_us,
+            )
 
         try:
             await self._in_worker(append)
