@@ -1,8 +1,14 @@
-"""Grants whose time zone is one that this machine does not know, as where its tzdata is older than another's."""
+"""Time zones that this machine does not know, its tzdata being older than another's, or whose name it cannot tell."""
 
 import importlib.resources
 import json
+from zoneinfo import ZoneInfoNotFoundError
 
+import pytest
+import tzlocal
+
+from lockstep.cli import granting
+from lockstep.errors import LockstepError, TimezoneNameless
 from lockstep.registry import windows
 from lockstep.registry.access import ANYBODY, Grant, decide
 from lockstep.registry.windows import Schedule, parse
@@ -60,3 +66,35 @@ def test_a_volume_is_served_although_a_grant_has_a_zone_that_is_not_known(lab: L
         assert log.count(f"does not know the time zone {ZONE}") == 1
         assert "Traceback" not in log
     volume.assert_equal_disks()
+
+
+def test_a_clock_whose_zone_has_no_name_is_not_taken_for_another(lab: Lab) -> None:
+    lab.volume("vol", MIB)
+    machine = {"TZ": "LAB-0:17"}  # a name is looked for in /etc, which says something else
+    for command in (
+        ("grant", "vol", "alice", "--window", "daily 01:00-03:00"),
+        ("set", "vol", "scrub=sun 01:00-03:00"),
+    ):
+        Lab.lockstep(lab, *command, environment=machine).failed(2, *told(TimezoneNameless()))
+        Lab.lockstep(lab, *command, "--timezone", "Europe/Berlin", environment=machine).ok()
+    Lab.lockstep(lab, "grant", "vol", "bob", environment=machine).ok()
+    Lab.lockstep(lab, "set", "vol", "scrub=off", environment=machine).ok()
+
+
+@pytest.mark.parametrize("found", [None, "Land/Newly_Named", ZoneInfoNotFoundError("conflicting time zones")])
+def test_a_machine_whose_zone_cannot_be_told(found: str | Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/etc/localtime is a copy; it names what tzdata does not have; it and another file name two zones."""
+
+    def look() -> str | None:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(tzlocal, "get_localzone_name", look)
+    with pytest.raises(TimezoneNameless):
+        granting._zone(None)
+    assert granting._zone("Europe/Berlin") == "Europe/Berlin"
+
+
+def told(error: LockstepError) -> tuple[str, ...]:
+    return str(error), error.likely_cause, error.advice

@@ -91,6 +91,14 @@ class TimezoneUnknown(UsageError):
     next_step = "Give one like Europe/Berlin, America/New_York or UTC."
 
 
+class TimezoneNameless(UsageError):
+    """Data: none."""
+
+    happened = "On whose clock the window is read is not known: this machine's time zone has no name that holds."
+    cause = "Its /etc/localtime is a copy instead of a link, or that, /etc/timezone and $TZ say different things."
+    next_step = "Name the zone, like --timezone Europe/Berlin."
+
+
 class UserInvalid(UsageError):
     """Data: user."""
 

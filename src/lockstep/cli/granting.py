@@ -1,7 +1,10 @@
 """grant, revoke, grants, whocan, set: who may update a volume's mirrors, when, and what becomes of the rest."""
 
+import contextlib
 import time
-from typing import Annotated, Any
+from datetime import datetime
+from typing import Annotated, Any, Final
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import typer
 import tzlocal
@@ -11,12 +14,14 @@ from lockstep.cli.options import Json, Name, moment
 from lockstep.cli.output import human_moment, print_json
 from lockstep.cli.screen import Listing, console, plain
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import SettingInvalid, TimezoneUnwanted, UserInvalid
+from lockstep.errors import SettingInvalid, TimezoneNameless, TimezoneUnknown, TimezoneUnwanted, UserInvalid
 from lockstep.nbd.identity import is_user_name
 from lockstep.registry import windows
 from lockstep.registry.access import ANYBODY, Grant, decide
 from lockstep.registry.windows import Schedule
 from lockstep.service.managing import manager
+
+HALF_A_YEAR_S: Final = 182 * 86400
 
 User = Annotated[str, typer.Argument(metavar="USER", help="An account, a certificate's name, or '*' for everybody.")]
 
@@ -40,9 +45,7 @@ def grant(
     actor = manager(state, f"grant the mirrors of {name}")
     if user != ANYBODY and not is_user_name(user):
         raise UserInvalid(user=user)
-    zone = timezone or tzlocal.get_localzone_name() or "UTC"
-    windows.zone(zone)
-    granted = Grant(user, tuple(map(windows.parse, window or [])), zone)
+    granted = Grant(user, tuple(map(windows.parse, window or [])), _zone(timezone) if timezone or window else "UTC")
     with state.registry() as registry:
         registry.grant(name, granted, actor=actor)
     typer.echo(f"Granted. {_verdict_of(granted, name).reason}.")
@@ -147,14 +150,31 @@ def set_(
         if key == "on-denied" and value in ("hold", "refuse"):
             registry.set_on_denied(name, "hold" if value == "hold" else "refuse", actor=actor)
         elif key == "scrub":
-            zone = timezone or tzlocal.get_localzone_name() or "UTC"
-            windows.zone(zone)
-            schedule = None if value == "off" else Schedule(windows.parse(value), zone)
+            schedule = None if value == "off" else Schedule(windows.parse(value), _zone(timezone))
             registry.set_scrub(name, schedule, actor=actor)
             value = str(schedule or "off")
         else:
             raise SettingInvalid(setting=setting)
     typer.echo(f"{name}: {key}={value}")
+
+
+def _zone(given: str | None) -> str:
+    """The time zone of that name, or this machine's. Raises TimezoneUnknown, TimezoneNameless."""
+    if given is not None:
+        windows.zone(given)
+        return given
+    with contextlib.suppress(ZoneInfoNotFoundError, TimezoneUnknown):
+        name = tzlocal.get_localzone_name()
+        if name is not None and _shows_local_time(windows.zone(name)):
+            return name
+    raise TimezoneNameless
+
+
+def _shows_local_time(zone: ZoneInfo) -> bool:
+    """Whether its clock and this process's agree, in summer and in winter."""
+    now_s = time.time()
+    moments = (datetime.fromtimestamp(at_s, zone) for at_s in (now_s, now_s + HALF_A_YEAR_S))
+    return all(moment.utcoffset() == moment.astimezone().utcoffset() for moment in moments)
 
 
 def _verdict_of(grant: Grant, volume: str) -> Any:
