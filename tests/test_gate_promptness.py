@@ -9,7 +9,7 @@ from unittest.mock import AsyncMock, Mock
 
 import pytest
 
-from lockstep.errors import StateDirUnusable
+from lockstep.errors import MayNotRelease, StateDirUnusable
 from lockstep.registry.access import Grant
 from lockstep.registry.audit import Actor
 from lockstep.service.background import Background
@@ -47,6 +47,47 @@ def test_a_grant_is_taken_away_though_all_threads_of_the_target_wait_for_it(tmp_
         go.set()
         await waiting
         workers.close()
+        clerks.close()
+
+    with registry:
+        asyncio.run(look())
+
+
+def test_who_reads_the_grants_longer_does_not_bring_back_what_was_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = State(str(tmp_path / "state")).registry()
+    record = registry.add_volume("vol", target_path="/target", size_bytes=512, sector_bytes=512, actor=ROOT)
+    registry.grant("vol", Grant("eve", (), "UTC"), actor=ROOT)
+    gate, has_read, go = VolumeGate("vol", "hold", registry.grants("vol")), threading.Event(), threading.Event()
+    read = registry.grants
+
+    def read_slowly(name: str) -> tuple[Grant, ...]:
+        found = read(name)
+        if not has_read.is_set():
+            has_read.set()
+            assert go.wait(10)
+        return found
+
+    monkeypatch.setattr(registry, "grants", read_slowly)
+
+    async def look() -> None:
+        clerks = Workers("clerk", 2)
+        session = cast(VolumeSession, SimpleNamespace(record=record, writes=SimpleNamespace(mirrors=()), mirrors=()))
+        trail = Trail(registry, "vol", gate, clerks.run)
+        background = Background(
+            session, gate, Clients(gate, trail), trail, Verification(session, trail), registry, clerks.run, tuple
+        )
+        looking = asyncio.create_task(background._look())
+        await asyncio.to_thread(has_read.wait, 10)
+        registry.revoke("vol", "eve", actor=ROOT)
+        syncing = asyncio.create_task(background.sync(Actor("eve", "a test"), include_held=True, compare=False))
+        await asyncio.wait([syncing], timeout=0.5)  # who was first is still reading
+        go.set()
+        with pytest.raises(MayNotRelease):
+            await syncing
+        await looking
+        assert gate("eve") is Ruling.UNTIL_RELEASED
         clerks.close()
 
     with registry:

@@ -9,8 +9,9 @@ from typing import Any, Final
 
 from lockstep.errors import LockstepError, MayNotRelease
 from lockstep.registry import windows
+from lockstep.registry.access import Grant
 from lockstep.registry.audit import SERVER, Actor
-from lockstep.registry.store import Registry
+from lockstep.registry.store import Registry, VolumeRecord
 from lockstep.service.clients import Clients
 from lockstep.service.gate import VolumeGate
 from lockstep.service.mirror_session import MirrorSession
@@ -64,6 +65,7 @@ class Background:
         self._trying: set[MirrorSession] = set()
         self._states: dict[MirrorLink, str] = {}
         self._blind = False  # the registry could not be read when last tried
+        self._reading = asyncio.Lock()
         self._unknown_zones: set[str] = set()  # of which the log has told
 
     @contextlib.asynccontextmanager
@@ -103,7 +105,7 @@ class Background:
         Raises MayNotRelease, and StateDirUnusable or DiskBusy where what is held from a mirror stays held.
         """
         if include_held:
-            await self._in_clerk(self._read_grants)  # who has just lost the right releases nothing
+            await self._read_grants()  # who has just lost the right releases nothing
             if self._gate(actor.user) is not UPDATE:
                 reason = self._trail.error or self._gate.verdict(actor.user).reason
                 raise MayNotRelease(user=actor.user, volume=self._volume_name, reason=reason)
@@ -205,23 +207,29 @@ class Background:
 
     async def _look(self) -> None:
         """See what has changed: in the registry, for the clients, with the mirrors."""
-        await self._in_clerk(self._read_grants)
+        await self._read_grants()
         self._clients.look()
         self._verification.look()
         self._note_states()
 
-    def _read_grants(self) -> None:
+    async def _read_grants(self) -> None:
+        """Go by what the registry says now: one reader after the other, or what was read first could be the last."""
+        async with self._reading:
+            read: list[tuple[VolumeRecord, tuple[Grant, ...]]] = []
+            await self._in_clerk(self._read_into, read)
+            for volume, grants in read:
+                self._gate.update(volume.on_denied, grants)
+                self._verification.schedule = volume.scrub
+                self._tell_of_unknown_zones({each.timezone for each in (*grants, volume.scrub) if each is not None})
+
+    def _read_into(self, read: list[tuple[VolumeRecord, tuple[Grant, ...]]]) -> None:
         try:
-            volume, grants = self._registry.volume(self._volume_name), self._registry.grants(self._volume_name)
+            read.append((self._registry.volume(self._volume_name), self._registry.grants(self._volume_name)))
+            self._blind = False
         except LockstepError as failure:
             if not self._blind:
                 log.warning("the registry cannot be read, the grants stay what they were: %s", failure)
             self._blind = True
-            return
-        self._blind = False
-        self._gate.update(volume.on_denied, grants)
-        self._verification.schedule = volume.scrub
-        self._tell_of_unknown_zones({each.timezone for each in (*grants, volume.scrub) if each is not None})
 
     def _tell_of_unknown_zones(self, zones: set[str]) -> None:
         found = {zone for zone in zones if not windows.is_known(zone)}

@@ -20,7 +20,7 @@ _HELD: Final = {"outside-window": Ruling.UNTIL_WINDOW, "no-right": Ruling.UNTIL_
 
 
 class VolumeGate:
-    """Decides from the grants that it was last given; see `lockstep.volume.gate.Gate`."""
+    """Decides from the grants that it was last given; see `lockstep.volume.gate.Gate`. Calls come from one thread."""
 
     def __init__(self, volume_name: str, on_denied: OnDenied, grants: Sequence[Grant]) -> None:
         self.on_denied_update: Callable[[str, Ruling, int], None] = lambda _user, _ruling, _length: None
