@@ -19,13 +19,18 @@ from unittest.mock import Mock
 
 import pytest
 
+from lockstep.crypto.unlock import Unlock
+from lockstep.nbd.identity import account
 from lockstep.registry import windows
 from lockstep.registry.audit import SERVER
 from lockstep.registry.windows import Schedule
 from lockstep.service import control_client
+from lockstep.service.background import GRANTS_INTERVAL_S
+from lockstep.service.maintenance import verify_at_rest
+from lockstep.service.state import State
 from lockstep.service.verification import Verification
 from lockstep.service.volume_session import VolumeSession
-from lockstep.volume.verify import Comparison
+from lockstep.volume.verify import Comparison, Verify
 from tests.lab import MIB, Clock, Lab, Served, Volume, needs, run, wait_until, write
 
 SIZE_BYTES = 16 * MIB
@@ -401,3 +406,23 @@ def test_a_scrub_that_begins_right_afterwards_is_not_what_was_asked_for(monkeypa
 
     monkeypatch.setattr("lockstep.service.verification.Verify", Comparing)
     asyncio.run(compare())
+
+
+def test_a_repair_at_rest_goes_by_the_grants_of_its_end(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take hours; here the grant is taken away while it compares."""
+    with volume.served():
+        pass
+    damage(volume, 512)
+    before = volume.mirror.read_bytes()[DATA_OFFSET_BYTES:]
+    compare = Verify.run
+
+    async def compare_slowly(self: Verify, *rest: Any) -> None:
+        await compare(self, *rest)
+        await asyncio.to_thread(volume.lab.lockstep("revoke", volume.name, account(os.geteuid())).ok)
+        await asyncio.sleep(3 * GRANTS_INTERVAL_S)
+
+    monkeypatch.setattr(Verify, "run", compare_slowly)
+    monkeypatch.setattr("lockstep.service.maintenance.protect_memory", lambda: None)  # of the tests themselves
+    unlock = Unlock(volume.lab.key.read_bytes)
+    verify_at_rest(State(str(volume.lab.state)), volume.name, unlock, repair=True, on_progress=lambda _done, _all: None)
+    assert volume.mirror.read_bytes()[DATA_OFFSET_BYTES:] == before

@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from lockstep.crypto.cipher import self_test
 from lockstep.crypto.unlock import Unlock
-from lockstep.errors import AlreadyServed
+from lockstep.errors import AlreadyServed, LockstepError
+from lockstep.registry.store import Registry
+from lockstep.service.background import GRANTS_INTERVAL_S
 from lockstep.service.gate import VolumeGate
 from lockstep.service.managing import manager, unserved
 from lockstep.service.memory import protect_memory
@@ -47,7 +50,8 @@ def verify_at_rest(
         workers = Workers("lockstep-worker", WORKERS)
         stack.callback(workers.close)
         session = stack.enter_context(open_volume(state, volume, unlock, gate, workers))
-        found = asyncio.run(_verify(session, repair=repair, on_progress=on_progress))
+        follow = functools.partial(_follow_grants, registry, name, gate)
+        found = asyncio.run(_verify(session, follow, repair=repair, on_progress=on_progress))
         results = []
         for link, comparison in found.items():
             stands = {"state": link.state, "dirty_bytes": link.regions.dirty_bytes}
@@ -58,9 +62,23 @@ def verify_at_rest(
         return results
 
 
+async def _follow_grants(registry: Registry, name: str, gate: VolumeGate) -> None:
+    """Go by what the registry says, also hours later; while it cannot be read, by what it said."""
+    while True:
+        await asyncio.sleep(GRANTS_INTERVAL_S)
+        with contextlib.suppress(LockstepError):
+            grants = await asyncio.to_thread(registry.grants, name)
+            gate.update((await asyncio.to_thread(registry.volume, name)).on_denied, grants)
+
+
 async def _verify(
-    session: VolumeSession, *, repair: bool, on_progress: Callable[[int, int], None]
+    session: VolumeSession,
+    follow_grants: Callable[[], Coroutine[Any, Any, None]],
+    *,
+    repair: bool,
+    on_progress: Callable[[int, int], None],
 ) -> dict[MirrorLink, Comparison]:
+    following = asyncio.create_task(follow_grants())
     if repair:
         await session.workers.run(session.claim)
     found = {}
@@ -73,6 +91,7 @@ async def _verify(
         await comparing
         if repair:
             await resync.copy()
+    following.cancel()
     if repair:
         await session.retire()
     return found
