@@ -2,6 +2,9 @@
 
 import importlib.resources
 import json
+import os
+import sys
+from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfoNotFoundError
 
 import pytest
@@ -13,17 +16,21 @@ from lockstep.registry import windows
 from lockstep.registry.access import ANYBODY, Grant, decide
 from lockstep.registry.windows import Schedule, parse
 from tests.lab import MIB, Lab, needs, run, wait_until
+from tests.nbd_client import Client
 from tests.test_nbd_identity import users
 
 ZONE = "Land/Newly_Named"
-UTC_RULES = importlib.resources.files("tzdata").joinpath("zoneinfo/UTC").read_bytes()
+
+
+def rules(zone: str) -> bytes:
+    return importlib.resources.files("tzdata").joinpath("zoneinfo", zone).read_bytes()
 
 
 def elsewhere(lab: Lab, *arguments: str) -> None:
     """Run a command as on a machine that knows the zone."""
     zone = lab.home / "zoneinfo" / ZONE
     zone.parent.mkdir(parents=True, exist_ok=True)
-    zone.write_bytes(UTC_RULES)
+    zone.write_bytes(rules("UTC"))
     environment = {"PYTHONTZPATH": str(lab.home / "zoneinfo")}
     Lab.lockstep(lab, *arguments, "--timezone", ZONE, environment=environment).ok()  # a process of its own
 
@@ -98,3 +105,23 @@ def test_a_machine_whose_zone_cannot_be_told(found: str | Exception | None, monk
 
 def told(error: LockstepError) -> tuple[str, ...]:
     return str(error), error.likely_cause, error.advice
+
+
+@needs("/", root=True)
+def test_a_server_goes_by_the_rules_that_a_zone_has_now(lab: Lab) -> None:
+    """A country changes its clocks, and the tzdata of the machine is updated while it serves."""
+    volume = lab.volume("vol", MIB)
+    begins, ends = (datetime.now(UTC) + timedelta(hours=hours) for hours in (11, 13))
+    elsewhere(lab, "grant", "vol", "alice", "--window", f"daily {begins:%H:%M}-{ends:%H:%M}")
+    hurried = lab.home / "site"
+    hurried.mkdir()
+    (hurried / "sitecustomize.py").write_text(
+        "from lockstep.service import background\nbackground.ZONES_INTERVAL_S = 0.2"
+    )
+    lab.environment["PYTHONPATH"] = os.pathsep.join([str(hurried), *sys.path])
+    lab.environment["PYTHONTZPATH"] = str(lab.home / "zoneinfo")
+    with volume.served() as served, Client(served.socket).go("vol@alice"):
+        (client,) = served.now()["clients"]
+        assert client["verdict"] == "denied"
+        (lab.home / "zoneinfo" / ZONE).write_bytes(rules("Etc/GMT-12"))
+        wait_until(lambda: served.now()["clients"][0]["verdict"] == "allowed", "the new rules to be in effect")

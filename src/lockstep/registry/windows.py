@@ -76,6 +76,12 @@ def zone(name: str) -> ZoneInfo:
         raise TimezoneUnknown(timezone=name) from error
 
 
+def forget_zones() -> None:
+    """Have each time zone read again: its rules may have changed, and this machine's tzdata with them."""
+    zone.cache_clear()
+    ZoneInfo.clear_cache()
+
+
 def is_known(timezone: str) -> bool:
     """Whether this machine knows a time zone."""
     try:

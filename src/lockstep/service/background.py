@@ -28,6 +28,7 @@ GRANTS_INTERVAL_S: Final = 0.5  # so that a grant takes effect within a second, 
 TOKEN_INTERVAL_S: Final = 1.0
 TIDY_INTERVAL_S: Final = 30.0
 WARNING_INTERVAL_S: Final = 86400.0
+ZONES_INTERVAL_S: Final = 3600.0  # for a time zone whose rules have changed
 WATCH_INTERVAL_S: Final = 1.0
 FIRST_RETURN_S: Final = 1.0
 LAST_RETURN_S: Final = 60.0
@@ -78,6 +79,7 @@ class Background:
             self._repeat(self._path.tidy, TIDY_INTERVAL_S),
             self._repeat(self._look, GRANTS_INTERVAL_S),
             self._repeat(self._warn, WARNING_INTERVAL_S),
+            self._repeat(self._forget_zones, ZONES_INTERVAL_S),
             self._fill(),
             *(resync.run() for resync in self._session.resyncs),
             *(self._bring_back(*pair) for pair in zip(self._session.mirrors, self._session.resyncs, strict=True)),
@@ -204,6 +206,9 @@ class Background:
     async def _warn(self) -> None:
         for sentence in self._warnings():
             log.warning(sentence)
+
+    async def _forget_zones(self) -> None:
+        windows.forget_zones()
 
     async def _look(self) -> None:
         """See what has changed: in the registry, for the clients, with the mirrors."""
