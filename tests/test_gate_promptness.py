@@ -162,3 +162,19 @@ def test_what_one_mirror_cannot_release_does_not_keep_the_others_from_it(tmp_pat
         asyncio.run(release())
         (row,) = registry.audit_rows(events=["sync"])
         assert row.details["released_bytes"] == 4096
+
+
+def test_what_was_denied_after_its_connection_had_ended_is_counted_too() -> None:
+    notes: list[tuple[str, dict[str, Any]]] = []
+    trail = cast(Trail, SimpleNamespace(note=lambda event, _actor, _reason, **details: notes.append((event, details))))
+    gate = VolumeGate("vol", "hold", ())
+    clients = Clients(gate, trail)
+    clients.connected(1, "eve", "a test")
+    gate.denied("eve", Ruling.UNTIL_RELEASED, 512)
+    clients.disconnected(1)
+    gate.denied("eve", Ruling.UNTIL_RELEASED, 4096)  # was under way when the client was killed
+    clients.look()
+    clients.look()
+    totals = [(details["updates"], details["bytes"]) for event, details in notes if event == "denied-total"]
+    assert totals == [(1, 512), (1, 4096)]
+    assert [event for event, _details in notes].count("denied") == 2

@@ -96,6 +96,7 @@ class Background:
                 resync.stop()
             await self._verification.close()
             await asyncio.gather(*tasks)
+            self._clients.look()
             self._note_states()
             self._trail.note("stop", SERVER, f"the volume {self._volume_name} is not being served any more")
 

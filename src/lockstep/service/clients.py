@@ -2,7 +2,7 @@
 
 Rows: `connect` and `disconnect` for each connection; `verdict` for each user who is connected, at first and whenever it
 changes; `denied` for the first update that did not reach the mirrors, and `denied-total`, with counts, when the verdict
-changes or the user's last connection ends.
+changes or the user's last connection ends, and once more for what was under way then.
 """
 
 import time
@@ -51,8 +51,11 @@ class Clients:
 
     def look(self) -> None:
         """Write down whose verdict has changed; to be called about once a second."""
-        for actor in {actor.user: actor for actor in self._open.values()}.values():
+        present = {actor.user: actor for actor in self._open.values()}
+        for actor in present.values():
             self._look_at(actor)
+        for user in self._denials.keys() - present.keys():  # of writes that outlived their connection
+            self._sum_up(self._actor(user))
 
     def denied(self, user: str, ruling: Ruling, length: int) -> None:
         """An update of `length` bytes did not reach the mirrors."""
