@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.errors import GrantUnknown, VolumeUnknown
+from lockstep.errors import GrantUnknown, RegistryDamaged, VolumeUnknown
 from lockstep.registry import audit
 from lockstep.registry.access import Grant
 from lockstep.registry.audit import Actor
@@ -114,6 +114,24 @@ def test_an_altered_row_is_found(registry: Registry, file: Path, column: str) ->
     found = registry.check_audit()
     assert found.reason is not None
     assert found.bad_number == 6
+
+
+@pytest.mark.parametrize("value", ["x'00ff'", "'soon'", "9e18", "9000000000000000000", "-62135596800000001"])
+@pytest.mark.parametrize("column", ["at_us", "reason", "details", "hash"])
+def test_what_no_row_ever_was_is_found_and_can_be_read(registry: Registry, file: Path, column: str, value: str) -> None:
+    fill(registry)
+    tamper(file, f'UPDATE audit SET "{column}" = {value} WHERE number = 6')
+    assert registry.check_audit().bad_number == 6
+    rows = registry.audit_rows()
+    assert [row.number for row in rows] == [*range(1, 12)]
+    assert json.dumps([row.to_json() for row in rows])
+
+
+def test_text_that_is_none_is_damage(registry: Registry, file: Path) -> None:
+    fill(registry)
+    tamper(file, "UPDATE audit SET reason = cast(x'ff' AS TEXT) WHERE number = 6")
+    with pytest.raises(RegistryDamaged):
+        registry.check_audit()
 
 
 @pytest.mark.parametrize(

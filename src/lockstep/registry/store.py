@@ -92,6 +92,8 @@ _WRITERS_LOCK = 0x6C6F636B73746570
 _SQLITE_SCHEME = "sqlite:///"
 _POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 
+_LATEST_US = 253_370_764_800_000_000  # the end of the year 9998, in every time zone a moment that there is
+
 _CONNECT_OPTIONS = {"connect_timeout": "10", "tcp_user_timeout": "10000"}
 """libpq's, in s and ms, where the URL does not say otherwise: a dead server is an error, not a hang."""
 
@@ -581,12 +583,15 @@ def _storable(value: Any) -> Any:
 
 
 def _audit_record(row: Row[Any]) -> AuditRecord:
+    """A row as it is, though somebody altered it by hand to what it never was: the check has to say so."""
     try:
         details = json.loads(row.details)
-    except ValueError:
-        details = row.details  # altered by hand; the check says so
-    names = ("number", "at_us", "volume", "event", "user", "origin", "reason", "previous", "hash")
-    return AuditRecord(**{name: getattr(row, name) for name in names}, details=details)
+    except (ValueError, TypeError):
+        details = str(row.details)
+    names = ("volume", "event", "user", "origin", "reason", "previous", "hash")
+    texts = {name: str(getattr(row, name)) for name in names}
+    at_us = row.at_us if isinstance(row.at_us, int) and 0 <= row.at_us < _LATEST_US else 0
+    return AuditRecord(number=row.number, at_us=at_us, details=details, **texts)
 
 
 def _grant(row: Row[Any]) -> Grant:
@@ -666,7 +671,7 @@ def _in_our_words(error: DBAPIError, label: str) -> RegistryError:
     """The database's error as a row of the catalogue."""
     reason = " ".join(str(error.orig).split())
     if isinstance(error.orig, sqlite3.Error):
-        code = getattr(error.orig, "sqlite_errorcode", sqlite3.SQLITE_CANTOPEN) & 0xFF  # the primary result code
+        code = getattr(error.orig, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF  # the primary result code
         return _SQLITE_FAILURES.get(code, RegistryUnreadable)(registry=label, reason=reason)
     state = getattr(error.orig, "sqlstate", None)
     return _POSTGRESQL_FAILURES.get(state or "", RegistryUnreachable)(registry=label, reason=reason)
