@@ -182,13 +182,12 @@ def detach(run_dir: str, export: str) -> Attachment:
     if not os.path.exists(place.lock):  # nobody has attached anything here; nor need there be room to make it
         raise NotAttached(export=export)
     with _alone(place):
-        existing = _current(place)
-        last_known = existing or _read_record(place)
-        loops = loops_over(place.file)
-        if last_known is None and not loops and not _is_mounted(place):
-            raise NotAttached(export=export)
+        existing, loops = _current(place), loops_over(place.file)
+        there = existing is not None or bool(loops) or _is_mounted(place)
+        gone = existing or Attachment((loops or [""])[0], place.mountpoint, None, export)
         unflushed = _take_down(place, existing)
-        gone = last_known or Attachment((loops or [""])[0], place.mountpoint, None, export)
+        if not there:  # but for a record, whose device may be somebody else's by now
+            raise NotAttached(export=export)
         if unflushed is not None:
             raise DetachUnflushed(device=gone.device, export=export, reason=unflushed)
         return gone
