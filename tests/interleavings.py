@@ -120,7 +120,7 @@ class Scene(World):
         self.recent: list[Request] = []  # of this life
         self.under_way.clear()
         self.flushed_before: float = 0  # what was answered by then is durable
-        # When mirrors came to stand still: what was answered as that began is on them, nothing asked when it was over is.
+        # When mirrors came to stand still: (that began, it was over). What was answered by the one is on them.
         self.still_since: dict[int, tuple[float, float]] = {}
         self.releasing: list[tuple[int, bytes]] = []
         self.verifying: set[int] = set()
