@@ -140,6 +140,42 @@ def test_other_passphrases_take_force_and_the_state_stays_true(lab: Lab) -> None
     assert (mirror["state"], mirror["dirty_bytes"]) == ("behind", MIB)
 
 
+CRYPTSETUP_THAT_FAILS = """#!/bin/sh
+case "$*" in *--dump-json-metadata*{path}) {fails};; esac
+exec {real} "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "says"),
+    [
+        ("kill -9 $$", "its exit code was -9"),
+        ("echo 'Failed to acquire read lock; it is not a valid LUKS device.' >&2; exit 5", "acquire read lock"),
+        ("echo '--dump-json-metadata: unknown option' >&2; exit 1", "unknown option"),
+    ],
+    ids=["killed", "no lock", "too old"],
+)
+def test_a_cryptsetup_that_fails_is_no_damaged_header(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, fails: str, says: str
+) -> None:
+    """Least of all one that a copy with other passphrases may take the place of."""
+    volume = lab.volume(size_bytes=MIB)
+    with volume.served():
+        pass
+    lab.lockstep("header", "backup", "vol", lab.home / "copy").ok()
+    keyslots.change(str(volume.mirror), PASSPHRASE, NEW, iter_time_ms=1)
+    before = volume.mirror.read_bytes()
+    program = lab.home / "failing" / "cryptsetup"
+    program.parent.mkdir()
+    real = shutil.which("cryptsetup")
+    program.write_text(CRYPTSETUP_THAT_FAILS.format(path=volume.mirror, fails=fails, real=real))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    for done in (lab.lockstep("header", "restore", "vol", lab.home / "copy"), volume.restore(lab.home / "output")):
+        assert "is damaged" not in done.failed(1, "cryptsetup could not read the header of", says)
+    assert volume.mirror.read_bytes() == before
+
+
 def test_what_is_not_a_copy_of_this_header_is_refused(lab: Lab) -> None:
     volume = lab.volume("vol", MIB)
     lab.volume("other", MIB)

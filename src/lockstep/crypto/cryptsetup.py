@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 TIMEOUT_S: Final = 120  # argon2id aims at 2 s, and takes many times that on a small or busy machine
-WRONG_PASSPHRASE_EXIT: Final = 2  # cryptsetup(8), RETURN CODES
+INVALID_EXIT: Final = 1  # cryptsetup(8), RETURN CODES: also what it has no other for
+WRONG_PASSPHRASE_EXIT: Final = 2
 ATTEMPTS: Final = 10  # a server writes its token when its state changes, and at most every half a minute otherwise
 
 _MOST_COMPLAINTS_BYTES: Final = 64 << 10

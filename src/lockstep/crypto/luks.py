@@ -77,6 +77,7 @@ KEY_BITS: Final = 512
 TOKEN_TYPE: Final = "lockstep"  # noqa: S105 - the name of a kind of LUKS2 token
 TOKEN_VERSION: Final = 1
 
+_DISAGREES: Final = b"is not a valid LUKS"  # cryptsetup says so, in its C locale
 _SECTOR_BYTES: Final = (512, 1024, 2048, 4096)
 _OFFSET_UNIT_BYTES: Final = 512  # what cryptsetup's --offset counts
 _UINT64_LIMIT: Final = 2**64
@@ -184,13 +185,16 @@ def _header(path: str, metadata: dict[str, Any], segment_in: Callable[[], Segmen
 def read_metadata(path: str) -> dict[str, Any]:
     """The header's JSON (section 3 of the specification), which cryptsetup has validated against its schema.
 
-    HeaderUnreadable, NotLuks2, HeaderDamaged, CryptsetupMissing, CryptsetupHung.
+    HeaderUnreadable, NotLuks2, HeaderDamaged, CryptsetupMissing, CryptsetupFailed, CryptsetupHung.
     """
     _sound_copy(path)
-    dump = cryptsetup.run("read the header of", path, "luksDump", "--dump-json-metadata")
-    if dump.returncode != 0:
+    action = "read the header of"
+    dump = cryptsetup.run(action, path, "luksDump", "--dump-json-metadata")
+    if dump.returncode == cryptsetup.INVALID_EXIT and _DISAGREES in dump.stderr:
         # The checksum is right, so cryptsetup disagrees with the JSON that it protects.
         raise HeaderDamaged(path=path, reason=cryptsetup.message(dump))
+    if dump.returncode != 0:  # it was killed, or may not lock the device, or is too old for this
+        raise cryptsetup.failure(action, path, dump)
     try:
         return dict(json.loads(dump.stdout))
     except (TypeError, ValueError) as error:
