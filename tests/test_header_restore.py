@@ -5,12 +5,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lockstep.crypto import keyslots, luks
-from lockstep.errors import BackupKeyFormer
+from lockstep.errors import BackupKeyFormer, BackupOfAnother, MirrorIncomplete
 from tests.forks import ForkLab
 from tests.keys import NEW, Keys, opens
 from tests.lab import MIB, PASSPHRASE, Lab, Volume, needs, run
@@ -113,6 +114,54 @@ def test_a_copy_serves_as_the_header_of_a_restore(lab: Lab) -> None:
     output = ("restore", volume.mirror, lab.home / "output", "--key-file", lab.key)
     lab.lockstep(*output).failed(1, "no LUKS2 header")
     lab.lockstep(*output, "--header", lab.home / "copy").ok()
+    assert (lab.home / "output").read_bytes() == volume.target.read_bytes()
+
+
+def test_a_copy_is_believed_no_state_where_the_mirror_tells_its_own(lab: Lab) -> None:
+    """The copy is from a day on which it was in sync; since then it misses something."""
+    volume = lab.volume(size_bytes=MIB)
+    with volume.served():
+        pass
+    copy, home = lab.home / "copy", lab.home
+    lab.lockstep("header", "backup", "vol", copy).ok()
+    header = luks.read_header(str(volume.mirror))
+    assert header.token is not None
+    luks.write_token(str(volume.mirror), replace(header.token, state="syncing"), token_id=header.token_id)
+    before = sorted(home.iterdir())
+    overlay = home / "overlay"
+    overlay.touch()
+    for command in (("restore", volume.mirror), ("open", volume.mirror), ("commit", volume.mirror, overlay)):
+        outputs = [] if command[0] == "open" else [home / "output"]
+        refused = lab.lockstep(*command, *outputs, "--header", copy, "--key-file", lab.key)
+        assert_error(refused, MirrorIncomplete(path=volume.mirror, state="syncing"))
+    overlay.unlink()
+    assert sorted(home.iterdir()) == before
+    volume.restore(home / "output", "--header", copy, "--incomplete").ok()
+    wipe(volume.mirror)
+    done = volume.restore(home / "later", "--header", copy)
+    assert done.ok()
+    assert "the day on which it was made" in done.err
+
+
+def test_a_header_of_another_mirror_gives_no_noise(lab: Lab) -> None:
+    volume, other = lab.volume("vol", MIB), lab.volume("other", MIB)
+    detached = lab.volume("detached", MIB, header=True)
+    for each in (volume, other, detached):
+        each.copy_by_hand()
+    copy, before = lab.home / "copy", volume.mirror.read_bytes()
+    lab.lockstep("header", "backup", "other", copy).ok()
+    uuids = [luks.read_uuid(str(header_of(each))) for each in (volume, other, detached)]
+    for header, uuid in ((copy, uuids[1]), (detached.header, uuids[2])):
+        reason = f"it has the LUKS UUID {uuid}, not {uuids[0]}"
+        expected = BackupOfAnother(backup=header, path=volume.mirror, reason=reason)
+        assert_error(volume.restore(lab.home / "output", "--header", header), expected)
+    lab.lockstep("header", "backup", "vol", lab.home / "old").ok()
+    lab.lockstep("key", "rekey", "vol", "--key-file", lab.key).ok()
+    expected = BackupOfAnother(backup=lab.home / "old", path=volume.mirror, reason="it holds another volume key")
+    assert_error(volume.restore(lab.home / "output", "--header", lab.home / "old"), expected)
+    assert not (lab.home / "output").exists()
+    volume.mirror.write_bytes(before)
+    volume.restore(lab.home / "output", "--header", lab.home / "old").ok()
     assert (lab.home / "output").read_bytes() == volume.target.read_bytes()
 
 

@@ -1146,8 +1146,11 @@ class BackupOfAnother(LuksError):
     """Data: backup, path, reason."""
 
     happened = "{backup} is not a backup of the header of {path}: {reason}."
-    cause = "It was made of another mirror, or before this mirror was made anew."
-    next_step = "Give the backup of this mirror (`cryptsetup luksDump` shows a backup's UUID); nothing was changed."
+    cause = "It was made of another mirror, or before this mirror was made anew or re-keyed."
+    next_step = (
+        "Give the backup of this mirror (`cryptsetup luksDump` shows a backup's UUID); none is needed where the header "
+        "of {path} is sound. Nothing was changed."
+    )
 
 
 class BackupExists(LuksError):

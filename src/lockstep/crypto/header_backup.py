@@ -75,10 +75,11 @@ def put_back(path: str, backup: str, *, fds: Sequence[int] = ()) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What two headers are compared by: their key slots, and what proves a volume key."""
+    """What two headers are compared by: their key slots, what proves a volume key, and which data has it."""
 
     keyslots: dict[int, Any]
     digests: tuple[tuple[str, str], ...]
+    segments: dict[str, Any]
 
     @classmethod
     def of(cls, path: str) -> Content:
@@ -86,7 +87,7 @@ class Content:
         metadata = luks.read_metadata(path)
         slots = {int(number): stored for number, stored in metadata["keyslots"].items()}
         digests = sorted((each["salt"], each["digest"]) for each in metadata["digests"].values())
-        return cls(slots, tuple(digests))
+        return cls(slots, tuple(digests), metadata["segments"])
 
     def slots_not_in(self, other: Content) -> tuple[int, ...]:
         """The key slots that the other header does not have, or has with another passphrase."""

@@ -37,7 +37,6 @@ from lockstep.errors import (
     BackupOfAnother,
     HeaderDamaged,
     HeaderUnreadable,
-    LuksError,
     MirrorHoldsData,
     NotLuks2,
     StillServed,
@@ -182,7 +181,7 @@ def restore_header(state: State, name: str, mirror_path: str | None, backup: str
         require_unused(inspect(mirror.path))
         back, gone = _compared(registry, volume, mirror, backup, force=force)
         compared = back is not None
-        token = _renewed(token, mirror, _present_token(path))
+        token = _renewed(token, mirror, mirrors.present_token(path))
         done = Restored(mirror, compared, back or (), gone or (), token.state)
         reason = f"{actor.user} restored the header of the mirror {mirror.path} from {os.path.abspath(backup)}"
         reason += f": {_listed(done.back)} came back, {_listed(done.gone)} lost" if compared else ""
@@ -201,9 +200,7 @@ def _token_of(backup: str, volume: VolumeRecord, mirror: MirrorRecord) -> tuple[
         header = luks.read_header(backup)
     except (NotLuks2, HeaderDamaged, HeaderUnreadable) as error:
         raise BackupMissing(path=backup, reason=str(error)) from error
-    if header.uuid != mirror.luks_uuid:
-        reason = f"it has the LUKS UUID {header.uuid}, not {mirror.luks_uuid}"
-        raise BackupOfAnother(backup=backup, path=mirror.path, reason=reason)
+    mirrors.require_copy(backup, header.uuid, mirror.path, mirror.luks_uuid)
     if header.token is None:
         raise BackupOfAnother(backup=backup, path=mirror.path, reason="it has no lockstep token")
     if header.token.volume_id != volume.id:
@@ -227,7 +224,7 @@ def _compared(
     mirrors.require_same_disk(volume, mirror, luks.read_uuid(path))
     offered = Content.of(backup)
     if offered.digests != present.digests:
-        raise BackupOfAnother(backup=backup, path=mirror.path, reason="it holds another volume key")
+        raise BackupOfAnother(backup=backup, path=mirror.path, reason=mirrors.OTHER_KEY)
     back, gone = offered.slots_not_in(present), present.slots_not_in(offered)
     if (back or gone) and not force:
         raise BackupKeysDiffer(backup=backup, path=path, back=_listed(back), gone=_listed(gone))
@@ -244,14 +241,6 @@ def _refuse_other_content(path: str) -> None:
 def _refuse_former_key(registry: Registry, volume: VolumeRecord, mirror: MirrorRecord, backup: str) -> None:
     if reencryption.key_mark(backup) in rekey.former_keys(registry, volume.name, mirror.luks_uuid):
         raise BackupKeyFormer(backup=backup, path=mirror.path)
-
-
-def _present_token(path: str) -> luks.Token | None:
-    """The token of the header that is there, if it can be read: it knows the state of the data."""
-    try:
-        return luks.read_header(path).token
-    except LuksError:
-        return None
 
 
 def _listed(slots: Slots) -> str:

@@ -1,25 +1,39 @@
 """Which mirror of a volume is meant, whether the disk that is there is that mirror, and which disks have a role."""
 
 import functools
+import logging
 import os
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 from lockstep.crypto import luks
+from lockstep.crypto.header_backup import Content
 from lockstep.disk import patience
 from lockstep.disk.probe import Disk, inspect, overlap
 from lockstep.errors import (
+    BackupOfAnother,
     DiskError,
+    HeaderDamaged,
     HeaderTaken,
+    HeaderUnreadable,
+    LuksError,
     MirrorAmbiguous,
+    MirrorIncomplete,
     MirrorOfAnotherVolume,
     MirrorTaken,
     MirrorUnknown,
     NoMirror,
+    NotLuks2,
     NoToken,
     RegistryError,
     TargetTaken,
 )
 from lockstep.registry.store import MirrorRecord, VolumeRecord
+from lockstep.volume.link import WHOLE
+
+log = logging.getLogger(__name__)
+
+OTHER_KEY: Final = "it holds another volume key"
 
 Role = type[RegistryError]
 """What a disk is to a volume, as the error that says so."""
@@ -49,6 +63,58 @@ def require_same_disk(volume: VolumeRecord, mirror: MirrorRecord, luks_uuid: str
     if luks_uuid != mirror.luks_uuid:
         owner = f"another mirror of {volume.name} (LUKS UUID {luks_uuid})"
         raise MirrorOfAnotherVolume(path=mirror.path, volume=volume.name, owner=owner)
+
+
+def described(path: str, header_path: str | None, header: luks.Header, *, incomplete: bool) -> luks.Token:
+    """Return what a mirror that no registry knows says of itself; `header` is its own, or the one at `header_path`.
+
+    A copy of a header tells the state of its day. So where the mirror has a header of its own that can be read, the
+    other must be a copy of it, and the token is its own. Raises BackupOfAnother, NoToken, and MirrorIncomplete unless
+    `incomplete`.
+    """
+    token = header.token
+    if header_path is not None:
+        token = _own_token(path, header_path, header) or token
+    if token is None:
+        raise NoToken(path=path)
+    if token.state not in WHOLE and not incomplete:
+        raise MirrorIncomplete(path=path, state=token.state)
+    return token
+
+
+def _own_token(path: str, header_path: str, header: luks.Header) -> luks.Token | None:
+    try:
+        uuid, own = luks.read_uuid(path), Content.of(path)
+    except (NotLuks2, HeaderDamaged, HeaderUnreadable):
+        if header.segment.offset_bytes:  # else it is detached, and tells the state of today
+            log.warning(
+                "the header of %s cannot be read, and %s tells the state of the day on which it was made: "
+                "the mirror may have become incomplete since, so check the file systems that it gives back",
+                path,
+                header_path,
+            )
+        return None
+    require_copy(header_path, header.uuid, path, uuid)
+    given = Content.of(header_path)
+    if given.digests != own.digests:
+        raise BackupOfAnother(backup=header_path, path=path, reason=OTHER_KEY)
+    if given.segments != own.segments:
+        raise BackupOfAnother(backup=header_path, path=path, reason="it is of another moment of a re-keying")
+    return present_token(path)
+
+
+def require_copy(backup: str, backup_uuid: str, path: str, uuid: str) -> None:
+    """Raise BackupOfAnother where a copy of a header is not of this mirror's, by their LUKS UUIDs."""
+    if backup_uuid != uuid:
+        raise BackupOfAnother(backup=backup, path=path, reason=f"it has the LUKS UUID {backup_uuid}, not {uuid}")
+
+
+def present_token(path: str) -> luks.Token | None:
+    """The token of the header that is there, if it can be read: it knows the state of the data."""
+    try:
+        return luks.read_header(path).token
+    except LuksError:
+        return None
 
 
 def identified(volume: VolumeRecord, mirror: MirrorRecord, header: luks.Header) -> luks.Token:

@@ -34,13 +34,14 @@ from lockstep.crypto.unlock import Unlock
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.mirror import open_mirror
 from lockstep.disk.runs import requests
-from lockstep.errors import DiskFailed, MirrorIncomplete, NoToken, SocketUnusable, StateDirUnusable
+from lockstep.errors import DiskFailed, SocketUnusable, StateDirUnusable
 from lockstep.nbd import wire
 from lockstep.nbd.negotiation import ExportInfo
 from lockstep.nbd.server import NbdServer
+from lockstep.service import mirrors
 from lockstep.service.memory import protect_memory
 from lockstep.service.sockets import clear_stale_socket
-from lockstep.volume.link import STILL, WHOLE
+from lockstep.volume.link import STILL
 from lockstep.volume.overlay import Base, Overlay, OverlayFile, read_any
 from lockstep.volume.ranges import Ranges
 from lockstep.volume.rounds import Rounds
@@ -100,18 +101,15 @@ def opened(
 ) -> Iterator[Opened]:
     """Unlock a mirror for reading, and with `overlay_path` for writing to that file.
 
-    `overlay_path` is given the volume's name. Raises MirrorIncomplete unless `incomplete`, NoToken, what opening the
-    mirror and claiming the overlay raise, and at the end DiskFailed where the overlay could not be flushed.
+    `overlay_path` is given the volume's name. Raises MirrorIncomplete unless `incomplete`, NoToken, BackupOfAnother,
+    what opening the mirror and claiming the overlay raise, and at the end DiskFailed where the overlay could not be
+    flushed.
     """
     protect_memory()
     self_test()
     with contextlib.ExitStack() as stack:
         header = luks.read_header(header_path or mirror_path)
-        token = header.token
-        if token is None:
-            raise NoToken(path=mirror_path)
-        if token.state not in WHOLE and not incomplete:
-            raise MirrorIncomplete(path=mirror_path, state=token.state)
+        token = mirrors.described(mirror_path, header_path, header, incomplete=incomplete)
         name, size_bytes = _file_name(token.volume_name), token.target_size_bytes
         base = Base(header.uuid, token.generation, size_bytes)
         files: list[OverlayFile] = []

@@ -33,10 +33,8 @@ from lockstep.errors import (
     DiskFailed,
     HeaderTaken,
     LockstepError,
-    MirrorIncomplete,
     MirrorTaken,
     NothingToResume,
-    NoToken,
     OutputDiffers,
     OutputExists,
     OutputIsMirror,
@@ -54,7 +52,7 @@ from lockstep.service import mirrors
 from lockstep.service.memory import protect_memory
 from lockstep.service.noting import note_if_known
 from lockstep.service.state import State
-from lockstep.volume.link import STILL, WHOLE
+from lockstep.volume.link import STILL
 from lockstep.volume.restore import DiskSink, Extent, Progress, copy_out, differences, samples
 from lockstep.volume.restore_record import SUFFIX, RestoreRecord, remove_record
 
@@ -103,18 +101,15 @@ def restore(state: State, wanted: Wanted, unlock: Unlock, *, on_progress: OnProg
     """Restore the target that a mirror holds, or a range of it, onto a disk, a file, or standard output.
 
     Raises MirrorIncomplete unless `incomplete`; OutputExists or RestoreUnfinished unless `force` or `resume`;
-    RangeInvalid, NothingToResume, ResumeUnfit, RestoreRecordInvalid, OutputIsMirror, OutputInState, MirrorTaken,
-    HeaderTaken, OutputTooSmall, StreamCannot, StreamIsTerminal, DiskBusy, DiskFailed, and whatever opening the mirror
-    raises: nothing was changed then. RestoreStopped when a disk failed later, OutputDiffers when it was compared.
+    BackupOfAnother, RangeInvalid, NothingToResume, ResumeUnfit, RestoreRecordInvalid, OutputIsMirror, OutputInState,
+    MirrorTaken, HeaderTaken, OutputTooSmall, StreamCannot, StreamIsTerminal, DiskBusy, DiskFailed, and whatever opening
+    the mirror raises: nothing was changed then. RestoreStopped when a disk failed later, OutputDiffers when it was
+    compared.
     """
     protect_memory()
     self_test()
     header, unfinished = _header(wanted.header_path or wanted.mirror_path)
-    token = header.token
-    if token is None:
-        raise NoToken(path=wanted.mirror_path)
-    if token.state not in WHOLE and not wanted.incomplete:
-        raise MirrorIncomplete(path=wanted.mirror_path, state=token.state)
+    token = mirrors.described(wanted.mirror_path, wanted.header_path, header, incomplete=wanted.incomplete)
     extent = _range(wanted, token.target_size_bytes)
     begun = RestoreRecord(header.uuid, token.generation, token.target_size_bytes, extent.offset, extent.length)
 
