@@ -5,6 +5,7 @@ in front of the n-th. So every moment of a restore can be hit.
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
@@ -344,6 +345,32 @@ def _next_data(position: int) -> int:
 
 def refuses(there: There, error: LockstepError, *options: object, mirror: Path | None = None) -> None:
     there.refuses(error, mirror or there.mirror, there.output, *options)
+
+
+def test_what_a_failed_flush_has_lost_is_not_on_record(there: There) -> None:
+    """The kernel tells of it once; another flush succeeds, and what was lost is nowhere."""
+    flushes, recorded = 0, there.home / "recorded"
+
+    def see(_number: int, name: str, _arguments: object) -> None:
+        nonlocal flushes
+        flushes += name == "fdatasync"
+        if flushes == 3 and not recorded.exists():
+            recorded.write_text(str(there.done_bytes()))
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with tempfile.TemporaryFile() as stream:
+        pid = os.fork()
+        if not pid:
+            _watch_calls(see)
+            vars(copying)["ThreadPoolExecutor"] = InStep
+            arguments = ["restore", there.mirror, there.output, "--key-file", there.key]
+            become_lockstep([*map(str, arguments)], [stream] * 3)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        stream.seek(0)
+        assert (code, b"Input/output error" in stream.read()) == (1, True)
+    assert 0 < there.done_bytes() == int(recorded.read_text())
+    there.resume().ok()
+    there.assert_whole()
 
 
 def test_an_unfinished_output_is_not_overwritten_by_accident(there: There) -> None:

@@ -312,9 +312,16 @@ class _DiskRestore:
 
     def _fill(self, mirror: Mirror, output: PlainDisk, progress: Progress) -> None:
         """Copy what the output lacks; make it and the record of it durable, also when that fails or is interrupted."""
+        failed: list[OSError] = []
 
         def checkpoint(done_bytes: int, witness: int | None) -> None:
-            output.flush()
+            if failed:  # the kernel forgets what it has lost: another flush would say that it is there
+                raise failed[0]
+            try:
+                output.flush()
+            except OSError as error:
+                failed.append(error)
+                raise
             dataclasses.replace(self._begun, done_bytes=done_bytes, witness=witness).save(self._record_path)
 
         def note(done_bytes: int) -> None:
