@@ -477,6 +477,40 @@ def test_a_record_never_overwrites_a_mirror(there: There) -> None:
     refuses(there, error, "--record", copy, mirror=copy)
 
 
+def test_a_record_overwrites_nothing_on_its_way(there: There) -> None:
+    """Whatever is called like the record, with something behind it, is another's: the output, the mirror, a note."""
+    copy, note = there.home / "mirror.new", there.home / "note.new"
+    shutil.copyfile(there.mirror, copy)
+    note.write_text("keep")
+    for output, record in (("one", "mirror"), ("output.new", "output"), ("other", "note")):
+        there.restore(copy, there.home / output, "--record", there.home / record).ok()
+        assert (there.home / output).read_bytes() == content()
+    assert note.read_text() == "keep"
+    assert copy.read_bytes() == there.mirror.read_bytes()
+
+
+def test_a_record_elsewhere_leaves_the_outputs_name_durable(there: There) -> None:
+    """The sync of the record's directory says nothing of the output's."""
+    elsewhere, log = there.home / "elsewhere", there.home / "log"
+    elsewhere.mkdir()
+
+    def see(_number: int, name: str, arguments: tuple[Any, ...]) -> None:
+        if name in ("fsync", "unlink"):
+            what = os.readlink(f"/proc/self/fd/{arguments[0]}") if name == "fsync" else arguments[0]
+            with log.open("a") as file:
+                file.write(f"{name} {what}\n")
+
+    with tempfile.TemporaryFile() as stream:
+        pid = os.fork()
+        if not pid:
+            _watch_calls(see)
+            arguments = ["restore", there.mirror, there.output, "--record", elsewhere / "record"]
+            become_lockstep([*map(str, arguments), "--key-file", str(there.key)], [stream] * 3)
+        assert os.waitpid(pid, 0)[1] == 0
+    said = log.read_text().splitlines()
+    assert said.index(f"fsync {there.home}") < said.index(f"unlink {elsewhere}/record")
+
+
 def test_a_record_that_cannot_be_made_leaves_no_output(there: There) -> None:
     record = there.home / "nowhere" / "record"
     error = RestoreRecordInvalid(path=record, reason="No such file or directory")

@@ -53,6 +53,7 @@ from lockstep.service.memory import protect_memory
 from lockstep.service.noting import note_if_known
 from lockstep.service.state import State
 from lockstep.volume.link import STILL
+from lockstep.volume.pages import sync_directory
 from lockstep.volume.restore import DiskSink, Extent, Progress, copy_out, differences, samples
 from lockstep.volume.restore_record import SUFFIX, RestoreRecord, remove_record
 
@@ -218,6 +219,8 @@ class _DiskRestore:
             resumed_bytes = progress.done_bytes
             try:
                 self._fill(mirror, output, progress)
+                if not output.disk.is_block:
+                    sync_directory(self._path)  # the record's may be another
                 if self._wanted.verify:
                     self._verify(mirror, output)
                 remove_record(self._record_path)

@@ -4,8 +4,8 @@ A small file beside the output. Rules:
 
 1. It is there before the output is changed, and until the output is complete, durable, and compared if that was asked.
 2. It says that a byte was restored only after the byte was flushed.
-3. It is replaced as a whole: `RECORD.new` is written, synced and renamed, and the directory is synced. `RECORD.new` is
-   never read.
+3. It is replaced as a whole: a new file, with a name that nothing has, is written, synced and renamed, and the
+   directory is synced. The other name is never read.
 4. It names the mirror by UUID, generation and size. A mirror that was served since has another generation, and the
    two halves would be of different moments.
 5. It does not prove that the output is the one that was written. Whoever resumes compares samples of the output with
@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -70,8 +71,7 @@ class RestoreRecord:
     def save(self, path: str) -> None:
         """Write the record, durably, in place of the one that is there. Raises OSError, and leaves nothing then."""
         content = {"type": TYPE, "version": VERSION, **dataclasses.asdict(self)}
-        temporary = path + ".new"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd, temporary = tempfile.mkstemp(prefix=".lockstep-", dir=os.path.dirname(path))
         with contextlib.ExitStack() as undo:
             undo.callback(os.unlink, temporary)
             with open(fd, "w", encoding="ascii") as file:
