@@ -23,7 +23,7 @@ from lockstep.service import rekey as rekeying
 from lockstep.service.state import State
 from tests.forks import ForkLab, become_lockstep
 from tests.keys import NEW, opens
-from tests.lab import MIB, PASSPHRASE, Lab, Volume, forget_volume_keys, needs, run, wait_until
+from tests.lab import MIB, PASSPHRASE, Lab, Volume, forget_volume_keys, needs, run, wait_until, write
 
 SIZE_BYTES = 20 * MIB  # more than one zone of a journal
 KILLS = int(os.environ.get("REKEY_KILLS", "4"))
@@ -188,7 +188,8 @@ def volume_on(lab: Lab, kind: str, content: bytes) -> Iterator[Volume]:
     if kind != "device":
         yield lab.volume(size_bytes=len(content), content=content, header=kind == "detached")
         return
-    device = run("losetup", "--find", "--show", str(lab.disk("image", len(content) + 20 * MIB))).strip()
+    image = lab.disk("image", 16 * MIB + -(-len(content) // 512) * 512)  # not a byte more than it takes
+    device = run("losetup", "--find", "--show", str(image)).strip()
     try:
         target = lab.disk("vol.target", len(content), content)
         lab.lockstep("create", "vol", "--target", target, "--mirror", device, "--key-file", lab.key).ok()
@@ -244,6 +245,38 @@ def test_an_old_header_opens_nothing_and_is_never_taken_for_the_mirror(lab: Lab)
     forget_volume_keys()
     volume.assert_equal_disks()
     assert slots != volume.mirror.read_bytes()[: 16 * MIB]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tail_bytes"),
+    [("inline", 1), ("detached", 512), pytest.param("device", 513, marks=needs("losetup", root=True))],
+)
+def test_a_size_that_is_no_multiple_of_anything(lab: Lab, kind: str, tail_bytes: int) -> None:
+    """cryptsetup wants whole blocks of the disk."""
+    content = os.urandom(MIB + tail_bytes)
+    with volume_on(lab, kind, content) as volume:
+        volume.copy_by_hand()
+        lab.lockstep("key", "rekey", "vol", "--key-file", lab.key).ok()
+        forget_volume_keys()
+        volume.assert_equal_disks()
+        with volume.served() as served:
+            write(served, f"write -P 5 {MIB - 512} {512 + tail_bytes}")
+        volume.assert_equal_disks()
+
+
+def test_one_that_was_begun_with_a_size_with_which_it_cannot_go_on_goes_on(lab: Lab) -> None:
+    """As versions before this one left them."""
+    volume = lab.volume(size_bytes=MIB + 512, content=os.urandom(MIB + 512))
+    volume.copy_by_hand()
+    options = ("--init-only", f"--device-size={MIB + 512}", "--resilience=journal", "--key-slot=0", "--batch-mode")
+    run(
+        "cryptsetup", "reencrypt", "--force-offline-reencrypt", *options, "--key-file", str(lab.key), str(volume.mirror)
+    )
+    volume.restore(lab.home / "meanwhile").ok()
+    assert (lab.home / "meanwhile").read_bytes() == volume.target.read_bytes()
+    lab.lockstep("key", "rekey", "vol", "--key-file", lab.key).ok()
+    forget_volume_keys()
+    volume.assert_equal_disks()
 
 
 def test_what_is_refused_changes_nothing(lab: Lab) -> None:

@@ -21,6 +21,7 @@ Not handled: other passphrases. Their key slots hold the old key, and are gone i
 
 import asyncio
 import contextlib
+import mmap
 import os
 import secrets
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from lockstep.crypto import keyslots, luks, reencryption
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk.mirror import claim_for_rekeying, whole_sectors
 from lockstep.disk.probe import inspect
-from lockstep.errors import LockstepError, NotServed, RekeyDropsKeys, TargetUnfinished
+from lockstep.errors import DiskFailed, LockstepError, NotServed, RekeyDropsKeys, TargetUnfinished
 from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
 from lockstep.service import borrowing
 from lockstep.service.gate import VolumeGate
@@ -160,9 +161,20 @@ def _reencrypt(
 
 
 def _volume(work: _Work, segment: luks.Segment) -> reencryption.Volume:
-    """What is to be re-encrypted: as much of the mirror as its target fills."""
-    size_bytes = whole_sectors(work.volume.size_bytes, segment.sector_bytes)
-    resilience = reencryption.CHECKSUM if inspect(work.mirror.path).is_block else reencryption.JOURNAL
+    """What is to be re-encrypted: as much of the mirror as its target fills.
+
+    cryptsetup wants whole blocks of the disk, which for a file are pages: one that ends within a page gets longer.
+    """
+    disk = inspect(work.mirror.path)
+    block_bytes = max(segment.sector_bytes, disk.logical_sector_bytes if disk.is_block else mmap.PAGESIZE)
+    size_bytes = whole_sectors(work.volume.size_bytes, block_bytes)
+    needed_bytes = segment.offset_bytes + size_bytes
+    if not disk.is_block and disk.size_bytes < needed_bytes:
+        try:
+            os.truncate(disk.path, needed_bytes)
+        except OSError as error:
+            raise DiskFailed(path=disk.path, doing="Extending", reason=error.strerror or str(error)) from error
+    resilience = reencryption.CHECKSUM if disk.is_block else reencryption.JOURNAL
     return reencryption.Volume(work.mirror.path, work.header, size_bytes, resilience)
 
 
