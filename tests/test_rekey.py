@@ -279,6 +279,29 @@ def test_one_that_was_begun_with_a_size_with_which_it_cannot_go_on_goes_on(lab: 
     volume.assert_equal_disks()
 
 
+@needs("losetup", root=True)
+def test_either_copy_of_the_header_is_enough_for_an_unfinished_one(lab: Lab) -> None:
+    """Also where cryptsetup cannot mend the other one, since nothing is to be written."""
+    volume = lab.volume(size_bytes=MIB, content=os.urandom(MIB))
+    volume.copy_by_hand()
+    with interrupted(lab) as (slow, began, _go):
+        rekey = Rekey(volume, environment=slow)
+        wait_until(began.exists, "the data's turn")
+        rekey.kill()
+    for number, damaged_at in enumerate((0, 4096, 16384, 16384 + 4096)):
+        copy, output = lab.home / f"copy{number}", lab.home / f"output{number}"
+        shutil.copyfile(volume.mirror, copy)
+        with copy.open("r+b") as file:
+            file.seek(damaged_at)
+            file.write(b"\xa5" * 512)
+        device = run("losetup", "--find", "--show", "--read-only", str(copy)).strip()
+        try:
+            lab.lockstep("restore", device, output, "--key-file", lab.key).ok()
+        finally:
+            run("losetup", "--detach", device)
+        assert output.read_bytes() == volume.target.read_bytes()
+
+
 def test_what_is_refused_changes_nothing(lab: Lab) -> None:
     volume = lab.volume(size_bytes=MIB)
     new = lab.home / "new"

@@ -230,6 +230,14 @@ def _zone(metadata: dict[str, Any], start: int, end: int) -> Zone:
     raise ValueError(f"a zone with the resilience {area['type']}")
 
 
+def _mended(path: str, metadata: dict[str, Any]) -> bytearray:
+    """The whole header; its first copy is sound, though only the second one be on the medium: cryptsetup mends it."""
+    header = luks.header_bytes(path, metadata)
+    with cryptsetup.memory_file(header) as fd:
+        cryptsetup.checked("read the header of", f"/dev/fd/{fd}", "luksDump", fds=[fd])
+        return bytearray(os.pread(fd, len(header), 0))
+
+
 def _with_one_key(path: str, metadata: dict[str, Any], *, new: bool) -> bytes:
     """A header with the key slots of one of the two keys: the first copy of it, and no second one."""
     segment = _backup(metadata, "final" if new else "previous")
@@ -244,7 +252,7 @@ def _with_one_key(path: str, metadata: dict[str, Any], *, new: bool) -> bytes:
             "config": {name: value for name, value in metadata["config"].items() if name != "requirements"},
         }
     ).encode()
-    header = bytearray(luks.header_bytes(path, metadata))
+    header = _mended(path, metadata)
     json_bytes = int(metadata["config"]["json_size"])
     whole = _BINARY_BYTES + json_bytes
     header[_BINARY_BYTES:whole] = text.ljust(json_bytes, b"\0")
