@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def test_opening_and_serving_keep_out_of_each_others_way(lab: Lab) -> None:
         ("open", volume.mirror, "--writable", "--overlay", overlay),
         ("commit", volume.mirror, overlay, "x"),
     ):
-        lab.lockstep(*command, "--key-file", lab.key).failed(1, "does not fit this mirror", "written since")
+        lab.lockstep(*command, "--key-file", lab.key).failed(1, "does not fit this mirror", "written or re-keyed since")
 
 
 def test_what_cannot_be_opened_leaves_nothing_behind(made: Made, lab: Lab) -> None:
@@ -297,10 +298,33 @@ def test_a_commit_that_is_killed_leaves_nothing_that_looks_whole(made: Made, lab
     os.close(read_end)
     unfinished = lab.home / "output.committing"
     assert (unfinished.exists(), output.exists()) == (True, False)
-    lab.lockstep(*command).failed(1, str(unfinished), "--force")
+    lab.lockstep(*command).failed(1, str(unfinished), "a commit that was killed", "--force")
     lab.lockstep(*command, "--force").ok()
     assert (unfinished.exists(), output.exists()) == (False, True)
     assert output.read_bytes() == volume.target.read_bytes()
+
+
+def test_an_overlay_is_committed_before_a_header_is_put_back(made: Made, lab: Lab) -> None:
+    """With the backup as the header; afterwards the error does not say that the mirror was written, for it was not."""
+    volume = made.copy(lab, "inline")
+    overlay, backup = lab.home / "overlay", lab.home / "backup"
+    run("cryptsetup", "luksHeaderBackup", str(volume.mirror), "--header-backup-file", str(backup))
+    with opened(volume, "--writable", "--overlay", overlay) as (_, uri):
+        run("qemu-io", "-f", "raw", "-c", "write -P 9 0 5000", uri)
+    with volume.mirror.open("r+b") as file:
+        file.write(bytes(MIB))
+    commit = ("commit", volume.mirror, overlay, "--key-file", lab.key)
+    lab.lockstep(*commit, lab.home / "output", "--header", backup).ok()
+    assert (lab.home / "output").read_bytes() == b"\x09" * 5000 + volume.target.read_bytes()[5000:]
+    header = luks.read_header(str(backup))
+    assert header.token is not None
+    run("cryptsetup", "luksHeaderRestore", str(volume.mirror), "--batch-mode", "--header-backup-file", str(backup))
+    renewed = replace(header.token, generation=header.token.generation + 1)  # as `lockstep header restore` does
+    luks.write_token(str(volume.mirror), renewed, token_id=header.token_id)
+    for options in ((), ("--header", backup)):
+        refused = lab.lockstep(*commit, lab.home / "another", *options)
+        refused.failed(1, "does not fit this mirror", "or its header was put back")
+    assert not (lab.home / "another").exists()
 
 
 # --- commit -------------------------------------------------------------------------------------------------

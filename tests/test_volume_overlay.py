@@ -320,7 +320,7 @@ def test_what_is_damaged_is_refused(
     ("base", "fragment"),
     [
         (Base(str(uuid.UUID(int=8)), 5, SIZE_BYTES), "over the mirror 00000000-0000-0000-0000-000000000007"),
-        (Base(UUID, 6, SIZE_BYTES), "written since"),
+        (Base(UUID, 6, SIZE_BYTES), "re-keyed since"),
     ],
 )
 def test_another_mirror_or_another_generation_of_it_is_refused(tmp_path: Path, base: Base, fragment: str) -> None:

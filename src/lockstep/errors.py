@@ -763,7 +763,7 @@ class OutputExists(DiskError):
     """Data: path, found."""
 
     happened = "{path} is not empty: {found}."
-    cause = "Restoring overwrites the whole output."
+    cause = "All of the output is overwritten. What ends in .committing was left by a commit that was killed."
     next_step = "Give another output, or repeat the command with --force if this one may be overwritten."
 
 

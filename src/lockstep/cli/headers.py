@@ -61,6 +61,7 @@ def restore(
     if not done.compared:
         typer.echo("Passphrases that were removed after the copy was made open the mirror again: lockstep key list")
         typer.echo("If the target is lost, `lockstep restore --incomplete` gives back what the mirror holds.")
+        typer.echo("An overlay that was written over the mirror does not fit it any more.")
     elif done.back:
         slots = ", ".join(map(str, done.back))
         typer.echo(

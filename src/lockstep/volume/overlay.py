@@ -22,7 +22,8 @@ says was on the medium before. What was written since the last flush may be ther
 sector, as on any disk. A map page is 512 bytes, which a disk writes whole. Once a sync has failed, nobody knows what is
 on the medium (the kernel forgets), so every later flush fails as well.
 
-The overlay fits one mirror in one generation: a server gives its mirror a new one when it begins to write.
+The overlay fits one mirror in one generation: a server gives its mirror a new one when it begins to write, and so do
+those who re-key it, or put a copy of its header back, which no longer tells what was written since.
 
 Every method may be called from any thread. Requests that overlap must take turns, over whole clusters (ranges.py): that
 is the caller's business. Failures are OSErrors. Not handled: whoever can write the file can change it unnoticed, as
@@ -356,7 +357,7 @@ def _read_header(path: str, fd: int, base: Base) -> bytes:
     if mirror != uuid.UUID(base.luks_uuid).bytes:
         raise OverlayOfAnother(path=path, reason=f"it was made over the mirror {uuid.UUID(bytes=mirror)}")
     if generation != base.generation:
-        raise OverlayOfAnother(path=path, reason="the mirror was written since")
+        raise OverlayOfAnother(path=path, reason="the mirror was written or re-keyed since, or its header was put back")
     if page != _header(base, salt):
         raise OverlayDamaged(path=path, reason=f"its header makes no sense for a disk of {size_bytes} bytes")
     return bytes(salt)
