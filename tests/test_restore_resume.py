@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 
+from lockstep.disk import encrypted, transfer
 from lockstep.errors import (
     DiskLocked,
     LockstepError,
@@ -371,6 +372,35 @@ def test_what_a_failed_flush_has_lost_is_not_on_record(there: There) -> None:
     assert 0 < there.done_bytes() == int(recorded.read_text())
     there.resume().ok()
     there.assert_whole()
+
+
+def test_a_mirror_that_cannot_be_read_in_one_place(there: There) -> None:
+    """A copy of what can be read is gone on with, and all but that place comes back."""
+    bad, size = 3 * MIB + 512, 512
+    with tempfile.TemporaryFile() as stream:
+        pid = os.fork()
+        if not pid:
+
+            def read_all(fd: int, into: memoryview, offset: int) -> None:
+                if offset <= 16 * MIB + bad < offset + len(into):
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                transfer.read_all(fd, into, offset)
+
+            vars(encrypted)["read_all"] = read_all
+            become_lockstep(
+                ["restore", str(there.mirror), str(there.output), "--key-file", str(there.key)], [stream] * 3
+            )
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+        stream.seek(0)
+        assert b"ddrescue" in stream.read()
+    copy = there.home / "copy"
+    shutil.copyfile(there.mirror, copy)
+    with copy.open("r+b") as file:
+        file.seek(16 * MIB + bad)
+        file.write(bytes(size))
+    assert "of it were there already" in there.restore(copy, there.output, "--resume").ok()
+    restored = there.output.read_bytes()
+    assert restored[:bad] + content()[bad : bad + size] + restored[bad + size :] == content()
 
 
 def test_an_unfinished_output_is_not_overwritten_by_accident(there: There) -> None:

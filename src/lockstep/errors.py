@@ -782,7 +782,8 @@ class RestoreStopped(DiskError):
     cause = "A disk is failing or full, or it was disconnected."
     next_step = (
         "What was restored is kept. Make room or repair the disk (`dmesg` has the kernel's messages), then repeat the "
-        "command with --resume: it goes on there."
+        "command with --resume: it goes on there. If it is the mirror that cannot be read, copy what can be read of it "
+        "to another disk (`ddrescue`), and give that in its place: only what is missing there comes out as noise."
     )
 
 
