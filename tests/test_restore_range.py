@@ -18,7 +18,6 @@ import pytest
 
 from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.errors import (
-    DiskFailed,
     LockstepError,
     MirrorIncomplete,
     OutputDiffers,
@@ -27,11 +26,12 @@ from lockstep.errors import (
     RangeInvalid,
     StreamCannot,
     StreamIsTerminal,
+    StreamStopped,
     WrongPassphrase,
 )
 from lockstep.volume.restore import PIECE_BYTES, RUN_BYTES, Extent, Progress, Sink, copy_out
 from tests.forks import ForkLab
-from tests.lab import MIB, Result, Storage, needs, run
+from tests.lab import MIB, Result, Storage, needs, run, wait_until
 from tests.test_restore import Elsewhere
 from tests.test_service_refusals import assert_error, everything_below
 
@@ -142,6 +142,19 @@ def test_into_a_pipe(mirror: Path, there: Elsewhere) -> None:
         assert done.stderr.decode().count("\n") == 1
 
 
+def test_into_a_pipe_that_somebody_has_made_non_blocking(mirror: Path, there: Elsewhere) -> None:
+    """A program that shares it may do so; the restore waits all the same."""
+    command = [sys.executable, "-m", "lockstep", "restore", str(mirror), "-", "--key-file", str(there.key)]
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with subprocess.Popen(command, stdout=write_end, stderr=subprocess.PIPE) as process, open(read_end, "rb") as pipe:
+        os.close(write_end)
+        waits = Path(f"/proc/{process.pid}/wchan")
+        wait_until(lambda: process.poll() is not None or "poll" in waits.read_text(), "the pipe to be full")
+        assert pipe.read() == content()
+    assert process.returncode == 0
+
+
 def test_into_a_pipe_with_progress_for_programs(mirror: Path, there: Elsewhere) -> None:
     command = [sys.executable, "-m", "lockstep", "restore", str(mirror), "-", "--key-file", str(there.key), "--json"]
     done = subprocess.run(command, capture_output=True, check=True)
@@ -184,7 +197,7 @@ def test_a_reader_that_goes_away(mirror: Path, there: Elsewhere) -> None:
         assert process.stdout.read(100) == content()[:100]
         process.stdout.close()
         _, said = process.communicate(timeout=60)
-    error = DiskFailed(path=f"{mirror} to standard output", doing="Copying", reason="Broken pipe")
+    error = StreamStopped(mirror=mirror, reason="Broken pipe")
     assert said.decode().startswith(f"lockstep: {error}\n")
     assert process.returncode == 1
 

@@ -787,6 +787,17 @@ class RestoreStopped(DiskError):
     )
 
 
+class StreamStopped(DiskError):
+    """Data: mirror, reason."""
+
+    happened = "Restoring {mirror} to standard output stopped: {reason}."
+    cause = (
+        "What reads it has ended (a connection that was lost, a disk there that is full), or a disk here is failing or "
+        "full; what was written is no whole disk."
+    )
+    next_step = "See what the other program says, and the kernel's messages (`dmesg`), then run both again."
+
+
 class NothingToResume(DiskError):
     """Data: path, record."""
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 from typing import Final
 
 _ZEROES: Final = bytes(1 << 20)
@@ -17,13 +18,18 @@ class Stream:
         """Use `fd`, which stays open."""
         self._fd = fd
         self._position = 0
+        self._writable = select.poll()
+        self._writable.register(fd, select.POLLOUT)
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data`, which must follow on what was written."""
         assert offset == self._position
         self._position += len(data)
         while data:
-            data = data[os.write(self._fd, data) :]
+            try:
+                data = data[os.write(self._fd, data) :]
+            except BlockingIOError:  # whoever shares the pipe may have made it so
+                self._writable.poll()
 
     def zero(self, offset: int, length: int) -> None:
         """Write zeroes."""

@@ -47,6 +47,7 @@ from lockstep.errors import (
     ResumeUnfit,
     StreamCannot,
     StreamIsTerminal,
+    StreamStopped,
 )
 from lockstep.service import mirrors
 from lockstep.service.memory import protect_memory
@@ -104,8 +105,8 @@ def restore(state: State, wanted: Wanted, unlock: Unlock, *, on_progress: OnProg
     Raises MirrorIncomplete unless `incomplete`; OutputExists or RestoreUnfinished unless `force` or `resume`;
     BackupOfAnother, RangeInvalid, NothingToResume, ResumeUnfit, RestoreRecordInvalid, OutputIsMirror, OutputInState,
     MirrorTaken, HeaderTaken, OutputTooSmall, StreamCannot, StreamIsTerminal, DiskBusy, DiskFailed, and whatever opening
-    the mirror raises: nothing was changed then. RestoreStopped when a disk failed later, OutputDiffers when it was
-    compared.
+    the mirror raises: nothing was changed then. RestoreStopped or StreamStopped when a disk or the reader failed
+    later, OutputDiffers when it was compared.
     """
     protect_memory()
     self_test()
@@ -180,9 +181,7 @@ def _to_stream(wanted: Wanted, extent: Extent, opened: Callable[[], Mirror], on_
             )
             stream.flush()
         except OSError as error:
-            raise DiskFailed(
-                path=f"{wanted.mirror_path} to standard output", doing="Copying", reason=error.strerror or str(error)
-            ) from error
+            raise StreamStopped(mirror=wanted.mirror_path, reason=error.strerror or str(error)) from error
 
 
 # --- to a disk --------------------------------------------------------------------------------------------
