@@ -843,6 +843,22 @@ def test_a_comparison_that_the_target_ends_says_so(tmp_path: Path) -> None:
     played(scene, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("failure", "says"), [(MemoryError(), "memory"), (RuntimeError(), "did not expect")], ids=["memory", "unforeseen"]
+)
+def test_a_comparison_that_nobody_could_go_on_with_says_so(tmp_path: Path, failure: Exception, says: str) -> None:
+    """It has found no difference, and not that there is none."""
+
+    async def scene(world: World) -> None:
+        world.target.read_job = failing(failure)  # type: ignore[method-assign]
+        verify = Verify(world.path, world.links[0], world.workers, repair=False)
+        await verify.run()
+        assert says in (verify.found.error or "")
+        assert not verify.found.mismatches
+
+    played(scene, tmp_path)
+
+
 def test_what_could_not_be_put_on_record_is_not_on_record_because_others_are(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         (link,) = world.links

@@ -10,6 +10,8 @@ is marked, durably, and then copied like any other.
 
 import asyncio
 import bisect
+import errno
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,6 +22,8 @@ from lockstep.volume.link import MirrorLink
 from lockstep.volume.pace import LARGEST_PIECE_BYTES, Pace
 from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
+
+log = logging.getLogger(__name__)
 
 HANDS: Final = 3
 UNCACHE_BYTES: Final = 64 << 20  # how much of the mirror is in the page cache at most: nobody reads it again
@@ -63,6 +67,7 @@ class Verify:
         self._stopping = asyncio.Event()
         self._next = 0
         self._admissions = 0  # of the mirror, when `run` began
+        self._failure: Exception | None = None
 
     def stop(self) -> None:
         """Have `run` return after the pieces that it is at."""
@@ -70,18 +75,23 @@ class Verify:
 
     async def run(self, may_go_on: Callable[[], bool] = lambda: True) -> None:
         """Compare all of it, as long as it `may_go_on`; called again, it goes on where it was."""
-        self.found.error = None
+        self.found.error = self._failure = None
         self._admissions = self._link.admissions
         try:
             await self._path.flush()
-            await asyncio.gather(*(self._compare(number, may_go_on) for number in range(HANDS)))
-        except OSError as failure:  # of the target, or of a record
-            self.found.error = failure.strerror or str(failure)
+            await asyncio.gather(*(self._hand(number, may_go_on) for number in range(HANDS)))
+        except OSError as failure:
+            self._failure = failure
         await self._link.forget_cache()
-        if (parted := self._parted) is not None:
-            self.found.error = parted
-        elif self._stopping.is_set():
-            self.found.error = "it was stopped"
+        self.found.error = self._broken_off()
+
+    def _broken_off(self) -> str | None:
+        """Why not all of it was compared that there was."""
+        if self._failure is None:
+            return self._parted or ("it was stopped" if self._stopping.is_set() else None)
+        if isinstance(self._failure, OSError):  # of the target, or of a record
+            return self._parted or self._failure.strerror or str(self._failure)
+        return "it failed in a way that Lockstep did not expect; the log has more"
 
     @property
     def over(self) -> bool:
@@ -94,6 +104,14 @@ class Verify:
         if self._link.error is not None:
             return self._link.error
         return None if self._link.admissions == self._admissions else "the mirror failed meanwhile, and is back"
+
+    async def _hand(self, number: int, may_go_on: Callable[[], bool]) -> None:
+        try:
+            await self._compare(number, lambda: may_go_on() and self._failure is None)
+        except Exception as failure:
+            self._failure = failure
+            if not isinstance(failure, OSError):
+                log.exception("comparing mirror %s failed", self._link.path)
 
     async def _compare(self, number: int, may_go_on: Callable[[], bool]) -> None:
         pace = Pace(lambda: self._path.requests, self._stopping)
@@ -137,7 +155,10 @@ class Verify:
         reading = self._in_worker(self._path.target.read_job(ours, run_of(offset, len(ours)), 1))
         theirs_read = link.read(offset, theirs, from_medium=True)
         readable, failure = await asyncio.gather(theirs_read, reading, return_exceptions=True)
-        if isinstance(failure, OSError):
+        for each in (readable, failure):
+            if isinstance(each, BaseException) and (not isinstance(each, OSError) or each.errno == errno.ENOMEM):
+                raise each
+        if failure is not None:
             self.found.differ(offset, length)  # nothing can be said of it, and that is worth an alarm
             return
         if readable is not True:
