@@ -14,7 +14,7 @@ from lockstep.crypto import keyslots, luks
 from lockstep.errors import BackupKeyFormer, BackupOfAnother, MirrorIncomplete
 from tests.forks import ForkLab
 from tests.keys import NEW, Keys, opens
-from tests.lab import MIB, PASSPHRASE, Lab, Volume, needs, run
+from tests.lab import MIB, PASSPHRASE, Lab, Storage, Volume, needs, run
 from tests.test_service_refusals import assert_error
 
 
@@ -290,6 +290,29 @@ def test_a_copy_from_before_a_rekeying_takes_force_where_nothing_tells_how_far_t
     with volume.served():
         pass
     volume.assert_equal_disks()
+
+
+@needs(root=True)
+def test_a_header_that_cannot_be_read_at_the_moment_is_not_replaced_without_force(lab: Lab, tmp_path: Path) -> None:
+    """It may be sound, and have had passphrases removed since."""
+    volume, fails = lab.volume(size_bytes=MIB, header=True), tmp_path / "fails"
+    assert volume.header is not None
+    copy, size_bytes = lab.home / "copy", volume.header.stat().st_size
+    lab.lockstep("header", "backup", "vol", copy).ok()
+    place = tmp_path / "storage"
+    failing = ("error-pread-rate=100%", f"error-pread-file={fails}")
+    with contextlib.closing(
+        Storage(place, size_bytes, plugin=("--filter=error", "file", str(place / "image"), *failing))
+    ) as storage:
+        shutil.copyfile(volume.header, storage.image)
+        volume.header.unlink()
+        volume.header.symlink_to(storage.path)
+        fails.touch()
+        before = storage.image.read_bytes()
+        lab.lockstep("header", "restore", "vol", copy).failed(1, "cannot be read", "--force")
+        assert storage.image.read_bytes() == before
+        fails.unlink()
+        lab.lockstep("header", "restore", "vol", copy).ok()
 
 
 @needs(root=True)

@@ -1192,6 +1192,17 @@ class BackupKeysDiffer(LuksError):
     )
 
 
+class BackupNotComparable(LuksError):
+    """Data: backup, path, reason."""
+
+    happened = "The header in {path} cannot be read, and {backup} not be compared with it: {reason}."
+    cause = "The disk fails, or did for this moment; the header may be sound, and have other passphrases."
+    next_step = (
+        "Run this again. If it stays so, repeat with --force; passphrases that were removed may open the mirror again "
+        "then (`lockstep key list`)."
+    )
+
+
 class BackupKeyFormer(LuksError):
     """Data: backup, path."""
 

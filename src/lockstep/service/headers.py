@@ -33,6 +33,7 @@ from lockstep.errors import (
     BackupKeyFormer,
     BackupKeysDiffer,
     BackupMissing,
+    BackupNotComparable,
     BackupNotWritten,
     BackupOfAnother,
     HeaderDamaged,
@@ -167,7 +168,8 @@ def restore_header(state: State, name: str, mirror_path: str | None, backup: str
     """Put a copy of a mirror's header back, over whatever is there.
 
     Raises NotManager, StillServed, BackupMissing, BackupOfAnother, MirrorOfAnotherVolume, DiskBusy, DiskLocked; unless
-    `force` BackupKeysDiffer, BackupKeyFormer, and MirrorHoldsData where the header's place was given to something else.
+    `force` BackupKeysDiffer, BackupKeyFormer, BackupNotComparable, and MirrorHoldsData where the header's place was
+    given to something else.
     """
     actor = manager(state, f"restore a header of {name}")
     with state.registry() as registry, contextlib.ExitStack() as stack:
@@ -216,10 +218,12 @@ def _compared(
     path = mirrors.header_path(mirror)
     try:
         present = Content.of(path)
-    except (NotLuks2, HeaderDamaged, HeaderUnreadable):
+    except (NotLuks2, HeaderDamaged, HeaderUnreadable) as failure:
         if not force:
-            _refuse_other_content(path)
             _refuse_former_key(registry, volume, mirror, backup)
+            if isinstance(failure, HeaderUnreadable) and os.path.lexists(path):
+                raise BackupNotComparable(backup=backup, path=path, reason=failure) from failure
+            _refuse_other_content(path)
         return None, None
     mirrors.require_same_disk(volume, mirror, luks.read_uuid(path))
     offered = Content.of(backup)
