@@ -169,7 +169,8 @@ def slow_server(lab: Lab, step: str, *, stopping: bool) -> Iterator["subprocess.
             assert ready.readline().startswith(b"ready")
             yield server
         finally:
-            server.terminate()
+            if not stopping:  # else it is at it, and ends at once if it is told a second time
+                server.terminate()
             assert server.wait(60) == 0
 
 
