@@ -718,7 +718,7 @@ class Scene(World):
         """Whether a region of a mirror counts as clean, and nobody is writing there."""
         at, end = region * REGION_BYTES, min((region + 1) * REGION_BYTES, self.size_bytes)
         half = any(a < end and at < a + n for a, n in self.path._half_done)
-        return self.links[number].regions.clean(region) and self.path.ranges.free(at, end) and not half
+        return self.links[number].regions.equal(at, 1) and self.path.ranges.free(at, end) and not half
 
     async def _verify(self) -> None:
         number = self.chance.randrange(len(self.platters))
@@ -797,7 +797,7 @@ class Scene(World):
                     memoryview(self.target.medium.now).cast("Q"), memoryview(platter.medium.now).cast("Q"), strict=False
                 )
             )
-            if one != other and each.regions.clean(cell * CELL // REGION_BYTES)
+            if one != other and each.regions.equal(cell * CELL, 1)
         ]
         cells = f"{differ[:3]}...{differ[-1:]}"
         return f"{each.state} ({each.error}), token {platter.token.state}, target/mirror in cell {cells}"
@@ -821,7 +821,7 @@ class Scene(World):
                 continue
             for region in range(-(-self.size_bytes // REGION_BYTES)):
                 at, end = region * REGION_BYTES, min((region + 1) * REGION_BYTES, self.size_bytes)
-                if mirror.regions.clean(region) and target[at:end] != copy[at:end]:
+                if mirror.regions.equal(at, 1) and target[at:end] != copy[at:end]:
                     raise Broken(f"{when}, region {region} of mirror {number} differs, and is neither marked nor held")
 
     def _check_content(

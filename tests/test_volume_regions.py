@@ -76,7 +76,8 @@ def test_regions_follow_their_model(size_bytes: int, dirty: bool, operations: li
         assert regions.dirty_bytes == bytes_of(marked | copying)
         assert regions.dirty() == bytes(region in marked | copying for region in range(count))
         differing = marked | copying | held
-        assert [regions.clean(region) for region in range(count)] == [each not in differing for each in range(count)]
+        equal = [regions.equal(region * regions.region_bytes, 1) for region in range(count)]
+        assert equal == [each not in differing for each in range(count)]
 
 
 def test_how_much_differs_is_known_at_once() -> None:

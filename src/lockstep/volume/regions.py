@@ -118,10 +118,6 @@ class RegionMap:
         """Which regions are not known to be equal, a byte each."""
         return bytes(self._states).translate(_AS_DIFFERING)
 
-    def clean(self, region: int) -> bool:
-        """Whether a region is known to be equal."""
-        return self._states[region] == _CLEAN
-
     def begin_copy(self, limit_bytes: int) -> list[tuple[int, int]]:
         """Take the next dirty regions, one or up to `limit_bytes` of them; returns (offset, length) of each stretch."""
         taken: list[tuple[int, int]] = []
