@@ -484,7 +484,7 @@ def filled(world: World, home: Path) -> tuple[NewTarget, WritePath, Filling, Cal
     target = NewTarget.claim(inspect(_image(home / "new")))
     target.missing = bytearray(b"\1" * pair.regions)
     path = WritePath(target, tuple(world.links), cast(Gate, world.gate), 512, world.workers)
-    filling = path.filling = Filling(target, world.links[0], path.ranges, world.workers, path.flush_target)
+    filling = path.filling = Filling(target, world.links[0], path.ranges, world.workers, path.flush)
     filling.record_in(missing.record(record, pair, target.missing, world.workers.run))
     return target, path, filling, lambda: missing.load(record, pair)
 

@@ -79,7 +79,7 @@ class VolumeSession:
         if not isinstance(target, NewTarget):
             return None
         source = next(session for session in self.mirrors if session.mirror.id == record.filled_from).link
-        filling = Filling(target, source, self.writes.ranges, self.workers, self.writes.flush_target)
+        filling = Filling(target, source, self.writes.ranges, self.workers, self.writes.flush)
         filling.requests = lambda: self.writes.requests
         if filling.left_bytes and (source.error or not source.as_left):
             reason = source.error or "it, or the new target, was changed since, or its intent bitmap is gone"

@@ -131,7 +131,8 @@ class Filling:
     ) -> None:
         """`workers` write the target; what is missing of it is known, and `record_in` says where that is recorded.
 
-        `flush` makes the target durable, or raises OSError after it has said so to `lose`.
+        `flush` is the clients': it makes the target durable, and says to `lose` where that fails. It may raise the
+        OSError of an earlier one.
         """
         self.progress = SyncProgress(target.left_bytes)
         self.error: str | None = None  # why nothing more can be had from the mirror now
@@ -301,8 +302,11 @@ class Filling:
     async def _settle_fresh(self) -> None:
         """One round: rule 4."""
         assert self._record is not None
-        fresh = set(self._fresh)
-        await self._flush()
+        fresh, losses = set(self._fresh), self._losses
+        with contextlib.suppress(OSError):
+            await self._flush()
+        if self._losses != losses:
+            raise OSError(errno.EIO, "the target failed to make durable what was written to it")
         self._fresh -= fresh
         try:
             await self._record.clear(fresh)

@@ -99,7 +99,6 @@ class WritePath:
         self.requests = 0  # counts what clients ask, for background work that gives way
         self.filling: Filling | None = None  # where the target is a new one that is being filled
         self.durability_lost: OSError | None = None  # with which the target failed to make something durable
-        self._losses = 0  # how often it has
         self._gate = gate
         self._sector_mask = sector_bytes - 1
         self._in_worker = workers.begin
@@ -215,14 +214,6 @@ class WritePath:
         If none is under way, it has begun when this returns.
         """
         return self._flushes.join()
-
-    async def flush_target(self) -> None:
-        """Make durable what the target has taken by now. Raises OSError when it loses something meanwhile: rule 8."""
-        losses = self._losses
-        with contextlib.suppress(OSError):  # it may have failed an earlier one
-            await self.flush()
-        if self._losses != losses:
-            raise OSError(errno.EIO, "the target failed to make durable what was written to it")
 
     async def part_from(self, mirror: MirrorLink, reason: str) -> str:
         """Follow a mirror no more, between two updates, and return what it may say of itself.
@@ -509,7 +500,6 @@ class WritePath:
     def _lose_durability(self, failure: OSError) -> None:
         """The target did not make durable what it had taken: rule 8."""
         self.durability_lost = failure
-        self._losses += 1
         self._target_failed(failure)
         if self.filling is not None:
             self.filling.lose()
