@@ -46,7 +46,7 @@ class Background:
         trail: Trail,
         verification: Verification,
         registry: Registry,
-        in_clerk: Callable[..., Awaitable[None]],
+        in_clerk: Callable[..., Awaitable[Any]],
         warnings: Callable[[], Iterable[str]],
     ) -> None:
         """`in_clerk` runs a function that asks the registry; it must not have to wait for the disks."""
@@ -221,21 +221,20 @@ class Background:
     async def _read_grants(self) -> None:
         """Go by what the registry says now: one reader after the other, or what was read first could be the last."""
         async with self._reading:
-            read: list[tuple[VolumeRecord, tuple[Grant, ...]]] = []
-            await self._in_clerk(self._read_into, read)
-            for volume, grants in read:
-                self._gate.update(volume.on_denied, grants)
-                self._verification.schedule = volume.scrub
-                self._tell_of_unknown_zones({each.timezone for each in (*grants, volume.scrub) if each is not None})
-
-    def _read_into(self, read: list[tuple[VolumeRecord, tuple[Grant, ...]]]) -> None:
-        try:
-            read.append((self._registry.volume(self._volume_name), self._registry.grants(self._volume_name)))
+            try:
+                volume, grants = await self._in_clerk(self._registered)
+            except LockstepError as failure:
+                if not self._blind:
+                    log.warning("the registry cannot be read, the grants stay what they were: %s", failure)
+                self._blind = True
+                return
             self._blind = False
-        except LockstepError as failure:
-            if not self._blind:
-                log.warning("the registry cannot be read, the grants stay what they were: %s", failure)
-            self._blind = True
+            self._gate.update(volume.on_denied, grants)
+            self._verification.schedule = volume.scrub
+            self._tell_of_unknown_zones({each.timezone for each in (*grants, volume.scrub) if each is not None})
+
+    def _registered(self) -> tuple[VolumeRecord, tuple[Grant, ...]]:
+        return self._registry.volume(self._volume_name), self._registry.grants(self._volume_name)
 
     def _tell_of_unknown_zones(self, zones: set[str]) -> None:
         found = {zone for zone in zones if not windows.is_known(zone)}

@@ -197,8 +197,10 @@ class State:
             return
         with contextlib.suppress(OSError):  # of what is gone meanwhile
             owner = os.stat(self.path)
+            if owner.st_uid == 0:
+                return
             for directory in (self.path, self.run_dir, self._intent_dir, self._held_dir, self._filling_dir):
-                for name in os.listdir(directory) if owner.st_uid != 0 else ():
+                for name in os.listdir(directory):
                     _give(f"{directory}/{name}", owner)
 
 
