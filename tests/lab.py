@@ -529,6 +529,28 @@ class Clients:
         self._cookies.append((self.handles[who], cookie))
 
 
+class Pace:
+    """How fast a disk on nbdkit is. It is as fast as it can be, until it is slowed, and at once after it was let go."""
+
+    def __init__(self, path: Path) -> None:
+        """Keep it in the file at this path, where nbdkit looks it up before each request."""
+        self._path = path
+        self.options = ("--filter=rate", f"rate-file={path}", "burstiness=0.1")
+
+    def slow(self, bytes_s: int) -> None:
+        """Let so many bytes pass in a second, read or written."""
+        self._set(8 * bytes_s)
+
+    def let_go(self) -> None:
+        """Let all pass."""
+        self._set(0)
+
+    def _set(self, bits_s: int) -> None:
+        new = self._path.with_suffix(".new")
+        new.write_text(str(bits_s))
+        new.replace(self._path)
+
+
 class Storage:
     """A disk on nbdkit, shown as a file by nbdfuse: every request is on record, and it can be slow or stop."""
 
@@ -539,6 +561,7 @@ class Storage:
         *,
         write_delay_ms: int = 0,
         read_delay_ms: int = 0,
+        pace: "Pace | None" = None,
         plugin: Sequence[str] | None = None,
     ) -> None:
         """Keep the data in the file `image`, or where another of nbdkit's plugins, with its options, keeps it."""
@@ -557,6 +580,7 @@ class Storage:
                 *("nbdkit", "-f", "-U", socket, "--filter=log", "--filter=delay"),
                 *(plugin or ("file", self.image)),
                 *options,
+                *(pace.options if pace else ()),
             ]
         )
         wait_until(socket.exists, "nbdkit to listen")

@@ -1,6 +1,6 @@
 """A target that died is replaced: the volume goes on at once, on a new disk that is filled from the mirror meanwhile.
 
-Where a test must catch the server in the middle, the mirror is slow to read (nbdkit's delay filter).
+Where a test must catch the server in the middle, the mirror is slow meanwhile (nbdkit's rate filter).
 """
 
 import contextlib
@@ -36,13 +36,28 @@ from lockstep.errors import (
 from lockstep.nbd.identity import account
 from lockstep.service import control_client
 from tests.forks import ForkLab
-from tests.lab import MIB, PATIENCE_S, Lab, Result, Served, Storage, Volume, is_root, libnbd, needs, run, wait_until
+from tests.lab import (
+    MIB,
+    PATIENCE_S,
+    Lab,
+    Pace,
+    Result,
+    Served,
+    Storage,
+    Volume,
+    is_root,
+    libnbd,
+    needs,
+    run,
+    wait_until,
+)
 from tests.test_mirror_faults import Plugged
 from tests.test_mirror_set import add, in_sync
 from tests.test_service_refusals import assert_error, everything_below
 
 SIZE_BYTES = 16 * MIB + 1536
 HEADER_BYTES = 16 * MIB
+SLOW_BYTES_S = MIB  # of a mirror, for as long as what is being filled from it must not be complete
 KILLS = int(os.environ.get("REPLACE_KILLS", "3"))
 needs_nbdkit = needs("nbdkit", "nbdfuse", "fusermount3", "/dev/fuse", root=True)
 
@@ -62,10 +77,10 @@ def on(volume: Volume, path: Path) -> Volume:
 
 
 @contextlib.contextmanager
-def slow_volume(lab: Lab, read_delay_ms: int, content: bytes | None = None) -> Iterator[Volume]:
-    """A volume in sync, whose target is gone, and whose mirror takes its time when it is read."""
-    target = lab.disk("target", SIZE_BYTES, noise() if content is None else content)
-    storage = Storage(lab.home / "slow", SIZE_BYTES + HEADER_BYTES, read_delay_ms=read_delay_ms)
+def slow_volume(lab: Lab, content: bytes | None = None) -> Iterator[tuple[Volume, Pace]]:
+    """A volume in sync, whose target is gone, and whose mirror can be slowed."""
+    target, pace = lab.disk("target", SIZE_BYTES, noise() if content is None else content), Pace(lab.home / "pace")
+    storage = Storage(lab.home / "slow", SIZE_BYTES + HEADER_BYTES, pace=pace)
     try:
         disks = ["--target", target, "--mirror", storage.path, "--key-file", lab.key]
         lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
@@ -73,7 +88,7 @@ def slow_volume(lab: Lab, read_delay_ms: int, content: bytes | None = None) -> I
         with volume.served():
             pass
         target.unlink()
-        yield volume
+        yield volume, pace
     finally:
         storage.close()
 
@@ -99,7 +114,7 @@ def test_a_file_system_is_used_while_its_target_comes_back(lab: Lab) -> None:
     image, new = lab.disk("image", 16 * MIB), lab.home / "new"
     run("mkfs.ext4", "-q", "-F", "-d", str(Path(__file__).parent), str(image))
     content = image.read_bytes().ljust(SIZE_BYTES, b"\0")
-    with slow_volume(lab, 25, content) as volume:
+    with slow_volume(lab, content) as (volume, pace):
         gone = TargetGone(path=volume.target, volume="vol")
         assert "lockstep replace-target vol NEWDISK" in gone.advice
         assert_error(lab.lockstep("serve", "vol", "--key-file", lab.key), gone)
@@ -107,6 +122,7 @@ def test_a_file_system_is_used_while_its_target_comes_back(lab: Lab) -> None:
         (before,) = lab_status(volume)["mirrors"]
         assert before["state"] == "in-sync"
         volume = on(volume, new)
+        pace.slow(SLOW_BYTES_S)
         with volume.served() as served:
             seen = restoring(served)
             assert seen is not None
@@ -122,6 +138,7 @@ def test_a_file_system_is_used_while_its_target_comes_back(lab: Lab) -> None:
             later = restoring(served)
             assert later is not None, "it ended before clients could be at work"
             assert later["done_bytes"] >= seen["done_bytes"]
+            pace.let_go()
             assert handle.pread(15 * MIB, 0) == content[: 15 * MIB]
             handle.shutdown()
             await_restored(served)
@@ -199,7 +216,8 @@ def test_kill_9_at_any_moment_resumes_and_loses_nothing(lab: Lab) -> None:
     """In the long form (`make replace-kills`) target after target dies."""
     chance, seed = random.Random(), random.randrange(1 << 30)
     writer, done = Writer(bytearray(noise()), seed), SIZE_BYTES
-    with slow_volume(lab, 20) as volume:
+    with slow_volume(lab) as (volume, pace):
+        pace.slow(8 * MIB)  # so that it takes about as long as a server lives
         for number in range(KILLS):
             if done == SIZE_BYTES:
                 volume, done = on(volume, lab.home / f"new{number}"), 0
@@ -227,23 +245,27 @@ def test_kill_9_at_any_moment_resumes_and_loses_nothing(lab: Lab) -> None:
         assert writer.written > 0
 
 
-def plugged(lab: Lab, plugs: contextlib.ExitStack, target: Path, mirror: Path, held: Path) -> tuple[Plugged, Volume]:
-    """A volume that has been in sync, with a slow mirror, which can be pulled."""
-    plug = Plugged(mirror, held, "--filter=delay", "delay-read=50ms")
+def plugged(
+    lab: Lab, plugs: contextlib.ExitStack, target: Path, mirror: Path, held: Path
+) -> tuple[Plugged, Pace, Volume]:
+    """A volume that has been in sync, with a mirror that can be slowed, and pulled."""
+    pace = Pace(lab.home / "pace")
+    plug = Plugged(mirror, held, *pace.options)
     plugs.enter_context(plug)
     volume = Volume(lab, "vol", target, mirror, None)
     disks = ["--target", target, "--mirror", mirror, "--key-file", lab.key]
     lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
     with volume.served():
         pass
-    return plug, volume
+    return plug, pace, volume
 
 
 @needs_nbdkit
 def test_the_mirror_that_a_new_target_is_filled_from_is_not_drilled(lab: Lab) -> None:
     """Its clients would get errors, for as long as the drill takes, where they read what the target lacks."""
-    with slow_volume(lab, 25) as volume:
+    with slow_volume(lab) as (volume, pace):
         replaced(volume, lab.home / "new").ok()
+        pace.slow(SLOW_BYTES_S)
         with on(volume, lab.home / "new").served() as served:
             assert restoring(served) is not None
             if is_root():
@@ -265,10 +287,11 @@ def test_the_mirror_dies_meanwhile_and_comes_back(lab: Lab) -> None:
     mirror, held = lab.home / "mirror", lab.disk("held", SIZE_BYTES + HEADER_BYTES)
     nbd = libnbd()
     with contextlib.ExitStack() as plugs:
-        plug, volume = plugged(lab, plugs, target, mirror, held)
+        plug, pace, volume = plugged(lab, plugs, target, mirror, held)
         target.unlink()
         replaced(volume, new).ok()
         volume = on(volume, new)
+        pace.slow(SLOW_BYTES_S)
         with volume.served() as served:
             handle = connected(served)
             handle.pwrite(b"first", 0)
@@ -291,6 +314,7 @@ def test_the_mirror_dies_meanwhile_and_comes_back(lab: Lab) -> None:
             mirror.unlink()
             missing_mirror = FillingImpossible(path=new, volume="vol", mirror=mirror, reason=reason)
             assert_error(lab.lockstep("serve", "vol", "--key-file", lab.key), missing_mirror)
+        pace.let_go()
         plugs.enter_context(plug)
         with volume.served(in_sync=False) as served:
             handle = connected(served)
@@ -309,7 +333,7 @@ def test_an_older_copy_of_the_mirror_fills_nothing(lab: Lab) -> None:
     target = lab.disk("target", SIZE_BYTES, content)
     mirror, held = lab.home / "mirror", lab.disk("held", SIZE_BYTES + HEADER_BYTES)
     with contextlib.ExitStack() as plugs:
-        plug, volume = plugged(lab, plugs, target, mirror, held)
+        plug, pace, volume = plugged(lab, plugs, target, mirror, held)
         older, right = shutil.copyfile(held, lab.home / "older"), lab.home / "right"
         with volume.served() as served:
             handle = connected(served)
@@ -318,8 +342,10 @@ def test_an_older_copy_of_the_mirror_fills_nothing(lab: Lab) -> None:
         target.unlink()
         replaced(volume, new).ok()
         volume = on(volume, new)
+        pace.slow(SLOW_BYTES_S)
         with volume.served(in_sync=False) as served:
             plug.pull()
+            pace.let_go()
             held.rename(right)
             older.rename(held)
             plugs.enter_context(plug)
