@@ -111,9 +111,9 @@ def test_a_disk_that_has_just_taken_the_mirrors_place_keeps_its_keys(
     assert volume.mirror.read_bytes() == before
 
 
-# Stands in cryptsetup's place: to write a token takes its time.
+# Stands in cryptsetup's place: to write a token takes as long as there is a file.
 _SLOW_TOKEN = """#!/bin/sh
-[ "$1" = token ] && sleep 2
+while [ "$1" = token ] && [ -e "{hold}" ]; do sleep 0.05; done
 exec "{real}" "$@"
 """
 
@@ -124,16 +124,19 @@ def test_a_mirror_is_not_let_go_while_its_server_is_just_claiming_it(lab: Lab) -
     program = lab.home / "slow" / "cryptsetup"
     program.parent.mkdir()
     search = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    program.write_text(_SLOW_TOKEN.format(real=shutil.which("cryptsetup", path=search)))
+    hold = lab.home / "hold"
+    program.write_text(_SLOW_TOKEN.format(hold=hold, real=shutil.which("cryptsetup", path=search)))
     program.chmod(0o755)
     lab.environment["PATH"] = f"{program.parent}:{search}"
     control, uuid = str(lab.state / "run" / "vol.control"), luks.read_uuid(str(volume.mirror))
+    hold.touch()
     served = Served(volume)
     try:
         wait_until(lambda: os.path.exists(control), "the control socket")
         lab.lockstep("attach", "vol").failed(1, "it lets nobody in")
         with pytest.raises(DiskBusy):
             control_client.ask(control, "vol", "POST", "/v1/aside", mirror=uuid, **{"for": "rekey"})
+        hold.unlink()
         served.await_ready()
         wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be in sync")
         served.stop()
