@@ -4,6 +4,8 @@ import contextlib
 import os
 import shutil
 import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.lab import run, wait_until
@@ -25,6 +27,10 @@ class Postgres:
 
     def run(self, program: str, *arguments: str) -> str:
         return run("runuser", "-u", "postgres", "--", str(BIN / program), *arguments)
+
+    def url(self, database: str = "postgres") -> str:
+        """The URL of a database, as a registry has it."""
+        return f"postgresql://postgres@/{database}?host={self.home}"
 
     @property
     def client(self) -> tuple[str, ...]:
@@ -54,6 +60,23 @@ class Postgres:
                     found.append(pid)
         return found
 
-    def ask(self, query: str) -> list[list[str]]:
-        said = self.run("psql", *self.client, "-X", "-A", "-t", "-c", query, "postgres")
+    def ask(self, query: str, database: str = "postgres") -> list[list[str]]:
+        said = self.run("psql", *self.client, "-X", "-A", "-t", "-c", query, database)
         return [line.split("|") for line in said.splitlines()]
+
+
+@contextlib.contextmanager
+def fresh_server() -> Iterator[Postgres]:
+    """A server that runs, with nothing in it yet, and goes away with its data."""
+    with tempfile.TemporaryDirectory(prefix="lockstep-pg-") as directory:
+        os.chmod(directory, 0o711)
+        data = Path(directory) / "data"
+        data.mkdir(mode=0o700)
+        shutil.chown(data, "postgres")
+        server = Postgres(data, Path(directory) / "home")
+        server.run("initdb", "-D", str(data), "--auth=trust", "--no-sync")
+        try:
+            server.start()
+            yield server
+        finally:
+            server.kill()

@@ -1,12 +1,8 @@
 """The same registry on PostgreSQL."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -23,7 +19,7 @@ from lockstep.registry.models import METADATA
 from lockstep.registry.store import Registry
 from tests import test_registry_audit as on_sqlite
 from tests.lab import needs
-from tests.postgres import BIN, PROGRAMS, Postgres
+from tests.postgres import BIN, PROGRAMS, fresh_server
 
 pytestmark = needs("runuser", *(str(BIN / program) for program in PROGRAMS), root=True)
 
@@ -33,18 +29,8 @@ ADA = Actor("ada", "a test")
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The database of a server that runs for these tests."""
-    with tempfile.TemporaryDirectory(prefix="lockstep-pg-") as directory:
-        os.chmod(directory, 0o711)
-        data = Path(directory) / "data"
-        data.mkdir(mode=0o700)
-        shutil.chown(data, "postgres")
-        server = Postgres(data, Path(directory) / "home")
-        server.run("initdb", "-D", str(data), "--auth=trust", "--no-sync")
-        try:
-            server.start()
-            yield f"postgresql://postgres@/postgres?host={server.home}"
-        finally:
-            server.kill()
+    with fresh_server() as server:
+        yield server.url()
 
 
 @pytest.fixture

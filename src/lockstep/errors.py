@@ -390,6 +390,14 @@ class RegistryUrlInvalid(UsageError, RegistryError):
     next_step = "Write sqlite:///PATH or postgresql://USER@HOST/DATABASE."
 
 
+class UrlFileUnreadable(UsageError, RegistryError):
+    """Data: path, reason."""
+
+    happened = "The file {path}, which should hold the registry's URL, cannot be read: {reason}."
+    cause = "The path is misspelt, or the file belongs to another user."
+    next_step = "Check the path and its permissions."
+
+
 class VolumeUnknown(RegistryError):
     """Data: volume, near (similar names), hint (these as a sentence, or nothing)."""
 
@@ -501,6 +509,33 @@ class RegistryLost(RegistryError):
         "Put it back from a backup; without one, stop the servers, move {path} away, and make each volume anew: "
         "`lockstep create NAME --target PATH`, then `lockstep mirror add NAME PATH --adopt`, which keeps its copy."
     )
+
+
+class RegistryNotMoved(RegistryError):
+    """Data: registry, path (of the state directory), url_path."""
+
+    happened = "The registry {registry} is empty, and {path}/registry.db is not."
+    cause = "{url_path} was written by hand, where volumes are registered in the file already."
+    next_step = "Remove {url_path} and run `lockstep registry move --url-file FILE`, which takes everything along."
+
+
+class RegistryElsewhere(RegistryError):
+    """Data: registry, place."""
+
+    happened = "The registry {registry} does not belong to this state directory: it belongs to {place}."
+    cause = (
+        "Each state directory needs a database, or a schema, of its own, because paths and locks are those of one "
+        "machine; or the registry was moved; or the file `id` of this state directory was lost."
+    )
+    next_step = "Give it another database (docs/operations.md), or put the file `id` back from a backup."
+
+
+class RegistryNotEmpty(RegistryError):
+    """Data: registry."""
+
+    happened = "The registry {registry} has volumes, or an audit trail, and a registry cannot be moved to it."
+    cause = "It is another state directory's, or is left over from one that was moved before."
+    next_step = "Name an empty database or schema, or empty this one: DROP SCHEMA public CASCADE; CREATE SCHEMA public."
 
 
 class RegistryUnreachable(RegistryError):

@@ -50,6 +50,7 @@ _COMMANDS = {
     "whocan": "granting",
     "set": "granting",
     "audit": "auditing",
+    "registry": "registry",
     "tls": "tls",
     "demo": "demo",
 }

@@ -126,6 +126,15 @@ AUDIT_HEAD = Table(
 )
 """The number and the hash of the trail's last row: one row, whose id is 1."""
 
+OWNER = Table(
+    "owner",
+    METADATA,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("state_id", String(36), nullable=False),
+    Column("place", String, nullable=False),
+)
+"""The state directory that a database belongs to, and where that is: one row, whose id is 1; none in a file."""
+
 AUDIT_TRIGGERS = {
     "sqlite": (
         "CREATE TRIGGER audit_keeps_rows BEFORE DELETE ON audit "

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, inspect, text
 
 from lockstep.errors import RegistryDamaged, RegistryTooNew
 
-REVISION = "0004"
+REVISION = "0005"
 """The newest revision in migrations/versions."""
 
 _VERSION_TABLE = "alembic_version"

@@ -9,6 +9,8 @@ What holds here
 - One disk has one role: no path is the target, the mirror or the header of two things. Paths are compared as text;
   two names of one disk are told apart by the LUKS UUID (mirrors) and by the locks on the open disks.
 - Who waits longer than LOCK_TIMEOUT_S for another gets RegistryBusy.
+- A registry that was moved takes nothing more: who waited for the lock meanwhile gets an error, and has changed
+  nothing. A file is no longer where it was then; a database on a server loses its owner, the state directory.
 
 How the SQLite file is kept
 - Rollback journal, not WAL: the file is a few pages, written a few times a day, and between writes it is one
@@ -61,7 +63,9 @@ from lockstep.errors import (
     RegistryBusy,
     RegistryDamaged,
     RegistryDriverMissing,
+    RegistryElsewhere,
     RegistryError,
+    RegistryNotEmpty,
     RegistryPathInvalid,
     RegistryUnreachable,
     RegistryUnreadable,
@@ -74,7 +78,7 @@ from lockstep.errors import (
 from lockstep.registry import audit, schema, windows
 from lockstep.registry.access import Grant
 from lockstep.registry.audit import Actor, AuditCheck, AuditRecord
-from lockstep.registry.models import AUDIT, AUDIT_HEAD, GRANTS, MIRRORS, VOLUMES
+from lockstep.registry.models import AUDIT, AUDIT_HEAD, GRANTS, MIRRORS, OWNER, VOLUMES
 from lockstep.registry.windows import Schedule
 
 LOCK_TIMEOUT_S = 10.0
@@ -86,8 +90,8 @@ Record = TypeVar("Record", "VolumeRecord", "MirrorRecord")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
-_WRITERS_LOCK = 0x6C6F636B73746570
-"""PostgreSQL's advisory locks are numbers: this one is "lockstep" in ASCII."""
+_WRITERS_LOCK = 0x6C6F636B
+"""PostgreSQL's advisory locks are numbers of a database: this is "lock" in ASCII, and beside it stands the schema."""
 
 _SQLITE_SCHEME = "sqlite:///"
 _POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
@@ -104,7 +108,7 @@ _OPENING: dict[tuple[str, bool], tuple[str, ...]] = {
     ("postgresql", False): ("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY",),
     ("postgresql", True): (
         f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_S * 1000:.0f}",
-        f"SELECT pg_advisory_xact_lock({_WRITERS_LOCK})",
+        f"SELECT pg_advisory_xact_lock({_WRITERS_LOCK}, hashtext(current_schema()))",
     ),
 }
 
@@ -168,7 +172,9 @@ class Registry:
 
     def __init__(self, engine: Engine, label: str) -> None:
         self._engine = engine
-        self._label = label
+        self._owner_id: str | None = None
+        self.label = label
+        """What it is called in messages: its path, or its URL without secrets."""
 
     @classmethod
     def open(cls, url: str) -> Self:
@@ -186,7 +192,7 @@ class Registry:
                 found = schema.found_revision(connection)
             if found != schema.REVISION:
                 with registry._transaction(write=True) as connection:
-                    schema.bring_up_to_date(connection, registry._label)
+                    schema.bring_up_to_date(connection, registry.label)
         except BaseException:
             registry.close()
             raise
@@ -203,6 +209,45 @@ class Registry:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def owned(self) -> bool:
+        """Whether it belongs to a state directory already."""
+        with self._transaction() as connection:
+            return _owner(connection) is not None
+
+    def belong_to(self, state_id: str, place: str) -> None:
+        """Have it belong to the state directory with this UUID, which is at `place`, from now on.
+
+        Raises RegistryElsewhere where it belongs to another, here and at every change that comes later.
+        """
+        with self._transaction() as connection:
+            found = _owner(connection)
+        if found is None:
+            with self._transaction(write=True) as connection:
+                if _owner(connection) is None:  # else somebody was quicker
+                    connection.execute(insert(OWNER).values(id=1, state_id=state_id, place=place))
+                found = _owner(connection)
+        self._owner_id = state_id
+        self._require_ours(found)
+
+    def move(self, other: "Registry", settle: Callable[[], None], *, actor: Actor) -> None:
+        """Copy everything to an empty registry, and have that be the one from now on.
+
+        `settle` is called once all of it is durable there, and before anybody can change anything here again. It has
+        others find the new one. Where it fails, this one goes on. Raises RegistryNotEmpty.
+        """
+        with self._transaction(write=True) as here:
+            with other._transaction(write=True) as there:
+                if there.scalar(select(VOLUMES.c.id)) or there.scalar(select(AUDIT.c.number)):
+                    raise RegistryNotEmpty(registry=other.label)
+                for table in (VOLUMES, MIRRORS, GRANTS, AUDIT, AUDIT_HEAD):
+                    for rows in here.execute(select(table)).mappings().partitions(1000):
+                        there.execute(insert(table), [dict(row) for row in rows])
+                reason = f"{actor.user} moved the registry from {self.label} to {other.label}"
+                _append(there, "registry-moved", actor, "", reason, {"from": self.label, "to": other.label})
+            settle()
+            if self._owner_id is not None:
+                here.execute(delete(OWNER))
 
     def volumes(self) -> tuple[VolumeRecord, ...]:
         """All volumes, by name."""
@@ -448,9 +493,22 @@ class Registry:
             with self._engine.begin() as connection:
                 for statement in _OPENING[self._engine.dialect.name, write]:
                     connection.execute(text(statement))
+                if write:
+                    self._require_not_moved(connection)
                 yield connection
         except DBAPIError as error:
-            raise _in_our_words(error, self._label) from error
+            raise _in_our_words(error, self.label) from error
+
+    def _require_not_moved(self, connection: Connection) -> None:
+        if self._owner_id is not None:
+            self._require_ours(_owner(connection))
+        elif self._engine.dialect.name == "sqlite" and not os.path.exists(self.label):
+            raise RegistryUnreadable(registry=self.label, reason="it was moved away")
+
+    def _require_ours(self, owner: Row[Any] | None) -> None:
+        if owner is None or owner.state_id != self._owner_id:
+            place = owner.place if owner else "no state directory any more"
+            raise RegistryElsewhere(registry=self.label, place=place)
 
     def _insert(self, work: Callable[[Connection], Record]) -> Record:
         """Do what inserts a row, and return its record.
@@ -529,6 +587,10 @@ def _refuse_taken(connection: Connection, *paths: str) -> None:
 def _hit(connection: Connection, statement: Delete | Update) -> bool:
     """Execute, and say whether there was a row to change."""
     return connection.execute(statement).rowcount > 0
+
+
+def _owner(connection: Connection) -> Row[Any] | None:
+    return connection.execute(select(OWNER)).first()
 
 
 def _audit_head(connection: Connection) -> tuple[int, str] | None:

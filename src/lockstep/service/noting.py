@@ -18,7 +18,7 @@ def note_if_known(
 
     It is done already: a registry that is absent or broken is no reason to fail. The log says so.
     """
-    if not os.path.exists(state.registry_path):
+    if not state.registry_place.used():
         return
     try:
         with state.registry() as registry:

@@ -375,7 +375,7 @@ def refuse_known(state: State, output_path: str) -> None:
     A target may be restored onto. A registry that is absent or broken keeps nobody from restoring: the log says so.
     """
     state.refuse_output(output_path)
-    if not os.path.exists(state.registry_path):
+    if not state.registry_place.used():
         return
     try:
         with state.registry() as registry:

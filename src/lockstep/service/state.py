@@ -1,6 +1,6 @@
 """The state directory: where everything that is not on the disks themselves is kept.
 
-registry.db                      volumes and their mirrors
+registry.db, registry.url, id    volumes and their mirrors, or where they are (registry_place.py)
 intent/LUKS-UUID.intent          for each mirror, where it may differ from its target
 held/LUKS-UUID.held, .writers    for each mirror, what it must not be given by itself, and whose it is
 filling/VOLUME-ID.missing        for a volume whose target was replaced, what the new one does not have yet
@@ -10,15 +10,10 @@ run/LUKS-UUID.borrowed           held by who re-keys or drills a mirror, and sha
 run/NAME.sock                    the NBD server
 run/NAME.control                 the control interface
 run/NAME.attached, NAME.fuse/    the block device of an attached volume
-
-Whoever makes any of the others has opened the registry before. So where one of them is and the registry is not, or is
-empty, it was lost, and must not be made anew: all volumes, grants and the audit trail would seem never to have been,
-while servers go on with what they know of them.
 """
 
 import contextlib
 import fcntl
-import glob
 import os
 import stat
 from collections.abc import Iterator
@@ -27,14 +22,13 @@ from typing import Final
 
 import platformdirs
 
-from lockstep.errors import NotManager, OutputInState, RegistryLost, StateDirUnusable
+from lockstep.errors import NotManager, OutputInState, StateDirUnusable
 from lockstep.nbd.identity import account
 from lockstep.registry.store import Registry
+from lockstep.service.registry_place import RegistryPlace
 
 ENVIRONMENT: Final = "LOCKSTEP_STATE_DIR"
 SYSTEM_DIRECTORY: Final = "/var/lib/lockstep"
-
-_OTHERS: Final = ("intent/*.intent", "held/*.held", "filling/*.missing", "run/*.lock", "run/*.keys", "run/*.borrowed")
 
 
 @dataclass(frozen=True)
@@ -54,8 +48,12 @@ class State:
     def registry(self) -> Registry:
         """Open the registry, and make it in a new directory. Raises what `prepare` raises, and registry errors."""
         self.prepare()
-        self._refuse_lost_registry()
-        return Registry.open(f"sqlite:///{self.registry_path}")
+        return self.registry_place.open()
+
+    @property
+    def registry_place(self) -> RegistryPlace:
+        """Where the registry is."""
+        return RegistryPlace(self.path)
 
     def prepare(self) -> None:
         """Make what is missing of the directory, for its owner alone. Raises StateDirUnusable, and NotManager."""
@@ -66,21 +64,6 @@ class State:
             if isinstance(error, PermissionError) and os.path.exists(self.path):
                 self.require_manager(os.geteuid(), "use this state directory")
             raise StateDirUnusable(path=self.path, reason=error.strerror) from error
-
-    def _refuse_lost_registry(self) -> None:
-        if self._has_registry():
-            return
-        found = [name for pattern in _OTHERS for name in glob.glob(pattern, root_dir=self.path)]
-        if found and not self._has_registry():  # else somebody has just made it, and what was found
-            raise RegistryLost(registry=self.registry_path, path=self.path, found=min(found))
-
-    def _has_registry(self) -> bool:
-        try:
-            return os.path.getsize(self.registry_path) > 0
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True  # and it cannot be used: who opens it says why
 
     def require_manager(self, uid: int, action: str) -> None:
         """Let root pass, and the directory's owner. Raises NotManager, and StateDirUnusable."""
@@ -97,11 +80,6 @@ class State:
         named = os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(path))), os.path.basename(path))
         if any(os.path.commonpath((own, each)) == own for each in (named, os.path.realpath(path))):
             raise OutputInState(path=path, state=self.path)
-
-    @property
-    def registry_path(self) -> str:
-        """Where the registry is."""
-        return f"{self.path}/registry.db"
 
     @property
     def run_dir(self) -> str:
