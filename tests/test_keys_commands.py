@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.crypto import keyslots
-from lockstep.errors import KeySlotsFull, LastKeySlot, NoKeySlots, NotManager
+from lockstep.crypto import keyslots, luks
+from lockstep.errors import KeySlotsFull, LastKeySlot, NoKeySlots, NotManager, WrongPassphrase
 from lockstep.nbd.identity import account
 from lockstep.registry.audit import Actor
 from lockstep.service import headers, keys
@@ -187,6 +187,24 @@ def test_a_slot_that_only_a_token_opens_is_not_the_last_one(mirror: Path) -> Non
     with pytest.raises(LastKeySlot):
         keyslots.remove(path, PASSPHRASE)
     assert keyslots.remove(path, PASSPHRASE, slot) == slot
+
+
+def test_a_slot_with_another_key_than_the_datas_is_not_the_last_one(lab: Lab, mirror: Path) -> None:
+    """As a re-keying leaves one, under the same passphrase, that was killed when it had just begun."""
+    path = str(mirror)
+    options = ("--unbound", "--key-size=512", "--batch-mode", f"--key-file={lab.key}")
+    run("cryptsetup", "luksAddKey", *options, path, str(lab.key))
+    assert [each.kind for each in keyslots.read(path)] == ["passphrase", "unbound"]
+    for slot in (None, 0):
+        with pytest.raises(LastKeySlot):
+            keyslots.remove(path, PASSPHRASE, slot)
+    assert opens(mirror, PASSPHRASE)
+    lab.lockstep("key", "remove", "vol", "--key-file", "-", stdin=b"wrong").failed(1, "is not removed")
+    with pytest.raises(WrongPassphrase):
+        keyslots.require_opened_by(path, b"wrong")
+    with pytest.raises(WrongPassphrase):
+        luks.volume_key(path, b"wrong")
+    assert keyslots.remove(path, PASSPHRASE, 1) == 1
 
 
 KILLED = """#!/bin/sh

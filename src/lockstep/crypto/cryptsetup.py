@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 TIMEOUT_S: Final = 120  # argon2id aims at 2 s, and takes many times that on a small or busy machine
 INVALID_EXIT: Final = 1  # cryptsetup(8), RETURN CODES: also what it has no other for
-WRONG_PASSPHRASE_EXIT: Final = 2
 ATTEMPTS: Final = 10  # a server writes its token when its state changes, and at most every half a minute otherwise
 
 _MOST_COMPLAINTS_BYTES: Final = 64 << 10
 _OVERTAKEN: Final = b"concurrent LUKS2 metadata update"
+_REJECTED_EXIT: Final = 2
+_NONE_USABLE: Final = b"No usable keyslot"  # in place of that, where some slot is unbound; and where there is none
 
 Completed = subprocess.CompletedProcess[bytes]
 
@@ -168,6 +169,12 @@ def checked(
     if result.returncode != 0:
         raise failure(action, path, result)
     return result
+
+
+def rejected(result: Completed) -> bool:
+    """Whether no key slot was opened by the passphrase that it was given; there may be none at all."""
+    none_usable = result.returncode == INVALID_EXIT and _NONE_USABLE in result.stderr
+    return result.returncode == _REJECTED_EXIT or none_usable
 
 
 def failure(action: str, path: str, result: Completed) -> CryptsetupFailed:

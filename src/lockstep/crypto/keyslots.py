@@ -3,7 +3,8 @@
 Rules:
 
 1. The last slot that people can open (a passphrase, a key file, a recovery key) is never taken away. A slot that only a
-   token opens does not count: it is worth nothing without the machine that it was enrolled for.
+   token opens does not count: it is worth nothing without the machine that it was enrolled for. Nor does one that is
+   unbound: it holds another key than the data has, as a re-keying leaves one that was killed when it had just begun.
 2. A passphrase is changed by adding the new one and then taking the old one away, each in one update of the header. So
    at every moment one of them opens the mirror, or both. There must be a free slot.
 3. Which slots are recovery keys is said by tokens of our own:
@@ -41,6 +42,7 @@ RECOVERY_TOKEN_VERSION: Final = 1
 PASSPHRASE: Final = "passphrase"  # noqa: S105 - the name of a kind
 RECOVERY_KEY: Final = "recovery-key"
 TOKEN: Final = "token"  # noqa: S105 - the name of a kind
+UNBOUND: Final = "unbound"
 
 MAX_SLOTS: Final = 32  # LUKS2_KEYSLOTS_MAX
 _SLOT_BYTES: Final = 258048  # of a 512-bit volume key, as cryptsetup lays slots out
@@ -66,7 +68,8 @@ def read(path: str) -> tuple[KeySlot, ...]:
     """The key slots, by number. HeaderUnreadable, NotLuks2, HeaderDamaged, CryptsetupMissing, CryptsetupHung."""
     metadata = luks.read_metadata(path)
     tokens = [(each["type"], set(each["keyslots"])) for each in metadata["tokens"].values()]
-    slots = [_slot(number, stored, tokens) for number, stored in metadata["keyslots"].items()]
+    bound = {number for each in metadata["digests"].values() if each["segments"] for number in each["keyslots"]}
+    slots = [_slot(number, each, tokens, is_bound=number in bound) for number, each in metadata["keyslots"].items()]
     return tuple(sorted(slots, key=lambda slot: slot.number))
 
 
@@ -109,7 +112,7 @@ def opened_by(path: str, passphrase: Buffer) -> int | None:
     luks.refuse_empty(passphrase)
     action = "try a passphrase of"
     done = cryptsetup.run(action, path, "open", "--test-passphrase", "--verbose", "--key-file=-", stdin=passphrase)
-    if done.returncode == cryptsetup.WRONG_PASSPHRASE_EXIT:
+    if cryptsetup.rejected(done) and luks.read_header(path).keyslots:
         return None
     if done.returncode != 0:
         raise luks.refused(action, path, done, passphrase)
@@ -159,7 +162,7 @@ def _kill(path: str, slot: int, passphrase: Buffer) -> None:
     """Take `slot` away; cryptsetup wants a passphrase that opens another one."""
     action = "remove a key slot from"
     done = cryptsetup.run(action, path, "luksKillSlot", "--key-file=-", stdin=passphrase, after=[str(slot)])
-    if done.returncode == cryptsetup.WRONG_PASSPHRASE_EXIT:
+    if cryptsetup.rejected(done):
         raise KeySlotNotRemoved(path=path, slot=slot)
     if done.returncode != 0:
         raise cryptsetup.failure(action, path, done)
@@ -190,20 +193,22 @@ def _require_another(path: str, slot: int | None) -> None:
         raise NoKeySlots(path=path)
     if slot is not None and slot not in {each.number for each in slots}:
         raise KeySlotUnknown(path=path, slot=slot)
-    if not [each for each in slots if each.kind != TOKEN and each.number != slot][slot is None :]:
+    if not [each for each in slots if each.kind not in (TOKEN, UNBOUND) and each.number != slot][slot is None :]:
         raise LastKeySlot(path=path)
 
 
-def _slot(number: str, stored: dict[str, Any], tokens: list[tuple[str, set[str]]]) -> KeySlot:
-    bound = tuple(sorted(kind for kind, slots in tokens if number in slots))
+def _slot(number: str, stored: dict[str, Any], tokens: list[tuple[str, set[str]]], *, is_bound: bool) -> KeySlot:
+    naming = tuple(sorted(kind for kind, slots in tokens if number in slots))
     kind = PASSPHRASE
-    if any(each in _RECOVERY_TOKENS for each in bound):
+    if not is_bound:
+        kind = UNBOUND
+    elif any(each in _RECOVERY_TOKENS for each in naming):
         kind = RECOVERY_KEY
-    elif any(each != _KEYRING_TOKEN for each in bound):
+    elif any(each != _KEYRING_TOKEN for each in naming):
         kind = TOKEN
     kdf = stored["kdf"]
     cost = {_COSTS[name]: int(kdf[name]) for name in _COSTS if name in kdf}
-    return KeySlot(int(number), kind, bound, str(kdf["type"]), cost)
+    return KeySlot(int(number), kind, naming, str(kdf["type"]), cost)
 
 
 # -- the marks of recovery keys -------------------------------------------------------------------------

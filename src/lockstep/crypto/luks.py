@@ -293,7 +293,7 @@ def refused(action: str, path: str, result: cryptsetup.Completed, passphrase: Bu
     """Why cryptsetup did not do what `passphrase` should have allowed. Raises what `read_header` raises."""
     if not read_header(path).keyslots:
         return NoKeySlots(path=path)
-    if result.returncode == cryptsetup.WRONG_PASSPHRASE_EXIT:
+    if cryptsetup.rejected(result):
         return recovery_key.wrong_passphrase(path, passphrase)
     return cryptsetup.failure(action, path, result)
 

@@ -108,7 +108,7 @@ def go_on(volume: Volume, passphrase: Buffer, *, on_progress: Callable[[int, int
 
 
 def _refuse(volume: Volume, passphrase: Buffer, action: str, done: cryptsetup.Completed) -> None:
-    if done.returncode == cryptsetup.WRONG_PASSPHRASE_EXIT:
+    if cryptsetup.rejected(done):
         raise recovery_key.wrong_passphrase(volume.header, passphrase)
     if done.returncode != 0:
         raise cryptsetup.failure(action, volume.device, done)
