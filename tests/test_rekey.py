@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import pytest
 
-from lockstep.crypto import luks, reencryption
+from lockstep.crypto import luks, recovery_key, reencryption
 from lockstep.disk.mirror import claim_for_rekeying
 from lockstep.service import rekey as rekeying
 from lockstep.service.state import State
@@ -277,6 +277,23 @@ def test_one_that_was_begun_with_a_size_with_which_it_cannot_go_on_goes_on(lab: 
     lab.lockstep("key", "rekey", "vol", "--key-file", lab.key).ok()
     forget_volume_keys()
     volume.assert_equal_disks()
+
+
+def test_one_that_is_not_finished_is_listed_and_tells_a_wrong_passphrase_from_a_failure(lab: Lab) -> None:
+    volume = lab.volume(size_bytes=MIB)
+    volume.copy_by_hand()
+    options = ("--init-only", f"--device-size={MIB}", "--resilience=journal", "--key-slot=0", "--batch-mode")
+    run(
+        "cryptsetup", "reencrypt", "--force-offline-reencrypt", *options, "--key-file", str(lab.key), str(volume.mirror)
+    )
+    (mirror,) = json.loads(lab.lockstep("key", "list", "vol", "--json").ok())["mirrors"]
+    assert [slot["kind"] for slot in mirror["slots"]] == ["passphrase", "passphrase"], "one for each volume key"
+    before = volume.mirror.read_bytes()
+    for stdin, said in ((b"wrong", "No key slot of"), (recovery_key.new().encode(), "opens no key slot of")):
+        refusal = f"{said} {volume.mirror}"
+        lab.lockstep("restore", volume.mirror, lab.home / "out", "--key-file", "-", stdin=stdin).failed(1, refusal)
+        lab.lockstep("key", "rekey", "vol", "--key-file", "-", stdin=stdin).failed(1, refusal)
+    assert volume.mirror.read_bytes() == before
 
 
 @needs("losetup", root=True)

@@ -47,6 +47,7 @@ UNBOUND: Final = "unbound"
 MAX_SLOTS: Final = 32  # LUKS2_KEYSLOTS_MAX
 _SLOT_BYTES: Final = 258048  # of a 512-bit volume key, as cryptsetup lays slots out
 
+_REENCRYPTION: Final = "reencrypt"  # the type of a slot that holds no key: how far a re-keying is
 _RECOVERY_TOKENS: Final = (RECOVERY_TOKEN_TYPE, "systemd-recovery")
 # Says where a passphrase may be found, which somebody knows.
 _KEYRING_TOKEN: Final = "luks2-keyring"  # noqa: S105 - the name of a kind
@@ -69,7 +70,8 @@ def read(path: str) -> tuple[KeySlot, ...]:
     metadata = luks.read_metadata(path)
     tokens = [(each["type"], set(each["keyslots"])) for each in metadata["tokens"].values()]
     bound = {number for each in metadata["digests"].values() if each["segments"] for number in each["keyslots"]}
-    slots = [_slot(number, each, tokens, is_bound=number in bound) for number, each in metadata["keyslots"].items()]
+    stored = {number: each for number, each in metadata["keyslots"].items() if each["type"] != _REENCRYPTION}
+    slots = [_slot(number, each, tokens, is_bound=number in bound) for number, each in stored.items()]
     return tuple(sorted(slots, key=lambda slot: slot.number))
 
 

@@ -151,13 +151,13 @@ def is_luks2(path: str) -> bool:
     return any(True for _ in _header_copies(path))
 
 
-def read_header(path: str) -> Header:
-    """Read the header, from its second copy if the first is damaged.
+def read_header(path: str, *, fds: Sequence[int] = ()) -> Header:
+    """Read the header, from its second copy if the first is damaged; `path` may be one of `fds`, below /dev/fd.
 
     HeaderUnreadable, NotLuks2, HeaderDamaged, RekeyUnfinished, SegmentUnsupported, TokenMalformed, TokenTooNew,
     CryptsetupMissing.
     """
-    metadata = read_metadata(path)
+    metadata = read_metadata(path, fds=fds)
     return _header(path, metadata, lambda: _segment(path, metadata))
 
 
@@ -182,14 +182,15 @@ def _header(path: str, metadata: dict[str, Any], segment_in: Callable[[], Segmen
     return Header(copy.uuid, copy.label, segment, token, token_id, keyslots)
 
 
-def read_metadata(path: str) -> dict[str, Any]:
+def read_metadata(path: str, *, fds: Sequence[int] = ()) -> dict[str, Any]:
     """The header's JSON (section 3 of the specification), which cryptsetup has validated against its schema.
 
-    HeaderUnreadable, NotLuks2, HeaderDamaged, CryptsetupMissing, CryptsetupFailed, CryptsetupHung.
+    `path` may be one of `fds`, below /dev/fd. HeaderUnreadable, NotLuks2, HeaderDamaged, CryptsetupMissing,
+    CryptsetupFailed, CryptsetupHung.
     """
     _sound_copy(path)
     action = "read the header of"
-    dump = cryptsetup.run(action, path, "luksDump", "--dump-json-metadata")
+    dump = cryptsetup.run(action, path, "luksDump", "--dump-json-metadata", fds=fds)
     if dump.returncode == cryptsetup.INVALID_EXIT and _DISAGREES in dump.stderr:
         # The checksum is right, so cryptsetup disagrees with the JSON that it protects.
         raise HeaderDamaged(path=path, reason=cryptsetup.message(dump))
@@ -265,19 +266,20 @@ def format_mirror(
         raise
 
 
-def volume_key(path: str, passphrase: Buffer, *, fds: Sequence[int] = ()) -> bytearray:
+def volume_key(path: str, passphrase: Buffer, *, copy: int | None = None) -> bytearray:
     """The volume key, which any passphrase of the mirror unlocks. The caller wipes it after use.
 
-    `path` may be one of `fds`, below /dev/fd. EmptyPassphrase, WrongPassphrase, RecoveryKeyMistyped,
-    RecoveryKeyUnknown, NoKeySlots, HeaderUnreadable, NotLuks2, HeaderDamaged, SegmentUnsupported, CryptsetupMissing,
-    CryptsetupFailed, CryptsetupHung.
+    `copy` is the descriptor of a copy of the header that is opened in its place. EmptyPassphrase, WrongPassphrase,
+    RecoveryKeyMistyped, RecoveryKeyUnknown, NoKeySlots, HeaderUnreadable, NotLuks2, HeaderDamaged, SegmentUnsupported,
+    CryptsetupMissing, CryptsetupFailed, CryptsetupHung.
     """
     refuse_empty(passphrase)
     action = "read the volume key of"
+    place, fds = (path, ()) if copy is None else (f"/dev/fd/{copy}", (copy,))
     output = bytearray(4096)
     try:
         result, length = cryptsetup.run_into(
-            output, action, path, "luksDump", "--dump-volume-key", "--key-file=-", stdin=passphrase, fds=fds
+            output, action, place, "luksDump", "--dump-volume-key", "--key-file=-", stdin=passphrase, fds=fds
         )
         if result.returncode == 0:
             key = _parse_key_dump(output, length)
@@ -286,12 +288,16 @@ def volume_key(path: str, passphrase: Buffer, *, fds: Sequence[int] = ()) -> byt
             return key
     finally:
         wipe(output)
-    raise refused(action, path, result, passphrase)
+    raise _refused(action, path, result, passphrase, read_header(place, fds=fds))
 
 
 def refused(action: str, path: str, result: cryptsetup.Completed, passphrase: Buffer) -> LuksError:
     """Why cryptsetup did not do what `passphrase` should have allowed. Raises what `read_header` raises."""
-    if not read_header(path).keyslots:
+    return _refused(action, path, result, passphrase, read_header(path))
+
+
+def _refused(action: str, path: str, result: cryptsetup.Completed, passphrase: Buffer, header: Header) -> LuksError:
+    if not header.keyslots:
         return NoKeySlots(path=path)
     if cryptsetup.rejected(result):
         return recovery_key.wrong_passphrase(path, passphrase)

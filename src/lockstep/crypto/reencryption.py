@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from lockstep.crypto import cryptsetup, luks, recovery_key
-from lockstep.errors import HeaderDamaged, RekeyUnfinished, WrongPassphrase
+from lockstep.errors import HeaderDamaged, RekeyUnfinished
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -110,6 +110,8 @@ def go_on(volume: Volume, passphrase: Buffer, *, on_progress: Callable[[int, int
 def _refuse(volume: Volume, passphrase: Buffer, action: str, done: cryptsetup.Completed) -> None:
     if cryptsetup.rejected(done):
         raise recovery_key.wrong_passphrase(volume.header, passphrase)
+    if done.returncode == cryptsetup.INVALID_EXIT and under_way(volume.header):  # a wrong passphrase looks so as well
+        luks.wipe(read(volume.header).volume_key(volume.header, passphrase, new=True))
     if done.returncode != 0:
         raise cryptsetup.failure(action, volume.device, done)
 
@@ -170,10 +172,7 @@ class Unfinished:
     def volume_key(self, path: str, passphrase: Buffer, *, new: bool) -> bytearray:
         """One of the two keys of the header at `path`. The caller wipes it. Raises what `luks.volume_key` does."""
         with cryptsetup.memory_file(_with_one_key(path, self.metadata, new=new)) as fd:
-            try:
-                return luks.volume_key(f"/dev/fd/{fd}", passphrase, fds=[fd])
-            except WrongPassphrase:
-                raise recovery_key.wrong_passphrase(path, passphrase) from None
+            return luks.volume_key(path, passphrase, copy=fd)
 
 
 def read(path: str) -> Unfinished:

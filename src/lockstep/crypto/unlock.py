@@ -66,7 +66,7 @@ def _volume_key_by_token(path: str) -> bytearray:
             raise NoTokenUnlocks(path=path, reason=_enrolled(path))
         if result.returncode != 0:
             raise cryptsetup.failure(action, path, result)
-        return luks.volume_key(place, passphrase, fds=fds)
+        return luks.volume_key(path, passphrase, copy=copy)
 
 
 def _enrolled(path: str) -> str:
