@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -262,6 +263,20 @@ def test_another_disk_in_the_mirrors_place_keeps_its_header(lab: Lab) -> None:
     run("mkfs.ext4", "-q", str(volume.mirror))
     before = volume.mirror.read_bytes()
     lab.lockstep("header", "restore", "vol", lab.home / "copy").failed(1, "ext4 file system", "--force")
+    assert volume.mirror.read_bytes() == before
+    lab.lockstep("header", "restore", "vol", lab.home / "copy", "--force").ok()
+
+
+@pytest.mark.parametrize("kind", ["luks1", "the data of a mirror with a detached header"])
+def test_another_disk_whose_content_is_no_file_system_is_kept_as_well(lab: Lab, kind: str) -> None:
+    volume = lab.volume("vol", MIB)
+    lab.lockstep("header", "backup", "vol", lab.home / "copy").ok()
+    volume.mirror.write_bytes(random.Random(1).randbytes(17 * MIB))
+    if kind == "luks1":
+        overwrite(volume.mirror, 0, b"LUKS\xba\xbe\x00\x01aes".ljust(592, b"\0"))
+    before = volume.mirror.read_bytes()
+    said = "crypto_LUKS" if kind == "luks1" else "data of an unknown kind"
+    lab.lockstep("header", "restore", "vol", lab.home / "copy").failed(1, said, "--force")
     assert volume.mirror.read_bytes() == before
     lab.lockstep("header", "restore", "vol", lab.home / "copy", "--force").ok()
 

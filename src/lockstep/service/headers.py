@@ -27,7 +27,7 @@ from typing import Final
 from lockstep.crypto import cryptsetup, header_backup, luks, reencryption
 from lockstep.crypto.header_backup import Content
 from lockstep.disk.mirror import require_unused
-from lockstep.disk.probe import inspect, signatures
+from lockstep.disk.probe import MIB, holds_data, inspect, signatures
 from lockstep.errors import (
     BackupExists,
     BackupKeyFormer,
@@ -236,10 +236,17 @@ def _compared(
 
 
 def _refuse_other_content(path: str) -> None:
-    if os.path.exists(path):
-        found = [each for each in signatures(inspect(path)) if "luks" not in each.lower()]
-        if found:
-            raise MirrorHoldsData(path=path, found=" and ".join(found))
+    """Refuse what is neither a damaged LUKS2 header nor blank: another disk may have the mirror's name by now."""
+    if not os.path.exists(path):
+        return
+    disk = inspect(path)
+    found = signatures(disk)
+    if luks.is_luks2(path):
+        found = tuple(each for each in found if "luks" not in each.lower())
+    elif not found and holds_data(replace(disk, size_bytes=min(disk.size_bytes, MIB))):  # further on is data
+        found = ("data of an unknown kind",)
+    if found:
+        raise MirrorHoldsData(path=path, found=" and ".join(found))
 
 
 def _refuse_former_key(registry: Registry, volume: VolumeRecord, mirror: MirrorRecord, backup: str) -> None:
