@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lockstep.errors import (
+    HeaderIsCopy,
     LuksUuidTaken,
     MirrorKeysDiffer,
     MirrorOfAnotherVolume,
@@ -214,6 +215,20 @@ def test_refusals_change_nothing(tmp_path: Path) -> None:
     error_of_another = MirrorOfAnotherVolume(path=other.mirror, volume="vol", owner=owner)
     assert_error(add(volume, other.mirror, "--adopt"), error_of_another)
     assert listed(volume) == []
+
+
+def test_a_copy_of_its_header_is_not_adopted_beside_the_mirrors_own(lab: Lab) -> None:
+    """That one would call the mirror in sync for ever, whatever becomes of it."""
+    volume, copy = bare(lab), lab.home / "copy"
+    add(volume, volume.mirror).ok()
+    run("cryptsetup", "luksHeaderBackup", str(volume.mirror), "--header-backup-file", str(copy))
+    lab.lockstep("mirror", "remove", "vol", volume.mirror).ok()
+    options = ("--adopt", "--header", copy)
+    assert_error(add(volume, volume.mirror, *options), HeaderIsCopy(path=volume.mirror, header=copy))
+    assert listed(volume) == []
+    with volume.mirror.open("r+b") as file:
+        file.write(bytes(MIB))
+    add(volume, volume.mirror, *options).ok()
 
 
 def test_a_copy_of_a_mirror_that_is_offered_costs_that_mirror_nothing(lab: Lab) -> None:

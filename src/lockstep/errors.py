@@ -724,6 +724,14 @@ class HeaderIsDisk(DiskError):
     next_step = "Give a file of its own, on another disk."
 
 
+class HeaderIsCopy(DiskError):
+    """Data: path, header."""
+
+    happened = "{header} is a copy of the header that {path} has itself."
+    cause = "It is a backup of it. The two would tell different things of the mirror from now on."
+    next_step = "Leave --header out: the header on the mirror is sound."
+
+
 class MirrorOfAnotherVolume(DiskError):
     """Data: path, volume, owner."""
 

@@ -26,6 +26,7 @@ from lockstep.disk.mirror import SECTOR_SIZES, make_mirror, open_mirror, refuse_
 from lockstep.disk.probe import Disk, inspect, overlap
 from lockstep.errors import (
     HeaderDamaged,
+    HeaderIsCopy,
     HeaderUnreadable,
     LuksUuidTaken,
     MirrorKeysDiffer,
@@ -201,6 +202,8 @@ def _adopt(
     path = os.path.abspath(plan.path)
     header_path = os.path.abspath(plan.header) if plan.header else None
     disk, header = inspect(path), luks.read_header(header_path or path)
+    if header_path is not None:
+        _refuse_copy(path, header_path, header.uuid)
     token, segment = header.token, header.segment
     if token is not None and token.volume_id != volume.id:
         owners = {each.id for each in registry.volumes()}
@@ -231,6 +234,13 @@ def _adopt(
     except BaseException:
         registry.remove_mirror(volume.name, path, actor=actor)
         raise
+
+
+def _refuse_copy(path: str, header_path: str, luks_uuid: str) -> None:
+    """Raise HeaderIsCopy where the mirror would keep a header that goes on telling the state of today."""
+    with contextlib.suppress(NotLuks2, HeaderDamaged, HeaderUnreadable):
+        if luks.read_uuid(path) == luks_uuid:
+            raise HeaderIsCopy(path=path, header=header_path)
 
 
 def _refuse_twin(registry: Registry, path: str, luks_uuid: str) -> None:
