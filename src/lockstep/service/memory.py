@@ -8,6 +8,7 @@ from typing import Final
 
 from lockstep.errors import MemoryNotLockable
 
+_CORE_LIMIT_BYTES: Final = 1  # fs/coredump.c: "we use cprm.limit of 1 here as a special value"
 _PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
 _PR_SET_IO_FLUSHER: Final = 57
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4  # bits/mman-linux.h
@@ -20,8 +21,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def protect_memory() -> None:
-    """Keep what this process will know out of core dumps, and out of other processes' reach."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    """Keep what this process will know out of core dumps, and out of other processes' reach.
+
+    A program that it starts can be dumped again, for all that it inherits is the limit. The kernel does not mind a
+    limit of 0 where a program takes the dumps (core(5)); but it does mind 1, which is too little for a file as well.
+    """
+    with contextlib.suppress(ValueError, OSError):  # it is 0, and must not be raised
+        resource.setrlimit(resource.RLIMIT_CORE, (_CORE_LIMIT_BYTES, _CORE_LIMIT_BYTES))
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
