@@ -71,7 +71,7 @@ def loop_devices() -> dict[str, str]:
     found = {}
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
-            found[f"/dev/{backing.parts[3]}"] = backing.read_text().strip()
+            found[f"/dev/{backing.parts[3]}"] = os.fsdecode(backing.read_bytes()).strip()
     return found
 
 

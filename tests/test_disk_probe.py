@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lockstep.disk import lock, probe
+from lockstep.disk.transfer import Promptness
 from lockstep.errors import (
     DiskBusy,
     DiskChanged,
@@ -60,11 +61,11 @@ def image(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[[str], str]]:
+def mount(tmp_path: Path) -> Iterator[Callable[..., str]]:
     points: list[str] = []
 
-    def make(device: str) -> str:
-        point = str(tmp_path / f"mount point {len(points)}")
+    def make(device: str, name: str = "mount point") -> str:
+        point = str(tmp_path / f"{name} {len(points)}")
         os.mkdir(point)
         run("mount", device, point)
         points.append(point)
@@ -249,6 +250,26 @@ def test_a_mounted_device_and_its_file_are_in_use(
 
 
 @needs_loop
+def test_what_others_mount_may_have_any_name(
+    image: Callable[..., str], loop: Callable[..., str], mount: Callable[..., str]
+) -> None:
+    name = os.fsdecode("no-break\u00a0space, line\u2028separator, ".encode() + b"caf\xe9 in Latin-1")
+    path = image(name)
+    run("mkfs.ext4", "-q", path)
+    device = loop(path)
+    point = mount(device, name)
+    assert probe.users_of(probe.inspect(device)) == (f"mounted at {point}",)
+    assert point in probe.mounted_paths()
+    bystander = image("bystander")
+    assert probe.users_of(probe.inspect(bystander)) == ()
+    fd = os.open("/dev/shm", os.O_RDWR | os.O_TMPFILE)
+    try:
+        assert Promptness(fd).flags == 0, "it is memory"
+    finally:
+        os.close(fd)
+
+
+@needs_loop
 def test_a_deleted_backing_file_is_found_by_its_other_name(image: Callable[..., str], loop: Callable[..., str]) -> None:
     path = image()
     os.link(path, path + ".hard")
@@ -361,6 +382,7 @@ def test_a_file_on_the_file_system_of_a_disk_overlaps_it(
 LOCKER = """
 import sys
 from lockstep.disk import lock, probe
+from lockstep.disk.transfer import Promptness
 disk = probe.inspect(sys.argv[1])
 fd = probe.open_disk(disk, writable=True)
 getattr(lock, "lock_" + sys.argv[2])(fd, disk)

@@ -283,15 +283,34 @@ def opened_by(disk: Disk) -> tuple[str, ...]:
     return tuple(dict.fromkeys(phrases))
 
 
+@dataclass(frozen=True)
+class Mount:
+    """A line of proc_pid_mountinfo(5)."""
+
+    number: str
+    """Of the device, as "8:17"."""
+    point: str
+    kind: str
+    source: str
+
+
+def mounts() -> Iterator[Mount]:
+    """Every mount that this process sees; unlike a stat, this neither fails nor hangs on a dead one."""
+    for line in _text("/proc/self/mountinfo").split("\n")[:-1]:
+        front, _, back = line.partition(" - ")
+        fields, (kind, source, *_) = front.split(" "), back.split(" ")
+        yield Mount(fields[2], _unescaped(fields[4]), kind, _unescaped(source))
+
+
 def mounted_paths() -> set[str]:
-    """Every mount point that this process sees; unlike a stat, this neither fails nor hangs on a dead one."""
-    return {_unescaped(line.split()[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    """Every mount point that this process sees."""
+    return {mount.point for mount in mounts()}
 
 
 def process_name(pid: int) -> str:
     """Such as "qemu-io (process 312)". Never the argument list: it may carry what must not be shown."""
     try:
-        return f"{Path(f'/proc/{pid}/comm').read_text().strip()} (process {pid})"
+        return f"{_text(f'/proc/{pid}/comm').strip()} (process {pid})"
     except OSError:
         return f"process {pid}"
 
@@ -324,21 +343,21 @@ def _direct_uses(node: "Node") -> Iterator[str]:
 
 
 def _mount_points(device: int) -> Iterator[str]:
-    """Where the device is mounted in this process's view (proc_pid_mountinfo(5))."""
+    """Where the device is mounted in this process's view."""
     number = _numbered(device)
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        front, _, back = line.partition(" - ")
-        fields, source = front.split(), _unescaped(back.split()[1])
+    for mount in mounts():
         # btrfs shows a number of its own and names the device only as the source.
-        if fields[2] == number or (
-            fields[2].startswith("0:") and source.startswith("/dev/") and _identity_of(source) == (device, 0)
+        if mount.number == number or (
+            mount.number.startswith("0:")
+            and mount.source.startswith("/dev/")
+            and _identity_of(mount.source) == (device, 0)
         ):
-            yield _unescaped(fields[4])
+            yield mount.point
 
 
 def _swap_paths() -> Iterator[str]:
-    for line in Path("/proc/swaps").read_text().splitlines()[1:]:
-        yield _unescaped(line.split()[0]).removesuffix(" (deleted)")
+    for line in _text("/proc/swaps").split("\n")[1:-1]:
+        yield _unescaped(re.split(r"[ \t]", line)[0]).removesuffix(" (deleted)")
 
 
 def _unescaped(text: str) -> str:
@@ -430,9 +449,14 @@ def _sysfs(device: int) -> str:
     return os.path.realpath(f"/sys/dev/block/{_numbered(device)}")
 
 
+def _text(path: str) -> str:
+    """What a file of the kernel's says. It names others' files and programs, and those may be any bytes."""
+    return os.fsdecode(Path(path).read_bytes())
+
+
 def _sysfs_text(device: int, name: str) -> str | None:
     try:
-        return Path(_sysfs(device), name).read_text().rstrip("\n")
+        return _text(f"{_sysfs(device)}/{name}").rstrip("\n")
     except OSError:
         return None
 
@@ -446,7 +470,7 @@ def _sysfs_names(device: int, name: str) -> list[str]:
 
 def _sysfs_device(directory: str) -> int | None:
     try:
-        major, minor = Path(directory, "dev").read_text().split(":")
+        major, minor = _text(f"{directory}/dev").split(":")
     except OSError:
         return None
     return os.makedev(int(major), int(minor))

@@ -11,6 +11,8 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
+from lockstep.disk.probe import mounts
+
 SHORTER: Final = "it is shorter than it was"
 
 
@@ -95,11 +97,9 @@ def _flag_in_memory(fd: int) -> int | None:
 def _in_memory(path: str) -> bool:
     """Whether the file lies on a file system that is memory, where a read never waits."""
     best, kind = "", ""
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as rows:
-        for row in rows:
-            fields, _, rest = row.partition(" - ")
-            point = fields.split()[4].encode().decode("unicode_escape")
-            inside = path == point or path.startswith(point.rstrip("/") + "/")
-            if inside and len(point) >= len(best):
-                best, kind = point, rest.split()[0]
+    with contextlib.suppress(OSError):
+        for mount in mounts():
+            inside = path == mount.point or path.startswith(mount.point.rstrip("/") + "/")
+            if inside and len(mount.point) >= len(best):
+                best, kind = mount.point, mount.kind
     return kind in ("tmpfs", "ramfs")
