@@ -382,7 +382,6 @@ def test_a_file_on_the_file_system_of_a_disk_overlaps_it(
 LOCKER = """
 import sys
 from lockstep.disk import lock, probe
-from lockstep.disk.transfer import Promptness
 disk = probe.inspect(sys.argv[1])
 fd = probe.open_disk(disk, writable=True)
 getattr(lock, "lock_" + sys.argv[2])(fd, disk)
@@ -446,7 +445,7 @@ def test_a_lock_on_the_file_below_a_chain_of_loop_devices_is_respected(
     path = image()
     disk = probe.inspect(loop(loop(path)))
     pid = locker(path, held)
-    fd = probe.open_disk(disk, writable=True)
+    fd = probe.open_disk(disk, writable=wanted == "exclusive")
     if allowed:
         getattr(lock, f"lock_{wanted}")(fd, disk)
     else:
@@ -472,6 +471,27 @@ def test_a_lock_of_our_own_on_the_file_below_does_not_count(
     lock.lock_exclusive(fd, disk)
     os.close(fd)
     os.close(file)
+
+
+@needs_loop
+def test_a_writer_of_a_block_device_is_noticed_through_another_node(
+    image: Callable[..., str], loop: Callable[..., str], tmp_path: Path
+) -> None:
+    """As a container has one: the inode is another, and so are the locks."""
+    disk, node = probe.inspect(loop(image())), str(tmp_path / "node")
+    os.mknod(node, 0o600 | stat.S_IFBLK, disk.device)
+    other = probe.inspect(node)
+    writer = probe.open_disk(disk, writable=True)
+    lock.lock_exclusive(writer, disk)
+    fd = probe.open_disk(other, writable=False)
+    with pytest.raises(DiskBusy):
+        lock.lock_shared(fd, other)
+    os.close(writer)
+    lock.lock_shared(fd, other)
+    reader = probe.open_disk(disk, writable=False)
+    lock.lock_shared(reader, disk)
+    os.close(reader)
+    os.close(fd)
 
 
 def test_readers_share_and_other_descriptors_do_not_drop_the_lock(

@@ -26,8 +26,9 @@ therefore looks at what lies below it, down to the first file (probe.stored_in),
 one of his own process does not count. The other way round, a file over which a loop device lies is refused by
 probe.users_of. The two miss each other only where the loop device is made between that look and the lock of the file.
 
-Not covered: another node for the same block device (`mknod`), whose inode is another one; there the kernel's O_EXCL
-(probe.open_disk) is the guard. A file below that has no name here: it was deleted, or lies in another mount namespace.
+Not covered: another node for the same block device (`mknod`, or a container's), whose inode is another one; there the
+kernel's O_EXCL is the guard (probe.open_disk, refuse_claimed), though not for a reader against a writer who comes
+later. A file below that has no name here: it was deleted, or lies in another mount namespace.
 A file in a file system that itself lies on a locked one. Network file systems keep these locks between machines only
 where the server does.
 """
@@ -39,7 +40,7 @@ import os
 import struct
 from collections.abc import Callable
 
-from lockstep.disk.probe import Disk, process_name, stored_in
+from lockstep.disk.probe import Disk, process_name, refuse_claimed, stored_in
 from lockstep.errors import DiskForbidden, DiskLocked
 
 _EVERYTHING = ((0, 0),)  # start, length; 0 is infinity
@@ -57,12 +58,13 @@ def lock_exclusive(fd: int, disk: Disk) -> None:
 
 
 def lock_shared(fd: int, disk: Disk) -> None:
-    """Lock the disk for a reader, at once or not at all; `fd` must be open for reading. Raises DiskLocked."""
+    """Lock the disk for a reader, at once or not at all; `fd` must be open for reading. Raises DiskLocked, DiskBusy."""
     _lock(fd, disk, fcntl.F_RDLCK, _READING)
     if _is_written(fd):
         _set(fd, fcntl.F_UNLCK, _EVERYTHING)
         raise DiskLocked(path=disk.path, holder=_holder(fd))
     _refuse_below(fd, disk, lambda below: _is_locked(below, *_READING[0], to=fcntl.F_RDLCK) or _is_written(below))
+    refuse_claimed(disk)
 
 
 def _refuse_below(fd: int, disk: Disk, contradicts: Callable[[int], bool]) -> None:

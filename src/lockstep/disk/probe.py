@@ -131,6 +131,18 @@ def open_disk(disk: Disk, *, writable: bool, direct: bool = False) -> int:
     return fd
 
 
+def refuse_claimed(disk: Disk) -> None:
+    """Raise DiskBusy where somebody has claimed a block device, as `open_disk` does; and what `inspect` raises."""
+    if not disk.is_block:
+        return
+    try:
+        os.close(os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC | os.O_EXCL))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise DiskBusy(path=disk.path, users=_sentence(users_of(disk))) from error
+        raise _catalogued(disk.path, error, "reading") from error
+
+
 def node_of(where: str | int) -> "Node":
     """Which disk a path leads to, or a descriptor. Raises OSError."""
     return _identity(os.stat(where))
