@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -192,3 +193,18 @@ def test_a_mirror_that_is_opened_in_vain_again_and_again_costs_no_more_each_time
         program.symlink_to(real)
         wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to come back")
     volume.assert_equal_disks()
+
+
+def test_a_mirror_that_is_looked_for_while_no_file_can_be_opened_comes_back_when_one_can(lab: Lab) -> None:
+    volume = lab.volume("vol", 16 * MIB)
+    away = volume.mirror.with_name("away")
+    with volume.served() as served:
+        pid = served.process.pid
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (0, limits[1]))
+        volume.mirror.rename(away)
+        wait_until(lambda: "cannot be followed again yet" in served.log.read_text(), "the server to look for it")
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        away.rename(volume.mirror)
+        lab.lockstep("sync", "vol").ok()
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to come back", patience_s=15)

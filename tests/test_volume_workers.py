@@ -95,3 +95,21 @@ def test_time_in_which_the_process_stood_still_does_not_count(monkeypatch: pytes
         asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
     finally:
         go_on.set()
+
+
+def test_threads_that_were_started_end_where_the_system_gives_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def start_two(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_two)
+    with pytest.raises(OSError, match="no thread"):
+        Workers("scarce", 3)
+    for thread in started:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()

@@ -7,6 +7,7 @@ served, nor the server from its end. What is opened after patience is over is cl
 import contextlib
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -85,12 +86,16 @@ class MirrorOpener:
             log.error("mirror %s is not followed, the target goes on alone: %s", path, failure)
             return Away(str(failure), borrowed=True)
 
-    async def again(self, former: EncryptedDisk | None) -> Opened:
-        """Close the disk as it was open before, if any, and open it. Raises as `first` does, and OSError."""
+    async def again(self, let_go: Callable[[], EncryptedDisk | None]) -> Opened:
+        """Close the disk as it was open before, if `let_go` gives one, and open it.
+
+        It is not let go before there is a thread that closes it: open, it would be locked against ourselves for ever.
+        Raises as `first` does, and OSError.
+        """
         self._awaited = opened = list[Opened]()
         try:
             self._worker = Workers("lockstep-opener", 1, OPENING_PATIENCE_S)
-            await self._worker.run(self._reopen, former, opened)
+            await self._worker.run(self._reopen, let_go(), opened)
             return opened.pop()
         except BaseException:
             self._awaited = None

@@ -322,7 +322,7 @@ class MirrorSession:
             return False
         former = self._token
         try:
-            opened = await self._opener.again(self.link.let_go())
+            opened = await self._opener.again(self.link.let_go)
         except (LockstepError, OSError) as failure:
             self._tell_once(failure)
             return False

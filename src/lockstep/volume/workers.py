@@ -30,7 +30,7 @@ class Workers:
     """`count` threads. Calls come from the thread of one event loop."""
 
     def __init__(self, name: str, count: int, patience_s: float | None = None) -> None:
-        """Without `patience_s`, who waits may wait for ever."""
+        """Without `patience_s`, who waits may wait for ever. Raises OSError where the system gives no threads."""
         self.patience_s = patience_s
         self._queue = Queue()
         self._loop: asyncio.AbstractEventLoop | None = None  # that listens to the queue
@@ -40,8 +40,12 @@ class Workers:
         self._given_up = self._closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = 0.0  # when it should fire
-        for number in range(count):
-            threading.Thread(target=self._queue.serve, name=f"{name}-{number}", daemon=True).start()
+        try:
+            for number in range(count):
+                threading.Thread(target=self._queue.serve, name=f"{name}-{number}", daemon=True).start()
+        except RuntimeError as failure:
+            self.close()  # those that were started
+            raise OSError(errno.EAGAIN, "the system gives no thread: there are too many") from failure
 
     def begin(self, work: Callable[..., Result], *args: Any) -> "asyncio.Future[Result]":
         """Have a thread do it, natively if it is such a job.
