@@ -5,6 +5,7 @@ The real server on a real socket; the export fails as the test says.
 
 import asyncio
 import errno
+import gc
 import threading
 from array import array
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from lockstep.buffers import page_aligned
 from lockstep.nbd import connection, payload
 from lockstep.nbd.server import NbdServer
 from tests import nbd_client as nbd
-from tests.lab import MIB
+from tests.lab import MIB, wait_until
 from tests.nbd_client import Client
 
 PATIENCE_S = 20.0
@@ -150,3 +151,27 @@ def test_who_sends_much_does_without_a_larger_buffer_where_there_is_no_memory_fo
         client.send(b"".join(request.wire() for request in requests))
         assert {reply.error for reply in client.replies().values()} == {0}
     scarce.clear()
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    """Memory that is found in cycles only stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def shared_pieces() -> int:
+    """How many pieces of memory of `page_aligned` there are."""
+    return Path("/proc/self/maps").read_text().count("/dev/zero")
+
+
+@pytest.mark.usefixtures("without_collector")
+def test_the_memory_of_who_has_left_goes_with_them(served: Served) -> None:
+    before = shared_pieces()
+    for _ in range(5):
+        with served.client():
+            assert shared_pieces() > before
+    wait_until(lambda: not served.server.clients(), "all to be gone")
+    assert shared_pieces() == before

@@ -209,6 +209,7 @@ class Connection(Securable):
             self._block = None
         if self._bulk is not None:
             self._server.receiving.give(self._bulk)
+        self._buffer = memoryview(b"")  # its memory goes now, and not when the collector finds the cycle
         self._replies.transport = None
         self._replies.drained()
         self._server.dismiss(self)
