@@ -1,5 +1,8 @@
 """`lockstep open`: a mirror in use without its target, also for writing; `lockstep commit` makes a disk of the two."""
 
+import asyncio
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -10,19 +13,25 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from array import array
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lockstep.crypto import luks
+from lockstep.service.opening import OpenedExport
+from lockstep.volume.workers import Workers
 from tests.forks import ForkLab
 from tests.lab import (
     MIB,
     PASSPHRASE,
+    PATIENCE_S,
     Clients,
     Lab,
     OpenMirror,
@@ -111,6 +120,43 @@ def test_it_serves_the_target_without_the_target_and_without_a_registry(made: Ma
     assert digest(volume.mirror) == before
     assert not lab.state.exists()
     assert not list((lab.home / "lockstep-open").iterdir())
+
+
+class HalfBroken:
+    """Fails to read its first sector at once, and the second one when it is told to."""
+
+    sector_bytes = 512
+
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def read(self, offset: int, into: memoryview) -> None:
+        if offset:
+            self.begun.set()
+            self.go.wait(PATIENCE_S)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_reads_that_came_together_are_over_together_though_one_fails_earlier() -> None:
+    """They are tried again one by one, in the same memory: what is still read there would be decrypted twice."""
+    disk = HalfBroken()
+    view: Any = SimpleNamespace(name="vol", size_bytes=1024, overlay=None, disk=disk)
+
+    async def main() -> None:
+        with contextlib.closing(Workers("reader", 2)) as workers:
+            run = array("Q", (0, 512, 0, 0, 512, 512, 512, 0))
+            export = OpenedExport(view, workers)
+            reading = asyncio.ensure_future(export.read(memoryview(bytearray(1024)), run, 2))
+            while not disk.begun.is_set():
+                await asyncio.sleep(0.001)
+            for _ in range(20):
+                await workers.run(int)  # after the one that fails at once, by the same thread
+            assert not reading.done()
+            disk.go.set()
+            with pytest.raises(OSError, match=r"Input/output error"):
+                await reading
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
 
 
 @needs("nbdkit", "nbdfuse", "fusermount3", "/dev/fuse", root=True)

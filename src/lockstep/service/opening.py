@@ -191,9 +191,13 @@ class OpenedExport:
         return False
 
     async def read(self, into: memoryview, run: "array[int]", count: int) -> None:
-        """Carry out a run, each read by itself."""
-        reads = requests(run, 0, count)
-        await asyncio.gather(*(self._read(offset, into[at : at + length]) for offset, length, at in reads))
+        """Carry out a run, each read by itself.
+
+        If one fails, the others are waited for all the same: who asked has other uses for the memory afterwards.
+        """
+        reads = (self._read(offset, into[at : at + length]) for offset, length, at in requests(run, 0, count))
+        for failure in filter(None, await asyncio.gather(*reads, return_exceptions=True)):
+            raise failure
 
     async def _read(self, offset: int, into: memoryview) -> None:
         if self._overlay is None:
