@@ -1,8 +1,10 @@
 """Threads for what may block: what nobody waits for is done when there is time, once, and never when it is over."""
 
+import _thread
 import asyncio
 import functools
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -98,18 +100,39 @@ def test_time_in_which_the_process_stood_still_does_not_count(monkeypatch: pytes
 
 
 def test_threads_that_were_started_end_where_the_system_gives_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[threading.Thread] = []
-    start = threading.Thread.start
+    started: list[threading.Event] = []
+    start = _thread.start_new_thread
 
-    def start_two(thread: threading.Thread) -> None:
+    def start_two(work: Callable[[], None], arguments: tuple[()]) -> int:
         if len(started) == 2:
             raise RuntimeError("can't start new thread")
-        started.append(thread)
-        start(thread)
+        started.append(ended := threading.Event())
 
-    monkeypatch.setattr(threading.Thread, "start", start_two)
-    with pytest.raises(OSError, match="no thread"):
+        def serve() -> None:
+            work()
+            ended.set()
+
+        return start(serve, arguments)
+
+    monkeypatch.setattr(_thread, "start_new_thread", start_two)
+    with pytest.raises(OSError, match="no thread for scarce"):
         Workers("scarce", 3)
-    for thread in started:
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive()
+    assert len(started) == 2
+    assert all(ended.wait(PATIENCE_S) for ended in started)
+
+
+@pytest.mark.timeout(PATIENCE_S)
+def test_a_thread_that_ends_before_it_has_begun_holds_up_nobody_but_who_asks_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There was no memory for its first step, of which nobody is told."""
+    for module, name in ((_thread, "start_new_thread"), (threading, "_start_new_thread")):
+        monkeypatch.setattr(module, name, lambda *_: 0)
+
+    async def main() -> None:
+        workers = Workers("stillborn", 1, 0.1)
+        with pytest.raises(TimeoutError):
+            await workers.run(int)
+        assert workers.at_rest
+
+    asyncio.run(main())

@@ -8,13 +8,13 @@ when the set is at rest is it certain that it does nothing more to the disk.
 Time in which this process itself stood still (SIGSTOP, a virtual machine that is paused) does not count: no answer
 could be taken meanwhile.
 
-The threads are daemons: a process ends though one of them hangs. concurrent.futures would wait for them.
+A process ends though one of the threads hangs. concurrent.futures would wait for them.
 """
 
+import _thread
 import asyncio
 import errno
 import os
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
@@ -30,7 +30,10 @@ class Workers:
     """`count` threads. Calls come from the thread of one event loop."""
 
     def __init__(self, name: str, count: int, patience_s: float | None = None) -> None:
-        """Without `patience_s`, who waits may wait for ever. Raises OSError where the system gives no threads."""
+        """Without `patience_s`, who waits may wait for ever. Raises OSError where the system gives no threads.
+
+        threading.Thread would wait for each to have begun: for ever, where there is no memory for its first step.
+        """
         self.patience_s = patience_s
         self._queue = Queue()
         self._loop: asyncio.AbstractEventLoop | None = None  # that listens to the queue
@@ -41,11 +44,11 @@ class Workers:
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = 0.0  # when it should fire
         try:
-            for number in range(count):
-                threading.Thread(target=self._queue.serve, name=f"{name}-{number}", daemon=True).start()
-        except RuntimeError as failure:
+            for _ in range(count):
+                _thread.start_new_thread(self._queue.serve, ())
+        except (RuntimeError, MemoryError) as failure:
             self.close()  # those that were started
-            raise OSError(errno.EAGAIN, "the system gives no thread: there are too many") from failure
+            raise OSError(errno.EAGAIN, f"the system gives no thread for {name}") from failure
 
     def begin(self, work: Callable[..., Result], *args: Any) -> "asyncio.Future[Result]":
         """Have a thread do it, natively if it is such a job.
