@@ -46,6 +46,7 @@ class Served:
         self.seen: list[tuple[int, str, str] | int] = []
         self._tls = tls
         self.export = MemoryExport(4 * MIB, Choices(b""))  # without choices it is fast and never fails
+        self.pool: PayloadPool
         self._ready = threading.Event()
         self._stop: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
@@ -64,7 +65,8 @@ class Served:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        made = NbdServer(self.export, PayloadPool(POOL_BYTES), watcher=self)
+        self.pool = PayloadPool(POOL_BYTES)
+        made = NbdServer(self.export, self.pool, watcher=self)
         await made.listen_unix(self.path)
         if self._tls is not None:
             self.port = (await made.listen_tcp("127.0.0.1", 0, self._tls))[1]
@@ -81,6 +83,10 @@ class Served:
 
     def client(self) -> Client:
         return Client(self.path, 20.0).go("")
+
+    def stand_still(self, time_s: float) -> None:
+        """Have the server do nothing for so long."""
+        self._loop.call_soon_threadsafe(time.sleep, time_s)
 
     def hold(self) -> Client:
         """Return a client that holds a block of 4 MiB of the pool, and sends no more."""
@@ -176,6 +182,22 @@ def test_who_drips_while_others_wait_is_cut_off_too(served: Served) -> None:
             with contextlib.suppress(TimeoutError):
                 assert waiting.reply(request).error == 0
                 break
+
+
+def test_who_could_not_be_heard_since_the_server_stood_still_is_not_cut_off(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "CONTENDED_STALL_S", 1.5)
+    with contextlib.ExitStack() as clients:
+        holders = fill(served, clients)
+        holders.append(clients.enter_context(served.hold()))
+        wait_until(lambda: served.pool.contended, "one more to wait for memory")
+        served.stand_still(2.0)
+        for holder in holders:
+            holder.send(b"\xee" * (LARGE_BYTES - 300_000))
+        for holder in holders:
+            assert holder.receive(16)[4:8] == bytes(4), "each write is answered, and without an error"
+    assert served.export.content[:LARGE_BYTES] == b"\xee" * LARGE_BYTES
 
 
 def test_a_queue_of_greedy_clients_does_not_come_before_everybody(served: Served) -> None:

@@ -28,7 +28,6 @@ import contextlib
 import logging
 import socket
 import ssl
-import time
 from typing import Final, Protocol, cast
 
 from lockstep.buffers import page_aligned
@@ -79,6 +78,9 @@ class Host(deferred.Host, Protocol):
     def entered(self, connection: "Connection") -> None:
         """Note that a connection has finished its handshake."""
 
+    def clock_s(self) -> float:
+        """The clock by which clients stall."""
+
     def idle(self) -> None:
         """Everything that a connection asked is answered, and it may ask more."""
 
@@ -93,7 +95,7 @@ class Connection(Securable):
         """Serve the export of `server`; with `tls`, to nobody before TLS is established on those terms."""
         self.user = self.origin = ""
         self.fd = -1  # of its socket
-        self.since_s = time.monotonic()
+        self.since_s = server.clock_s()
         self._server = server
         self._export = server.export
         self._transport: asyncio.Transport
@@ -103,7 +105,7 @@ class Connection(Securable):
         self._negotiation: Negotiation | None = None
         self._agreement = Agreement("", structured=False, allocation=False)
         self._share = Share(self._retry)
-        self._replies = Replies(self._share)
+        self._replies = Replies(self._share, server.clock_s)
         self._deferred = Deferred(server, self._share, self._replies, self._advance)
         self._buffer: memoryview  # from `connection_made` on: uvloop accepts nobody any more where this here fails
         self._bulk: Block | None = None  # whose memory the buffer is
@@ -443,7 +445,7 @@ class Connection(Securable):
             block.memory[: self._block_filled] = self._buffer[data : self._end]
             self._start = self._end = 0
             self._block = block
-            self._block_since_s = time.monotonic()
+            self._block_since_s = self._server.clock_s()
             self._block_request = (flags, cookie, offset, length)
         return False
 

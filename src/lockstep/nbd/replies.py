@@ -5,7 +5,7 @@ nothing more until then: so what waits here is one batch of replies, and blocks 
 """
 
 import asyncio
-import time
+from collections.abc import Callable
 from typing import Final
 
 from lockstep.nbd import wire
@@ -20,13 +20,15 @@ REPLY_BATCH_BYTES: Final = 256 << 10
 class Replies:
     """The replies to one client. `transport` is None when there is nobody any more to send them to."""
 
-    def __init__(self, share: Share) -> None:
+    def __init__(self, share: Share, clock_s: Callable[[], float]) -> None:
+        """`clock_s` is the one by which clients stall."""
         self.transport: asyncio.Transport | None = None
         self.structured = False
         self.header_bytes = wire.SIMPLE_REPLY.size  # what precedes the data of a read
         self.batch_bytes = 0  # moved, in either direction, since replies were last sent
         self.writable = True  # the client takes them
         self._share = share
+        self._clock_s = clock_s
         self._gathered: list[bytes | bytearray] = []
         self._undrained: list[Block] = []  # whose data the socket has not taken yet
         self._undrained_since_s = 0.0
@@ -63,7 +65,7 @@ class Replies:
             self._share.give(block)
         else:
             if not self._undrained:
-                self._undrained_since_s = time.monotonic()
+                self._undrained_since_s = self._clock_s()
             self._undrained.append(block)
 
     def drained(self) -> None:

@@ -62,6 +62,7 @@ class NbdServer:
         self._busy_poll = BusyPoll()
         self._draining = False
         self.accepting = False
+        self._stood_still_s = 0.0
         self._empty = asyncio.Event()
         self._empty.set()
         self._patrol = self.loop.create_task(self._watch())
@@ -161,6 +162,10 @@ class NbdServer:
         if self._watcher is not None:
             self._watcher.connected(self._entered[connection], connection.user, connection.origin)
 
+    def clock_s(self) -> float:
+        """The clock by which clients stall: while this process stands still (SIGSTOP, say), it hears none of them."""
+        return time.monotonic() - self._stood_still_s
+
     def idle(self) -> None:
         """A connection has nothing more to do now; if none has, the loop is about to sleep."""
         if not self._tasks:
@@ -174,8 +179,12 @@ class NbdServer:
 
     async def _watch(self) -> None:
         while True:
+            due_s = time.monotonic() + PATROL_S
             await asyncio.sleep(PATROL_S)
-            now_s = time.monotonic()
+            late_s = time.monotonic() - due_s
+            if late_s > PATROL_S:
+                self._stood_still_s += late_s
+            now_s = self.clock_s()
             for connection in list(self._connections):
                 if connection.negotiating and now_s - connection.since_s > HANDSHAKE_S:
                     connection.abort("the handshake took too long")
