@@ -6,11 +6,12 @@ nothing open that others wait for, and is left behind if it hangs. Its question 
 """
 
 import contextlib
+import itertools
 import os
 import pickle
 import selectors
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NoReturn, TypeVar
 
 from lockstep.errors import DiskSilent
@@ -18,25 +19,24 @@ from lockstep.errors import DiskSilent
 Answer = TypeVar("Answer")
 
 PATIENCE_S: Final = 5.0
+AT_ONCE: Final = 64  # each takes a process and a descriptor
 _PIECE_BYTES: Final = 64 << 10
 
 _left_behind: dict[str, int] = {}  # question -> the process that has not answered it
 
 
 def ask(questions: Mapping[str, Callable[[], Answer]], patience_s: float = PATIENCE_S) -> dict[str, Answer]:
-    """Put all questions at once and return the answers, without those that hang; what one raises is raised.
+    """Put the questions, AT_ONCE of them, and return the answers, without those that hang; what one raises is raised.
 
     Patience ends when none has been answered for so long: many of them on a slow machine are no silence. For programs
     with one thread.
     """
     answers: dict[str, Answer] = {}
+    unasked = ((name, question) for name, question in questions.items() if not _still_asked(name))
     with selectors.DefaultSelector() as waiting:
         try:
-            for name, question in questions.items():
-                if not _still_asked(name):
-                    pid, fd = _begin(question)
-                    waiting.register(fd, selectors.EVENT_READ, (name, pid, bytearray()))
-            while waiting.get_map() and (ready := waiting.select(patience_s)):
+            while _ask_more(waiting, unasked):
+                ready = waiting.select(patience_s)
                 for each in (key for key, _ in ready):
                     name, pid, said = each.data
                     said += (piece := os.read(each.fd, _PIECE_BYTES))
@@ -44,12 +44,10 @@ def ask(questions: Mapping[str, Callable[[], Answer]], patience_s: float = PATIE
                         _close(waiting, each.fd)
                         os.waitpid(pid, 0)
                         answers[name] = _understood(said)
+                if not ready:
+                    _leave_behind(waiting)
         finally:
-            for each in list(waiting.get_map().values()):
-                name, pid, _ = each.data
-                _close(waiting, each.fd)
-                os.killpg(pid, signal.SIGKILL)
-                _left_behind[name] = pid
+            _leave_behind(waiting)
     return answers
 
 
@@ -63,6 +61,23 @@ def _still_asked(name: str) -> bool:
     if pid is not None and os.waitpid(pid, os.WNOHANG) == (0, 0):
         _left_behind[name] = pid
     return name in _left_behind
+
+
+def _ask_more(waiting: selectors.BaseSelector, unasked: Iterator[tuple[str, Callable[[], object]]]) -> bool:
+    """Have as many questions under way as may be; False when there is none, and none left."""
+    for name, question in itertools.islice(unasked, AT_ONCE - len(waiting.get_map())):
+        pid, fd = _begin(question)
+        waiting.register(fd, selectors.EVENT_READ, (name, pid, bytearray()))
+    return bool(waiting.get_map())
+
+
+def _leave_behind(waiting: selectors.BaseSelector) -> None:
+    """Wait no longer for those that are under way."""
+    for each in list(waiting.get_map().values()):
+        name, pid, _ = each.data
+        _close(waiting, each.fd)
+        os.killpg(pid, signal.SIGKILL)
+        _left_behind[name] = pid
 
 
 def _begin(question: Callable[[], object]) -> tuple[int, int]:
