@@ -3,6 +3,8 @@
 import hashlib
 import json
 import random
+import re
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from lockstep.registry.access import Grant
 from lockstep.registry.audit import Actor
 from lockstep.registry.store import Registry
 from lockstep.registry.windows import parse
+from tests.lab import MIB, Lab
 
 ADA = Actor("ada", "a test")
 
@@ -176,6 +179,32 @@ def test_the_database_refuses_to_change_or_delete_a_row(registry: Registry, file
         ):
             with pytest.raises(sqlite3.DatabaseError, match=r"append-only|UNIQUE"):
                 connection.execute(statement)
+
+
+_MANY = """
+WITH RECURSIVE counted(number) AS (SELECT 2 UNION ALL SELECT number + 1 FROM counted WHERE number < 5000)
+INSERT INTO audit SELECT number, number, 'vm1', 'connect', 'bob', 'unix socket, pid ' || number,
+    'bob came' || char(10) || number, '{}', '', '' FROM counted
+"""
+
+
+def test_a_long_trail_is_listed_row_by_row(lab: Lab) -> None:
+    lab.lockstep("create", "vm1", "--target", lab.disk("target", MIB)).ok()
+    with closing(sqlite3.connect(lab.state / "registry.db")) as connection, connection:
+        connection.execute(_MANY)
+    took_s = []
+    for options in ((), ("--json",)):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        said = lab.lockstep("audit", *options).ok().splitlines()
+        took_s.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
+        assert len(said) == 5000 + (not options)
+    assert took_s[0] < 2 * took_s[1]
+    names, *rows = lab.lockstep("audit").ok().splitlines()
+    assert names.split("  ")[0] == "Time"
+    for row in rows[1:]:
+        columns = re.split("  +", row)
+        assert columns[1:4] == ["vm1", "bob", "connect"]
+        assert columns[5] == "bob came\\n" + columns[4].removeprefix("unix socket, pid ")
 
 
 def test_rows_that_many_write_at_once_have_no_gap(registry: Registry, file: Path) -> None:
