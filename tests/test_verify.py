@@ -176,6 +176,21 @@ def test_a_mirror_that_is_away_is_not_said_to_be_equal(volume: Volume) -> None:
             assert ".." not in said
 
 
+@pytest.mark.parametrize("served", [True, False], ids=["served", "at-rest"])
+def test_a_mirror_that_is_away_does_not_hide_that_another_differs(volume: Volume, served: bool) -> None:
+    lab, second = volume.lab, volume.lab.home / "second"
+    key = ("--key-file", lab.key)
+    lab.lockstep("mirror", "add", "vol", second, *key, environment=lab.quick_format()).ok()
+    with volume.served(in_sync=False):
+        lab.lockstep("sync", "vol", "--wait").ok()
+    damage(Volume(lab, "vol", volume.target, second, None), MIB)
+    volume.mirror.rename(lab.home / "away")
+    with volume.served(in_sync=False) if served else contextlib.nullcontext():
+        done = lab.lockstep("verify", "vol", *key)
+    assert (done.code, f"{second} differs from its target in 1 places" in done.err) == (3, True)
+    assert f"{volume.mirror}: compared 0 B, and not to the end" in done.out
+
+
 def test_a_mirror_that_was_never_copied_is_not_said_to_be_equal(volume: Volume) -> None:
     done = volume.lab.lockstep("verify", "vol", "--key-file", volume.lab.key)
     done.failed(1, "all of it is known to differ")

@@ -116,13 +116,14 @@ def _finding(result: dict[str, Any]) -> str:
 def _judge(name: str, results: list[dict[str, Any]]) -> None:
     if not results:
         raise NoMirror(volume=name)
+    for result in results:  # what differs first: another mirror that is away must not hide it
+        if result["repaired_bytes"] < result["differing_bytes"]:
+            count = len(result["mismatches"])
+            raise MirrorsDiffer(mirror=result["path"], places=count, volume=name, bytes=result["differing_bytes"])
     for result in results:
         if result["error"] or not result["compared_bytes"]:
             reason = result["error"] or "all of it is known to differ, and not copied yet"
             raise VerifyIncomplete(mirror=result["path"], reason=reason, volume=name)
-        if result["repaired_bytes"] < result["differing_bytes"]:
-            count = len(result["mismatches"])
-            raise MirrorsDiffer(mirror=result["path"], places=count, volume=name, bytes=result["differing_bytes"])
         if result["repaired_bytes"] and result["dirty_bytes"]:
             reason = "what differs is marked, and could not be copied yet"
             raise StillBehind(mirror=result["path"], state=result["state"], reason=reason, volume=name)
