@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lockstep.errors import RegistryLost
-from tests.lab import MIB, Lab, Served, wait_until, write
+from tests.lab import MIB, Lab, Served, needs, wait_until, write
 
 
 def lost(lab: Lab, found: str) -> tuple[str, ...]:
@@ -118,3 +118,15 @@ def test_volumes_that_were_all_removed_leave_a_registry_behind(lab: Lab) -> None
     lab.lockstep("remove", "vol").ok()
     assert "There are no volumes" in lab.lockstep("list").ok()
     lab.lockstep("create", "again", "--target", volume.target).ok()
+
+
+@needs("nbdfuse", "losetup", "/dev/fuse", root=True)
+def test_a_device_is_let_go_whatever_the_registry_is(lab: Lab) -> None:
+    volume, registry = lab.volume("vol", MIB), lab.state / "registry.db"
+    with volume.served():
+        device = lab.lockstep("attach", "vol").ok().strip()
+        sound = registry.read_bytes()
+        registry.write_bytes(b"no database" * 1000)
+        lab.lockstep("list").failed(1, "is not a sound registry")
+        assert lab.lockstep("detach", "vol").ok() == f"Detached {device}.\n"
+        registry.write_bytes(sound)
