@@ -317,6 +317,36 @@ def test_partitions_and_holders_are_read_from_the_kernel(tmp_path: Path, monkeyp
     assert probe.overlap(disk("sdb1"), disk("sdb2")) is None
 
 
+_ODD_NAMES = r"""
+import os, subprocess, sys
+from lockstep.disk import probe
+
+home, image, device = sys.argv[1:]
+os.chdir(home)
+points = [os.path.join(home, os.fsdecode(name)) for name in (b"\xff", "\u2028".encode(), b"\x0c", "a\u00a0b".encode())]
+for point in points:
+    os.mkdir(point)
+    subprocess.run(["mount", "-t", "tmpfs", "none", point], check=True)
+with open("shown", "wb") as shown:
+    shown.write(b"/tmp/\xff.img\n")
+subprocess.run(["mount", "--bind", "shown", f"/sys/block/{device[5:]}/loop/backing_file"], check=True)
+with open("/proc/self/comm", "wb") as comm:
+    comm.write(b"a\xc3")
+assert probe.mounted_paths() >= set(points)
+assert probe.users_of(probe.inspect(image)) == (f"backing file of {device}",)
+assert probe.users_of(probe.inspect(device)) == ()
+assert probe.process_name(os.getpid()) == f"a\udcc3 (process {os.getpid()})"
+"""
+
+
+@needs_loop
+def test_what_others_have_given_odd_names_keeps_nobody_from_looking(
+    image: Callable[..., str], loop: Callable[..., str], tmp_path: Path
+) -> None:
+    below = image()
+    run("unshare", "--mount", sys.executable, "-c", _ODD_NAMES, str(tmp_path), below, loop(below))
+
+
 @needs_loop
 def test_a_program_that_has_the_device_open_is_named(image: Callable[..., str], loop: Callable[..., str]) -> None:
     disk = probe.inspect(loop(image()))

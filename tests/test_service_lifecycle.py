@@ -33,7 +33,7 @@ from lockstep.errors import (
     VolumeUnknown,
 )
 from lockstep.service.control_client import ANSWER_TIMEOUT_S, ask_status
-from tests.lab import MIB, Lab, Result, Served, Volume, loop_devices, run, wait_until
+from tests.lab import MIB, Lab, Result, Served, Volume, loop_devices, opened, run, wait_until
 from tests.test_service_refusals import assert_error, everything_below, mounted
 
 needs_attach = pytest.mark.skipif(
@@ -542,6 +542,20 @@ def test_attach_and_detach(lab: Lab, attachable: tuple[Volume, Served]) -> None:
 
 def refused(result: Result, error: LockstepError) -> None:
     assert_error(result, error)
+
+
+@needs_attach
+@pytest.mark.parametrize("name", ["a\udcff b", "a\u00a0\n%25"])
+def test_a_state_directory_whose_name_is_odd(lab: Lab, name: str) -> None:
+    lab.state = lab.home / name
+    volume = lab.volume("vol", MIB)
+    with volume.served() as server:
+        assert '"export-size": 1048576' in run("nbdinfo", "--json", server.uri)
+        device = lab.lockstep("attach", "vol").ok().strip()
+        assert lab.lockstep("attach", "vol").ok().strip() == device, "attaching what is attached is a no-op"
+        assert lab.lockstep("detach", "vol").ok() == f"Detached {device}.\n"
+    with opened(volume, "--socket", f"{lab.state}.sock") as (_mirror, uri):
+        assert '"export-size": 1048576' in run("nbdinfo", "--json", uri)
 
 
 @needs_attach

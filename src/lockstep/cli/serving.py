@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 from typing import TYPE_CHECKING, Annotated
-from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
 
 import typer
 
@@ -119,7 +119,7 @@ def attach(
     uri = ask_status(state.control(name), name)["uri"]
     if uri is None:
         raise ServerSilent(volume=name, reason="it lets nobody in, yet or any more")
-    socket = unquote(uri.partition("?socket=")[2])
+    socket = os.fsdecode(unquote_to_bytes(uri.partition("?socket=")[2]))
     typer.echo(attaching.attach(socket, name, state.run_dir, volume.sector_bytes, user).device)
 
 

@@ -35,6 +35,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lockstep.errors import (
     DirectImpossible,
@@ -219,7 +220,9 @@ def signatures(disk: Disk) -> tuple[str, ...]:
     """
     command = ["wipefs", "--no-act", "--json", "--output", "TYPE,USAGE,OFFSET", "--", disk.path]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL
+        )
     except FileNotFoundError as error:
         raise DiskToolMissing(tool="wipefs", package="util-linux") from error
     if done.returncode != 0:
@@ -295,34 +298,15 @@ def opened_by(disk: Disk) -> tuple[str, ...]:
     return tuple(dict.fromkeys(phrases))
 
 
-@dataclass(frozen=True)
-class Mount:
-    """A line of proc_pid_mountinfo(5)."""
-
-    number: str
-    """Of the device, as "8:17"."""
-    point: str
-    kind: str
-    source: str
-
-
-def mounts() -> Iterator[Mount]:
-    """Every mount that this process sees; unlike a stat, this neither fails nor hangs on a dead one."""
-    for line in _text("/proc/self/mountinfo").split("\n")[:-1]:
-        front, _, back = line.partition(" - ")
-        fields, (kind, source, *_) = front.split(" "), back.split(" ")
-        yield Mount(fields[2], _unescaped(fields[4]), kind, _unescaped(source))
-
-
 def mounted_paths() -> set[str]:
-    """Every mount point that this process sees."""
+    """Every mount point that this process sees; unlike a stat, this neither fails nor hangs on a dead one."""
     return {mount.point for mount in mounts()}
 
 
 def process_name(pid: int) -> str:
     """Such as "qemu-io (process 312)". Never the argument list: it may carry what must not be shown."""
     try:
-        return f"{_text(f'/proc/{pid}/comm').strip()} (process {pid})"
+        return f"{kernel_text(Path(f'/proc/{pid}/comm'))} (process {pid})"
     except OSError:
         return f"process {pid}"
 
@@ -356,10 +340,9 @@ def _direct_uses(node: "Node") -> Iterator[str]:
 
 def _mount_points(device: int) -> Iterator[str]:
     """Where the device is mounted in this process's view."""
-    number = _numbered(device)
     for mount in mounts():
         # btrfs shows a number of its own and names the device only as the source.
-        if mount.number == number or (
+        if mount.number == _numbered(device) or (
             mount.number.startswith("0:")
             and mount.source.startswith("/dev/")
             and _identity_of(mount.source) == (device, 0)
@@ -368,8 +351,30 @@ def _mount_points(device: int) -> Iterator[str]:
 
 
 def _swap_paths() -> Iterator[str]:
-    for line in _text("/proc/swaps").split("\n")[1:-1]:
-        yield _unescaped(re.split(r"[ \t]", line)[0]).removesuffix(" (deleted)")
+    for line in kernel_text(Path("/proc/swaps")).split("\n")[1:]:
+        yield _unescaped(line.partition(" ")[0]).removesuffix(" (deleted)")
+
+
+class Mount(NamedTuple):
+    """A row of the kernel's table of mounts (proc_pid_mountinfo(5)); `number` is the device's, as MAJOR:MINOR."""
+
+    number: str
+    point: str
+    kind: str
+    source: str
+
+
+def mounts() -> Iterator[Mount]:
+    """Every mount that this process sees."""
+    for line in filter(None, kernel_text(Path("/proc/self/mountinfo")).split("\n")):
+        front, _, back = line.partition(" - ")
+        fields, (kind, source) = front.split(" "), back.split(" ")[:2]
+        yield Mount(fields[2], _unescaped(fields[4]), kind, _unescaped(source))
+
+
+def kernel_text(file: Path) -> str:
+    """What the kernel shows in a file: names in it are bytes, which need be no text, and may hold any white space."""
+    return os.fsdecode(file.read_bytes()).rstrip("\n")
 
 
 def _unescaped(text: str) -> str:
@@ -461,14 +466,9 @@ def _sysfs(device: int) -> str:
     return os.path.realpath(f"/sys/dev/block/{_numbered(device)}")
 
 
-def _text(path: str) -> str:
-    """What a file of the kernel's says. It names others' files and programs, and those may be any bytes."""
-    return os.fsdecode(Path(path).read_bytes())
-
-
 def _sysfs_text(device: int, name: str) -> str | None:
     try:
-        return _text(f"{_sysfs(device)}/{name}").rstrip("\n")
+        return kernel_text(Path(_sysfs(device), name))
     except OSError:
         return None
 
@@ -482,7 +482,7 @@ def _sysfs_names(device: int, name: str) -> list[str]:
 
 def _sysfs_device(directory: str) -> int | None:
     try:
-        major, minor = _text(f"{directory}/dev").split(":")
+        major, minor = kernel_text(Path(f"{directory}/dev")).split(":")
     except OSError:
         return None
     return os.makedev(int(major), int(minor))

@@ -350,7 +350,7 @@ def _attach_fuse(socket: str, place: _Place, sector_bytes: int, undo: ExitStack)
 def _start_nbdfuse(socket: str, place: _Place) -> int:
     """Start nbdfuse in a session of its own, where no Ctrl-C of ours reaches it, and wait until it serves."""
     os.makedirs(place.mountpoint, mode=0o700, exist_ok=True)
-    uri = f"nbd+unix:///{quote(place.name, safe='')}?socket={quote(socket)}"
+    uri = f"nbd+unix:///{quote(place.name, safe='')}?socket={quote(os.fsencode(socket))}"
     command = ["nbdfuse", f"--connections={_CONNECTIONS}", f"--pidfile={place.pid_file}", place.file, uri]
     with open(place.log, "wb") as log:
         child = subprocess.Popen(
@@ -512,7 +512,7 @@ def _quoted(said: str | None, code: int) -> str:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text(errors="replace").rstrip("\n")
+        return probe.kernel_text(path)
     except OSError:
         return None
 

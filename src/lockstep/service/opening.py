@@ -294,7 +294,7 @@ def exported(view: Opened, socket: str) -> Iterator[str]:
             done.result()
         stop = ready.result()
         try:
-            yield f"nbd+unix:///{view.name}?socket={quote(socket)}"
+            yield f"nbd+unix:///{view.name}?socket={quote(os.fsencode(socket))}"
         finally:
             stop()
             done.result()

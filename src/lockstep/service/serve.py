@@ -186,7 +186,7 @@ async def _serve(
 async def _listening(server: NbdServer, listen: Listen, name: str) -> AsyncIterator[list[str]]:
     """Claim the sockets; nobody is let in before the server accepts."""
     clear_stale_socket(listen.socket)
-    uris = [f"nbd+unix:///{name}?socket={quote(listen.socket)}"]
+    uris = [f"nbd+unix:///{name}?socket={quote(os.fsencode(listen.socket))}"]
     try:
         await server.listen_unix(listen.socket, listen.group)
     except OSError as error:
