@@ -2,6 +2,8 @@
 
 import os
 import pwd
+import subprocess
+import sys
 from pathlib import Path
 
 from lockstep.crypto import luks
@@ -38,6 +40,30 @@ def test_what_root_makes_is_the_owners(lab: Lab) -> None:
     key = ("--key-file", lab.key, "--new-key-file", new, "--iter-time", "10")
     lab.lockstep("key", "add", "vol", *key, environment=lab.quick_format()).ok()
     assert set(owners(lab).values()) == {NOBODY}
+
+
+_LOCKED = """
+import sqlite3, subprocess, sys
+from lockstep.service.state import State
+
+state = State(sys.argv[1])
+connection = sqlite3.connect(state.registry_path, isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+with state.borrowing_lock("of-a-mirror"):
+    pass
+other = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('BEGIN IMMEDIATE')"
+done = subprocess.run([sys.executable, "-c", other, state.registry_path], capture_output=True, check=False)
+assert b"database is locked" in done.stderr, (done.returncode, done.stderr)
+"""
+
+
+@needs("/", root=True)
+def test_what_is_handed_over_keeps_the_locks_on_the_registry(lab: Lab) -> None:
+    """As when a server of root's looks for its mirror while another thread of it writes the audit trail."""
+    lab.lockstep("list").ok()
+    give_away(lab)
+    done = subprocess.run([sys.executable, "-c", _LOCKED, str(lab.state)], capture_output=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @needs("/", root=True)

@@ -183,11 +183,16 @@ class State:
 
 
 def _give(path: str, owner: os.stat_result) -> None:
-    with contextlib.suppress(OSError):  # of a link, and of a socket
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    """Hand over a file, if it is root's.
+
+    It is not really opened: to close a descriptor of the registry would drop the locks that SQLite has on it.
+    """
+    with contextlib.suppress(OSError):  # of what is gone meanwhile
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            found = os.fstat(fd)
-            if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_uid == 0:
-                os.fchown(fd, owner.st_uid, owner.st_gid)
+            found, itself = os.fstat(fd), f"/proc/self/fd/{fd}"
+            only_here = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+            if found.st_uid == 0 and only_here:
+                os.chown(itself, owner.st_uid, owner.st_gid)
         finally:
             os.close(fd)
