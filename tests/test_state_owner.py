@@ -42,6 +42,15 @@ def test_what_root_makes_is_the_owners(lab: Lab) -> None:
     assert set(owners(lab).values()) == {NOBODY}
 
 
+@needs("/", root=True)
+def test_a_state_directory_that_root_is_the_first_to_use_is_its_owners(lab: Lab) -> None:
+    lab.state.mkdir(mode=0o700)
+    os.chown(lab.state, NOBODY, -1)
+    lab.lockstep("list").ok()
+    assert set(owners(lab)) == {"registry.db", "run", "intent", "held", "filling"}
+    assert set(owners(lab).values()) == {NOBODY}
+
+
 _LOCKED = """
 import sqlite3, subprocess, sys
 from lockstep.service.state import State

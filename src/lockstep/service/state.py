@@ -48,7 +48,10 @@ class State:
     def registry(self) -> Registry:
         """Open the registry, and make it in a new directory. Raises what `prepare` raises, and registry errors."""
         self.prepare()
-        return self.registry_place.open()
+        try:
+            return self.registry_place.open()
+        finally:
+            self._hand_over()
 
     @property
     def registry_place(self) -> RegistryPlace:
@@ -183,7 +186,7 @@ class State:
 
 
 def _give(path: str, owner: os.stat_result) -> None:
-    """Hand over a file, if it is root's.
+    """Hand over a file, or a directory that is still empty, if it is root's.
 
     It is not really opened: to close a descriptor of the registry would drop the locks that SQLite has on it.
     """
@@ -192,7 +195,8 @@ def _give(path: str, owner: os.stat_result) -> None:
         try:
             found, itself = os.fstat(fd), f"/proc/self/fd/{fd}"
             only_here = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
-            if found.st_uid == 0 and only_here:
+            fresh = stat.S_ISDIR(found.st_mode) and not os.listdir(itself)
+            if found.st_uid == 0 and (only_here or fresh):
                 os.chown(itself, owner.st_uid, owner.st_gid)
         finally:
             os.close(fd)
