@@ -90,6 +90,17 @@ def test_a_removed_recovery_key_leaves_no_mark(lab: Lab) -> None:
     assert [token["type"] for token in metadata["tokens"].values()] == ["lockstep"]
 
 
+def test_a_recovery_key_is_removed_by_what_was_printed(lab: Lab) -> None:
+    Keys(lab)
+    added = json.loads(lab.lockstep("key", "add", "vol", "--key-file", lab.key, "--recovery", "--json").ok())
+    key = added["recovery_key"].encode()
+    removed = json.loads(lab.lockstep("key", "remove", "vol", "--key-file", "-", "--json", stdin=key).ok())
+    assert (removed["slot"], removed["still_opens"]) == (added["slot"], False)
+    lab.lockstep("key", "remove", "vol", "--key-file", "-", stdin=key).failed(1, "is not removed")
+    second = lab.lockstep("mirror", "add", "vol", lab.home / "second", "--key-file", "-", stdin=key)
+    second.failed(1, "does not open", "another mirror of vol")
+
+
 def test_a_recovery_key_that_cannot_be_put_into_the_audit_trail_opens_nothing(lab: Lab) -> None:
     keys = Keys(lab)
     with contextlib.closing(sqlite3.connect(lab.state / "registry.db")) as registry:

@@ -27,6 +27,9 @@ ALPHABET: Final = "bcdefghjknprstvx"
 GROUPS: Final = 8  # the last one is the checksum
 GROUP_LETTERS: Final = 6
 
+WRONG: Final = (WrongPassphrase, RecoveryKeyMistyped, RecoveryKeyUnknown)
+"""What `wrong_passphrase` may return."""
+
 _EXACT: Final = re.compile(rf"[{ALPHABET}]{{{GROUP_LETTERS}}}(-[{ALPHABET}]{{{GROUP_LETTERS}}}){{{GROUPS - 1}}}")
 _LETTERS: Final = GROUPS * GROUP_LETTERS
 _SLACK: Final = 4  # how many letters may be missing or too many in what is still taken for one

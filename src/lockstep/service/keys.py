@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lockstep.crypto import keyslots, luks, recovery_key
 from lockstep.crypto.keyslots import KeySlot
-from lockstep.errors import LockstepError, NoMirror, WrongPassphrase
+from lockstep.errors import LockstepError, NoMirror
 from lockstep.registry.store import MirrorRecord
 from lockstep.service import mirrors
 from lockstep.service.managing import MirrorWork, manager, working_on
@@ -78,7 +78,7 @@ def remove_key(state: State, name: str, mirror_path: str | None, passphrase: Ask
     with _changing(state, name, mirror_path, "remove a key from", passphrase) as work:
         removed = keyslots.remove(work.header, passphrase(), slot)
         work.note(REMOVED, f"removed key slot {removed} of", slot=removed)
-        still_opens = slot is None and _opens(work.header, passphrase())
+        still_opens = slot is None and keyslots.opened_by(work.header, passphrase()) is not None
     return Done(work.mirror, removed, still_opens=still_opens)
 
 
@@ -120,11 +120,3 @@ def _undone(work: MirrorWork, passphrase: Ask, slot: int) -> Iterator[None]:
     except BaseException:
         keyslots.remove(work.header, passphrase(), slot)
         raise
-
-
-def _opens(header: str, passphrase: bytes) -> bool:
-    try:
-        luks.wipe(luks.volume_key(header, passphrase))
-    except WrongPassphrase:
-        return False
-    return True

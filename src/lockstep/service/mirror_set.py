@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from lockstep.crypto import luks
+from lockstep.crypto import luks, recovery_key
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk import patience
 from lockstep.disk.mirror import SECTOR_SIZES, make_mirror, open_mirror, refuse_unfit, whole_sectors
@@ -39,7 +39,6 @@ from lockstep.errors import (
     StillServed,
     TargetResized,
     TargetUnfinished,
-    WrongPassphrase,
 )
 from lockstep.registry.audit import Actor
 from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
@@ -276,7 +275,7 @@ def _refuse_another_key(volume: VolumeRecord, plan: MirrorPlan) -> None:
     for mirror in volume.mirrors:
         try:
             luks.wipe(luks.volume_key(mirrors.header_path(mirror), plan.passphrase()))
-        except WrongPassphrase as error:
+        except recovery_key.WRONG as error:
             raise MirrorKeysDiffer(path=plan.path, other=mirror.path, volume=volume.name) from error
         except (HeaderUnreadable, HeaderDamaged, NotLuks2, NoKeySlots):
             continue
