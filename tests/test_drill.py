@@ -91,6 +91,13 @@ def assert_clean(volume: Volume) -> None:
 GOOD = [("open", True), ("attach", True), ("look", True), ("replay", True), ("check", True), ("read", True)]
 
 
+def test_what_is_on_the_disk_says_nothing_to_the_terminal(lab: Lab) -> None:
+    volume = backed_up(lab, file_system(lab, 8 * MIB, *EXT4, "-L", "\x1b[31mred"))
+    said = volume.lab.lockstep("drill", "vol", "--key-file", volume.lab.key).ok()
+    assert "\\x1b[31mred: " in said
+    assert "\x1b" not in said
+
+
 @pytest.mark.parametrize(
     ("size_bytes", "make"),
     [

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lockstep.cli.options import Credential, Json, KeyFile, Name, TokenOnly, unlock_from
-from lockstep.cli.output import print_json
+from lockstep.cli.output import print_json, visible
 from lockstep.cli.state import StateDir, state_of
 from lockstep.service.drill import Step, described, require_passed
 from lockstep.service.drill import drill as drill_volume
@@ -44,7 +44,8 @@ def drill(
 
 def _show(step: Step) -> None:
     outcome = "ok" if step.passed else "FAILED"
-    typer.echo(f"{step.name:8} {outcome:6} {step.seconds:7.2f} s  {' '.join(filter(None, (step.what, step.detail)))}")
+    what = visible(" ".join(filter(None, (step.what, step.detail))))  # a label or a file's name may be anything
+    typer.echo(f"{step.name:8} {outcome:6} {step.seconds:7.2f} s  {what}")
 
 
 COMMANDS = {"drill": drill}

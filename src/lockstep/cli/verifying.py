@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from lockstep.cli.options import Credential, Json, KeyFile, Name, TokenOnly, unlock_from
-from lockstep.cli.output import human_bytes, human_moment, print_json
+from lockstep.cli.output import human_bytes, human_moment, print_json, visible
 from lockstep.cli.screen import progress_bar
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import LockstepError, MirrorsDiffer, NoMirror, NotServed, StillBehind, VerifyIncomplete
@@ -137,7 +137,7 @@ def _show_history(state: State, name: str, *, as_json: bool) -> None:
         if as_json:
             print_json(row.to_json())
         else:
-            typer.echo(f"{human_moment(row.at_us / 1e6)}  {row.event} by {row.user}: {row.reason}")
+            typer.echo(visible(f"{human_moment(row.at_us / 1e6)}  {row.event} by {row.user}: {row.reason}"))
     if not rows and not as_json:
         typer.echo(f"The mirrors of {name} were never compared. `lockstep verify {name}` does so.")
 
