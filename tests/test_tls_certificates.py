@@ -203,7 +203,9 @@ def test_a_write_that_fails_leaves_nothing(tls: Path, monkeypatch: pytest.Monkey
     assert names(tls / "clients") == set()
 
 
-@pytest.mark.parametrize("user", ["alice", "..", ".", "a/b", "../../etc", "alice@example.org", "größe", "a b"])
+@pytest.mark.parametrize(
+    "user", ["alice", "..", ".", "a/b", "../../etc", "alice@example.org", "größe", "a b", "ü" * 32]
+)
 def test_whatever_the_name_it_is_one_directory_below_clients(tls: Path, user: str) -> None:
     path = Path(client_directory(str(tls), user))
     assert path.parent == tls / "clients"
@@ -212,10 +214,18 @@ def test_whatever_the_name_it_is_one_directory_below_clients(tls: Path, user: st
     assert [each.name for each in list_certificates(str(tls)) if each.kind == "client"] == [user]
 
 
-@pytest.mark.parametrize("user", ["", "*", " alice", "a" * 65, "al\nice", "al\0ice", "\u202ealice"])
+@pytest.mark.parametrize("user", ["", "*", " alice", "a" * 65, "ü" * 33, "al\nice", "al\0ice", "\u202ealice"])
 def test_what_cannot_be_a_user(tls: Path, user: str) -> None:
     with pytest.raises(UserNameInvalid):
         make_client(str(tls), user)
+
+
+def test_a_host_whose_name_is_long(tmp_path: Path) -> None:
+    host = f"{'ü' * 30}.{'a' * 60}.example.org"
+    make_authority(str(tmp_path / "tls"), [host])
+    (server,) = (each for each in list_certificates(str(tmp_path / "tls")) if each.kind == "server")
+    assert host.startswith(server.name)
+    assert host.encode("idna").decode() in server.hosts
 
 
 @pytest.mark.parametrize("host", ["", "a b", "host:10809", "a/b", "-\n", "x" * 300])

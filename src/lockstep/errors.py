@@ -155,7 +155,10 @@ class UserNameInvalid(UsageError):
     """Data: user."""
 
     happened = "{user!r} cannot be the name of a user."
-    cause = "A name has 1 to 64 printable characters, no space at its ends, and is not *, which means everybody."
+    cause = (
+        "A name has 1 to 64 printable characters, in a certificate bytes of UTF-8, no space at its ends, and is not *, "
+        "which means everybody."
+    )
     next_step = "Choose another name."
 
 

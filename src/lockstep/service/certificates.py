@@ -51,6 +51,7 @@ SERVER_KEY: Final = "server-key.pem"
 CLIENT_CERT: Final = "client-cert.pem"
 CLIENT_KEY: Final = "client-key.pem"
 
+_MOST_NAME_BYTES: Final = 64  # of a common name, as the library counts
 _SKEW: Final = datetime.timedelta(hours=1)
 _HOST_NAME: Final = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _ALWAYS: Final = ("localhost", "127.0.0.1", "::1")
@@ -113,7 +114,7 @@ def make_authority(directory: str, hosts: Sequence[str] = (), days: int = LEAF_D
         _require_absent(directory, CA_CERT, CA_KEY)
         authority = _new_authority()
         files |= {CA_CERT: _pem(authority.certificate), CA_KEY: _pem_of_key(authority.key)}
-    name = str(hosts[0] if hosts else socket.gethostname())[:64]
+    name = _fitting(hosts[0] if hosts else socket.gethostname())
     certificate, key = _signed(authority, name, ExtendedKeyUsageOID.SERVER_AUTH, days, alternatives)
     files |= {SERVER_CERT: _pem(certificate), SERVER_KEY: _pem_of_key(key)}
     return _publish(directory, files)
@@ -127,7 +128,7 @@ def make_client(
     `began` is when its lifetime begins, by default now. Raises UserNameInvalid, TlsFilesExist, TlsDirUnusable,
     TlsAuthorityAway.
     """
-    if not is_user_name(user):
+    if not is_user_name(user) or len(user.encode()) > _MOST_NAME_BYTES:
         raise UserNameInvalid(user=user)
     authority = _load_authority(directory)
     out = out or client_directory(directory, user)
@@ -175,7 +176,7 @@ def load_terms(directory: str) -> Terms:
 def _new_authority() -> _Authority:
     key = ec.generate_private_key(ec.SECP256R1())
     now = _now()
-    name = _name(f"Lockstep CA of {socket.gethostname()}"[:64])
+    name = _name(_fitting(f"Lockstep CA of {socket.gethostname()}"))
     usage = _key_usage(signs_certificates=True)
     builder = (
         _builder(name, name, key, now, now + datetime.timedelta(days=CA_DAYS))
@@ -240,6 +241,11 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
+
+
+def _fitting(text: str) -> str:
+    """As much of it as a common name has room for."""
+    return text.encode()[:_MOST_NAME_BYTES].decode(errors="ignore")
 
 
 def _name(text: str) -> x509.Name:
