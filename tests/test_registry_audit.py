@@ -11,13 +11,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lockstep.errors import GrantUnknown, RegistryDamaged, VolumeUnknown
-from lockstep.registry import audit
+from lockstep.registry import audit, store
 from lockstep.registry.access import Grant
-from lockstep.registry.audit import Actor
+from lockstep.registry.audit import Actor, AuditRecord
 from lockstep.registry.store import Registry
 from lockstep.registry.windows import parse
 from tests.lab import MIB, Lab
@@ -186,6 +187,39 @@ WITH RECURSIVE counted(number) AS (SELECT 2 UNION ALL SELECT number + 1 FROM cou
 INSERT INTO audit SELECT number, number, 'vm1', 'connect', 'bob', 'unix socket, pid ' || number,
     'bob came' || char(10) || number, '{}', '', '' FROM counted
 """
+
+
+def test_who_reads_a_long_trail_keeps_no_server_from_writing_it(
+    registry: Registry, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for longer than a piece of it takes: a server that cannot write updates no mirror."""
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.executescript(_MANY)
+    added = 0
+
+    def record_of(row: Any) -> AuditRecord:
+        nonlocal added
+        if added < 3:
+            added += 1
+            with closing(sqlite3.connect(file, timeout=0)) as connection, connection:
+                connection.execute("UPDATE audit_head SET number = number + 1")
+        return audit_record(row)
+
+    audit_record = store._audit_record
+    monkeypatch.setattr(store, "_audit_record", record_of)
+    for read in (registry.audit_rows, registry.check_audit):
+        added = 0
+        read()
+        assert added > 0
+
+
+def test_a_trail_of_many_pieces_is_checked_to_its_end(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_PIECE_ROWS", 3)
+    for number in range(2, 11):
+        registry.grant("vm1", Grant(f"user {number}", (), "UTC"), actor=ADA)
+        found = registry.check_audit()
+        assert (found.rows, found.reason) == (number, None)
+        assert found.head == registry.audit_rows()[-1].hash
 
 
 def test_a_long_trail_is_listed_row_by_row(lab: Lab) -> None:

@@ -132,7 +132,7 @@ def _judge(name: str, results: list[dict[str, Any]]) -> None:
 def _show_history(state: State, name: str, *, as_json: bool) -> None:
     with state.registry() as registry:
         registry.volume(name)
-        rows = [row for row in registry.audit_rows(volume=name) if row.event in ("verify", "scrub")]
+        rows = registry.audit_rows(volume=name, events=("verify", "scrub"))
     for row in rows:
         if as_json:
             print_json(row.to_json())

@@ -10,7 +10,7 @@ the last hash elsewhere, as `audit --check` prints it, can tell that later with 
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -77,11 +77,11 @@ def hash_of(members: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def check(rows: Iterable[AuditRecord], last: tuple[int, str] | None, head: str | None) -> AuditCheck:
+def check(rows: Iterable[AuditRecord], last: Callable[[], tuple[int, str]], head: str | None) -> AuditCheck:
     """Check all rows, in the order of their numbers.
 
-    `last` is the number and the hash of the last row as the registry keeps them beside the trail; `head` is a hash that
-    was noted earlier, which must still be in it.
+    `last` returns the number and the hash of the last row as the registry kept them beside the trail when that was read
+    to its end; `head` is a hash that was noted earlier, which must still be in it.
     """
     number, previous = 0, FIRST
     seen_head = head in (None, FIRST)
@@ -95,8 +95,8 @@ def check(rows: Iterable[AuditRecord], last: tuple[int, str] | None, head: str |
             return AuditCheck(number - 1, previous, number, f"row {number} was altered")
         previous = row.hash
         seen_head = seen_head or previous == head
-    if last is not None and last != (number, previous):
-        return AuditCheck(number, previous, number + 1, f"rows {number + 1} to {last[0]} are missing")
+    if last() != (number, previous):
+        return AuditCheck(number, previous, number + 1, f"rows {number + 1} to {last()[0]} are missing")
     if not seen_head:
         return AuditCheck(number, previous, number + 1, f"no row has the hash {head}: rows at the end were removed")
     return AuditCheck(number, previous)

@@ -93,6 +93,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _WRITERS_LOCK = 0x6C6F636B
 """PostgreSQL's advisory locks are numbers of a database: this is "lock" in ASCII, and beside it stands the schema."""
 
+_PIECE_ROWS = 5000  # of the audit trail, read in a fraction of a second
+
 _SQLITE_SCHEME = "sqlite:///"
 _POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 
@@ -470,14 +472,30 @@ class Registry:
         if events is not None:
             query = query.where(AUDIT.c.event.in_(events))
         with self._transaction() as connection:
-            return tuple(map(_audit_record, connection.execute(query)))
+            found = connection.execute(query).all()
+        return tuple(map(_audit_record, found))  # not within it: see `check_audit`
 
     def check_audit(self, head: str | None = None) -> AuditCheck:
-        """Prove that the audit trail is whole; `head`, a hash noted earlier, must still be in it."""
-        with self._transaction() as connection:
-            noted = _audit_head(connection) or (0, audit.FIRST)
-            rows = connection.execute(select(AUDIT).order_by(AUDIT.c.number), execution_options={"yield_per": 1000})
-            return audit.check(map(_audit_record, rows), noted, head)
+        """Prove that the audit trail is whole; `head`, a hash noted earlier, must still be in it.
+
+        It is read a piece at a time: who writes to a SQLite file waits for who reads it, and a server that has waited
+        too long to write the trail lets its mirrors fall behind.
+        """
+        last = (0, audit.FIRST)
+
+        def rows() -> Iterator[AuditRecord]:
+            nonlocal last
+            query = piece = select(AUDIT).order_by(AUDIT.c.number).limit(_PIECE_ROWS)
+            while True:
+                with self._transaction() as connection:
+                    found = connection.execute(query).all()
+                    last = _audit_head(connection) or (0, audit.FIRST)
+                yield from map(_audit_record, found)
+                if len(found) < _PIECE_ROWS:
+                    return
+                query = piece.where(AUDIT.c.number > found[-1].number)
+
+        return audit.check(rows(), lambda: last, head)
 
     def set_generation(self, mirror_id: str, generation: int, *, compare: bool | None = None) -> None:
         """Keep the generation that was last seen on a mirror, and `compare` if given, durably. Raises MirrorUnknown."""
