@@ -15,6 +15,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -407,6 +408,23 @@ def test_a_hung_server_is_named_within_its_time(lab: Lab) -> None:
         finally:
             server.process.send_signal(signal.SIGCONT)
         assert server.mirror_state() == "in-sync"
+
+
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_a_server_that_gives_no_answer_is_told_among_all_volumes(lab: Lab, mirrored: bool) -> None:
+    if mirrored:
+        lab.volume("vol", MIB)
+    else:
+        lab.lockstep("create", "vol", "--target", lab.disk("target", MIB)).ok()
+    with socket.socket(socket.AF_UNIX) as control:
+        control.bind(str(lab.state / "run" / "vol.control"))
+        control.listen()
+        answering = threading.Thread(target=lambda: control.accept()[0].close())
+        answering.start()
+        (found,) = status_conforms(lab.lockstep("status", "--json").ok())
+        answering.join()
+    described = found["mirrors"][0] if mirrored else found["target"]
+    assert "The server of vol runs but does not answer" in described["error"]
 
 
 def test_list_and_remove(lab: Lab) -> None:

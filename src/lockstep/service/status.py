@@ -111,14 +111,14 @@ def look_at(volumes: Iterable[VolumeRecord]) -> Seen:
 def at_rest(state: State, volume: VolumeRecord, seen: Seen, error: str | None = None) -> dict[str, Any]:
     """A volume that nobody serves, from its own records and what was seen of its disks.
 
-    Or one whose server does not answer, which is `error`.
+    Or one whose server does not answer, which is the `error` of its mirrors, or of its target where it has none.
     """
     written_ns, target_error = seen.get(volume.id) or (None, str(patience.silent(volume.target_path)))
     mirrors = [_mirror_at_rest(state, volume, mirror, seen, written_ns) for mirror in volume.mirrors]
     for described in mirrors:
         described["error"] = error or described["error"]
     described = of_volume(volume, mirrors, restore=_filling_at_rest(state, volume))
-    described["target"]["error"] = target_error
+    described["target"]["error"] = target_error or (None if mirrors else error)
     return described
 
 
