@@ -21,6 +21,8 @@ from lockstep.errors import (
     FillingImpossible,
     LockstepError,
     MirrorIncomplete,
+    MirrorMissed,
+    MirrorsAlike,
     MirrorStale,
     MirrorTaken,
     NoMirror,
@@ -419,6 +421,33 @@ def test_a_frozen_mirror_gives_back_its_moment_and_others_are_compared(lab: Lab)
     assert new.read_bytes() == content
     for mirror in (volume.mirror, second):
         Volume(lab, "vol", new, mirror, None).assert_equal_disks()
+
+
+def test_the_mirror_that_lacks_least_is_taken_whatever_they_say_of_themselves(tmp_path: Path) -> None:
+    """One that vanished while the volume was served says `in-sync` still, and the other would be given its content."""
+    lab = ForkLab(tmp_path)
+    volume, second, new, away = lab.volume("vol", 4 * MIB, content=noise(4 * MIB)), *map(tmp_path.joinpath, "snw")
+    add(volume, second).ok()
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: in_sync(served), "both mirrors to be in sync")
+        volume.mirror.rename(away)
+        wait_until(lambda: "degraded" in {each["state"] for each in served.now()["mirrors"]}, "the first to be dropped")
+        run("qemu-io", "-f", "raw", "-c", "write -P 7 0 1M", "-c", "flush", served.uri)
+    written = volume.target.read_bytes()
+    volume.target.unlink()
+    away.rename(volume.mirror)
+    second.rename(away)
+    missed = MirrorMissed(path=second, volume="vol", other=volume.mirror, reason="")
+    replaced(volume, new).failed(1, f"The mirror {second} of vol has what {volume.mirror} lacks", missed.advice)
+    away.rename(second)
+    intent = lab.state / "intent"
+    intent.rename(tmp_path / "intent")  # so that the records tell nothing
+    assert_error(replaced(volume, new), MirrorsAlike(volume="vol", mirrors=f"{volume.mirror}, {second}"))
+    assert not new.exists()
+    intent.rmdir()
+    (tmp_path / "intent").rename(intent)
+    assert f"all of it still on {second}" in replaced(volume, new).ok()
+    assert Volume(lab, "vol", new, second, None).decrypted() == written
 
 
 @needs("/dev/loop-control", root=True)

@@ -952,6 +952,27 @@ class MirrorStale(DiskError):
     next_step = "Connect the newest copy, or use another mirror; to go on with this one, repeat with --incomplete."
 
 
+class MirrorMissed(DiskError):
+    """Data: path, volume, other, reason."""
+
+    happened = "The mirror {path} of {volume} has what {other} lacks, and cannot be used: {reason}."
+    cause = "{other} failed, or was away, while {path} was followed; or updates were held from it."
+    next_step = (
+        "Connect or repair {path}, and run this again. If it is lost, name the other with --mirror {other}: what that "
+        "one lacks is lost then."
+    )
+
+
+class MirrorsAlike(DiskError):
+    """Data: volume, mirrors."""
+
+    happened = "Which of these mirrors of {volume} has everything is not on record: {mirrors}."
+    cause = "The last server was killed. A mirror that it had lost before may say of itself that it is in sync still."
+    next_step = (
+        "Name one that was followed to the end with --mirror: `lockstep audit {volume}` says which was degraded when."
+    )
+
+
 class NoToken(DiskError):
     """Data: path."""
 

@@ -29,6 +29,8 @@ from lockstep.errors import (
     DiskError,
     LockstepError,
     MirrorIncomplete,
+    MirrorMissed,
+    MirrorsAlike,
     MirrorStale,
     NoMirror,
     OutputExists,
@@ -49,7 +51,7 @@ from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import Identity, IntentBitmap
 from lockstep.volume.link import ASIDE, FROZEN, IN_SYNC, STILL, SYNCING, WHOLE
 from lockstep.volume.missing import Pair
-from lockstep.volume.pages import sync_directory
+from lockstep.volume.pages import sync_directory, union
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +86,8 @@ def replace_target(
     """Give a volume that is not served the new target `path`; a file that does not exist is made.
 
     `force` lets it hold something; `incomplete` takes a mirror that may not have everything. Raises StillServed,
-    NoMirror, MirrorIncomplete, MirrorStale, MirrorBorrowed, TargetStillThere, OutputTooSmall, OutputExists,
-    DiskBusy, and registry, disk and LUKS errors.
+    NoMirror, MirrorIncomplete, MirrorStale, MirrorMissed, MirrorsAlike, MirrorBorrowed, TargetStillThere,
+    OutputTooSmall, OutputExists, DiskBusy, and registry, disk and LUKS errors.
     """
     protect_memory()
     actor = manager(state, f"replace the target of {name}")
@@ -95,7 +97,7 @@ def replace_target(
             raise StillServed(volume=name, action="given another target")
         path = os.path.abspath(path)
         refuse_taken(registry, [path], but=volume.target_path if _same(path, volume.target_path) else None)
-        source = _source(volume, mirror_path, incomplete=incomplete)
+        source = _source(state, volume, mirror_path, incomplete=incomplete)
         stack.enter_context(borrowing.nobodys(state, [source.mirror]))
         if not incomplete:
             _refuse_what_is_better(state, volume, source)
@@ -142,24 +144,35 @@ def _forget_earlier(state: State, volume: VolumeRecord) -> None:
 # --- which mirror ---
 
 
-def _source(volume: VolumeRecord, path: str | None, *, incomplete: bool) -> _Source:
-    """Return the mirror to fill from: the one at `path`, else the best; if none will do, the first says why."""
+def _source(state: State, volume: VolumeRecord, path: str | None, *, incomplete: bool) -> _Source:
+    """Return the mirror to fill from: the one at `path`, else the one that lacks least; or say why none will do.
+
+    What a mirror says of itself is not enough: one that vanished while the volume was served says `in-sync` for ever.
+    """
     if not volume.mirrors:
         raise NoMirror(volume=volume.name)
     found: list[_Source] = []
-    failures: list[LockstepError] = []
+    failures: list[tuple[MirrorRecord, LockstepError]] = []
     for mirror in [mirrors.chosen(volume, path)] if path else volume.mirrors:
         try:
-            found.append(_usable(volume, mirror, incomplete=incomplete))
+            found.append(_usable(state, volume, mirror, incomplete=incomplete))
         except LockstepError as failure:
-            failures.append(failure)
+            failures.append((mirror, failure))
     if not found:
-        raise failures[0]
+        raise failures[0][1]
+    lacks = [_lacking(state, volume, each.mirror, each.token.generation).count(1) for each in found]
+    least = min(lacks)
+    alike = [each for each, count in zip(found, lacks, strict=True) if count == least]
+    if least and len(alike) > 1:
+        raise MirrorsAlike(volume=volume.name, mirrors=", ".join(each.mirror.path for each in alike))
+    for mirror, reason in failures:
+        if _lacking(state, volume, mirror, None).count(1) < least:
+            raise MirrorMissed(path=mirror.path, volume=volume.name, other=alike[0].mirror.path, reason=str(reason))
     ranks = {IN_SYNC: 0, ASIDE: 1, FROZEN: 2}
-    return min(found, key=lambda each: ranks.get(each.token.state, len(ranks)))
+    return min(alike, key=lambda each: ranks.get(each.token.state, len(ranks)))
 
 
-def _usable(volume: VolumeRecord, mirror: MirrorRecord, *, incomplete: bool) -> _Source:
+def _usable(state: State, volume: VolumeRecord, mirror: MirrorRecord, *, incomplete: bool) -> _Source:
     header = luks.read_header(mirrors.header_path(mirror))
     token = mirrors.identified(volume, mirror, header)
     if not incomplete:
@@ -168,6 +181,16 @@ def _usable(volume: VolumeRecord, mirror: MirrorRecord, *, incomplete: bool) -> 
         if token.generation < mirror.generation:
             raise MirrorStale(path=mirror.path, generation=token.generation, seen=mirror.generation)
     return _Source(mirror, header, token)
+
+
+def _lacking(
+    state: State, volume: VolumeRecord, mirror: MirrorRecord, generation: int | None, written_ns: int | None = None
+) -> bytes:
+    """Where a mirror may lack something that the old target had, by what is on record; as `intent.load` is asked."""
+    identity = _identity(volume, mirror)
+    marked = intent.load(state.intent(mirror.luks_uuid), identity, generation, written_ns).marked
+    held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=False).regions()
+    return union(marked, held)
 
 
 def _refuse_what_is_better(state: State, volume: VolumeRecord, source: _Source) -> None:
@@ -179,11 +202,8 @@ def _refuse_what_is_better(state: State, volume: VolumeRecord, source: _Source) 
     unprepared = volume.filled_from and missing.load(state.missing(volume.id), pair_of(volume)) is None
     if disk.size_bytes < volume.size_bytes or unprepared:
         return
-    identity = _identity(volume, source.mirror)
     written_ns = 0 if disk.is_block else os.stat(disk.path).st_mtime_ns
-    loaded = intent.load(state.intent(source.mirror.luks_uuid), identity, source.token.generation, written_ns)
-    held = HeldRecord(state.held(source.mirror.luks_uuid), identity, asyncio.to_thread, expected=False).regions()
-    if any(loaded.marked) or any(held):
+    if 1 in _lacking(state, volume, source.mirror, source.token.generation, written_ns):
         raise TargetStillThere(path=disk.path, volume=volume.name, mirror=source.mirror.path)
 
 
