@@ -373,6 +373,24 @@ def test_an_overlay_is_committed_before_a_header_is_put_back(made: Made, lab: La
     assert not (lab.home / "another").exists()
 
 
+def test_an_overlay_does_not_fit_a_mirror_that_its_server_has_taken_back(tmp_path: Path) -> None:
+    """What the server wrote since is under it: the two would be of different moments."""
+    lab = ForkLab(tmp_path)
+    volume, overlay = lab.volume("vol", SIZE_BYTES, content=CONTENT), tmp_path / "overlay"
+    away = Volume(lab, "vol", volume.target, tmp_path / "away", None)
+    with volume.served() as served:
+        volume.mirror.rename(away.mirror)
+        wait_until(lambda: "cannot be followed again yet" in served.log.read_text(), "the mirror to be let go")
+        with opened(away, "--writable", "--overlay", overlay) as (_, uri):
+            run("qemu-io", "-f", "raw", "-c", "write -P 9 0 5000", uri)
+        away.mirror.rename(volume.mirror)
+        lab.lockstep("sync", "vol", "--wait").ok()
+        run("qemu-io", "-f", "raw", "-c", "write -P 7 1M 64k", served.uri)
+        served.kill()
+    commit = lab.lockstep("commit", volume.mirror, overlay, tmp_path / "output", "--key-file", lab.key)
+    commit.failed(1, "does not fit this mirror", "the mirror was written")
+
+
 # --- commit -------------------------------------------------------------------------------------------------
 
 

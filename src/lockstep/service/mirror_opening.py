@@ -40,8 +40,6 @@ class Away:
     """A mirror that is not there, or not to be had."""
 
     reason: str
-    borrowed: bool = False
-    """Another command has it, or had it and has not finished: it may have another key when it is back."""
 
 
 class MirrorOpener:
@@ -84,7 +82,7 @@ class MirrorOpener:
             return self._open()
         except (MirrorBorrowed, RekeyUnfinished) as failure:
             log.error("mirror %s is not followed, the target goes on alone: %s", path, failure)
-            return Away(str(failure), borrowed=True)
+            return Away(str(failure))
 
     async def again(self, let_go: Callable[[], EncryptedDisk | None]) -> Opened:
         """Close the disk as it was open before, if `let_go` gives one, and open it.

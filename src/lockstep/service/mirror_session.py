@@ -8,9 +8,9 @@ copies of one mirror that went different ways never come to the same generation.
     claim   bitmap: generation g, following h, dirty regions;  token: h;  bitmap: settled
     serve   token: state, whenever it changes; "in-sync" only after a flush
             before marks are cleared: a new generation, in the same three steps
-    return  of a mirror that failed or was away: as at the start
-            of one that was re-keyed, or is not as it was left: with a new generation, so that no header with the old
-            key, nor the one that it was, is ever taken for it
+    return  of a mirror that failed, was away, or was re-keyed: as at the start, with a new generation: no header with
+            the old key, nor the one that it was, is ever taken for it, and what was begun from it meanwhile, an overlay
+            or half a restore, fits it no more
     retire  the same as claim, after both disks were flushed; only what differs is still marked when it is settled
 
 A power cut between any two of these leaves a pair that still fits. A mirror that was swapped, copied back or written
@@ -42,7 +42,7 @@ from lockstep.errors import (
 )
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.borrowing import DRILL, REKEY
-from lockstep.service.mirror_opening import Away, MirrorOpener, Opened
+from lockstep.service.mirror_opening import MirrorOpener, Opened
 from lockstep.service.state import State
 from lockstep.volume import intent
 from lockstep.volume.held import HeldRecord
@@ -91,7 +91,6 @@ class MirrorSession:
         self._unsaid: str | None = None  # what could not be written to the header of a mirror that was dropped
         self._advancing = asyncio.Lock()  # two at once would give the bitmap a generation, and the mirror another
         found = opener.first(patience_s)
-        self._rekeyed = isinstance(found, Away) and found.borrowed  # while it was away, as far as is known
         header = found.header if isinstance(found, Opened) else None
         token = header.token if header else None
         path = state.intent(mirror.luks_uuid)
@@ -290,7 +289,6 @@ class MirrorSession:
             raise TargetUnfinished(path=volume.target_path, volume=volume.name, mirror=self.mirror.path)
         if purpose == DRILL and not self.link.consistent:
             raise MirrorNotDrilled(path=self.mirror.path, state=self.link.state)
-        self._rekeyed = self._rekeyed or purpose == REKEY
         left_as = await path.part_from(self.link, _ASIDE[purpose].format(volume=self._volume.name))
         try:
             await self._come_to_rest()
@@ -340,7 +338,7 @@ class MirrorSession:
             self._tell_once(failure)
             opened.disk.close()
             return False
-        self._last_failure, self._rekeyed, self._unsaid = "", False, None
+        self._last_failure, self._unsaid = "", None
         self.link.admit(opened.disk, workers)
         log.info("mirror %s is back; %d bytes are to be copied", self.mirror.path, self.link.regions.dirty_bytes)
         return True
@@ -370,15 +368,14 @@ class MirrorSession:
         self._token_id = header.token_id
         self._scribe.close()
         self._scribe = Workers("lockstep-header", 1, self._patience_s)
-        as_left = await self._recognise(header.token.generation)
-        if self._rekeyed or not as_left:
-            await self.advance()
+        await self._recognise(header.token.generation)
+        await self.advance()
         await self._own_up()
 
-    async def _recognise(self, generation: int) -> bool:
+    async def _recognise(self, generation: int) -> None:
         """See whether it is the mirror that the bitmap tells of; if not, everything differs. Raises OSError."""
         if not self._disowned and generation in self._generations:
-            return True
+            return
         self.link.regions.mark_all()
         await self._held.thaw()  # it is not the one that was frozen; after a crash, the bitmap says that it fits
         if self._disowned:
@@ -389,7 +386,6 @@ class MirrorSession:
             await self._intent.mark([(0, self._volume.size_bytes)])  # before the bitmap says that it fits
             await self._in_worker(self._intent.settle, generation)
         self._generations = (generation, generation)
-        return False
 
     async def _own_up(self) -> None:
         """Have a mirror that misses something say so before anything is written to it.
