@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from lockstep.crypto import luks
 from lockstep.errors import (
     FillingImpossible,
     LockstepError,
@@ -448,6 +449,32 @@ def test_the_mirror_that_lacks_least_is_taken_whatever_they_say_of_themselves(tm
     (tmp_path / "intent").rename(intent)
     assert f"all of it still on {second}" in replaced(volume, new).ok()
     assert Volume(lab, "vol", new, second, None).decrypted() == written
+
+
+def test_a_copy_of_the_mirror_from_while_the_last_server_ran_is_not_taken_for_it(tmp_path: Path) -> None:
+    """The registry knows the generation that the server began with; the bitmap knows the one that it came to."""
+    lab = ForkLab(tmp_path)
+    volume, new, away = lab.volume("vol", 4 * MIB, content=noise(4 * MIB)), tmp_path / "new", tmp_path / "away"
+
+    def generation() -> int:
+        token = luks.read_header(str(volume.mirror)).token
+        assert token is not None
+        return token.generation
+
+    began = generation()
+    with volume.served() as served:
+        older = shutil.copyfile(volume.mirror, tmp_path / "older")
+        volume.mirror.rename(away)
+        wait_until(lambda: served.mirror_state() == "degraded", "the mirror to be dropped")
+        run("qemu-io", "-f", "raw", "-c", "write -P 7 0 1M", served.uri)
+        away.rename(volume.mirror)
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be back")
+        served.kill()
+    seen = generation()
+    volume.target.unlink()
+    os.replace(older, volume.mirror)
+    assert began < generation() < seen
+    replaced(volume, new).failed(MirrorStale.exit_code, "an older copy of itself", f"and {seen} was seen before")
 
 
 @needs("/dev/loop-control", root=True)

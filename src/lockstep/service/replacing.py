@@ -178,8 +178,10 @@ def _usable(state: State, volume: VolumeRecord, mirror: MirrorRecord, *, incompl
     if not incomplete:
         if token.state not in WHOLE:
             raise MirrorIncomplete(path=mirror.path, state=token.state)
-        if token.generation < mirror.generation:
-            raise MirrorStale(path=mirror.path, generation=token.generation, seen=mirror.generation)
+        known = intent.load(state.intent(mirror.luks_uuid), _identity(volume, mirror), None, None).generations
+        seen = max(mirror.generation, known[0] if known else 0)  # a server gives it new ones while it runs
+        if token.generation < seen:
+            raise MirrorStale(path=mirror.path, generation=token.generation, seen=seen)
     return _Source(mirror, header, token)
 
 
