@@ -477,6 +477,21 @@ def test_a_copy_of_the_mirror_from_while_the_last_server_ran_is_not_taken_for_it
     replaced(volume, new).failed(MirrorStale.exit_code, "an older copy of itself", f"and {seen} was seen before")
 
 
+def test_a_new_disk_with_the_name_of_the_old_one_is_taken_for_a_new_one(tmp_path: Path) -> None:
+    """What the dead one was being given is marked; to serve first, as for the old one, would copy the blank one."""
+    lab, content = ForkLab(tmp_path), noise(4 * MIB)
+    volume = lab.volume("vol", 4 * MIB, content=content)
+    with volume.served() as served:
+        run("qemu-io", "-f", "raw", "-c", "write -P 7 1M 1M", served.uri)
+        served.kill()
+    os.truncate(volume.target, 0)
+    os.truncate(volume.target, 4 * MIB)
+    replaced(volume, volume.target).ok()
+    with volume.served(in_sync=False) as served:
+        await_restored(served)
+    assert volume.target.read_bytes() == content[:MIB] + b"\x07" * MIB + content[2 * MIB :]
+
+
 @needs("/dev/loop-control", root=True)
 def test_a_larger_device_is_used_as_far_as_the_target_was_long(lab: Lab, loop: Callable[..., str]) -> None:
     content = noise()

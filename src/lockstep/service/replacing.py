@@ -100,7 +100,7 @@ def replace_target(
         source = _source(state, volume, mirror_path, incomplete=incomplete)
         stack.enter_context(borrowing.nobodys(state, [source.mirror]))
         if not incomplete:
-            _refuse_what_is_better(state, volume, source)
+            _refuse_what_is_better(state, volume, source, path)
         undo = stack.enter_context(contextlib.ExitStack())
         if not os.path.lexists(path):
             _make_file(path, volume.size_bytes)
@@ -195,14 +195,15 @@ def _lacking(
     return union(marked, held)
 
 
-def _refuse_what_is_better(state: State, volume: VolumeRecord, source: _Source) -> None:
+def _refuse_what_is_better(state: State, volume: VolumeRecord, source: _Source, path: str) -> None:
     """Refuse to forget an old target that is there, and may have what the mirror misses."""
     try:
         disk = inspect(volume.target_path)
     except DiskError:
         return
     unprepared = volume.filled_from and missing.load(state.missing(volume.id), pair_of(volume)) is None
-    if disk.size_bytes < volume.size_bytes or unprepared:
+    exchanged = _same(path, volume.target_path) and not _content(disk)  # a new disk has the old one's name
+    if disk.size_bytes < volume.size_bytes or unprepared or exchanged:
         return
     written_ns = 0 if disk.is_block else os.stat(disk.path).st_mtime_ns
     if 1 in _lacking(state, volume, source.mirror, source.token.generation, written_ns):
@@ -278,8 +279,13 @@ def _require_fit(disk: Disk, size_bytes: int, *, force: bool) -> None:
     PlainDisk.claim(disk).close()
     if force:
         return
+    if found := _content(disk):
+        raise OutputExists(path=disk.path, found=" and ".join(found))
+
+
+def _content(disk: Disk) -> tuple[str, ...]:
+    """What a disk holds, as far as can be told, as phrases."""
     found = signatures(disk)
     if not found and holds_data(disk, MIB if disk.is_block else disk.size_bytes):
         found = ("it holds data of an unknown kind",)
-    if found:
-        raise OutputExists(path=disk.path, found=" and ".join(found))
+    return found
