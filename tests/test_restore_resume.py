@@ -34,6 +34,7 @@ from lockstep.errors import (
     RestoreRecordInvalid,
     RestoreUnfinished,
     ResumeUnfit,
+    TargetHalfRestored,
 )
 from lockstep.volume import restore as copying
 from lockstep.volume.restore import PIECE_BYTES, RUN_BYTES
@@ -545,6 +546,24 @@ def test_a_record_that_cannot_be_made_leaves_no_output(there: There) -> None:
     record = there.home / "nowhere" / "record"
     error = RestoreRecordInvalid(path=record, reason="No such file or directory")
     refuses(there, error, "--record", record)
+
+
+def test_a_target_that_is_half_restored_is_not_served(tmp_path: Path) -> None:
+    """What it lacks would be copied to the mirror, which alone has it: after a power cut at once, by systemd."""
+    volume = ForkLab(tmp_path).volume("vol", SIZE_BYTES, content=content())
+    volume.copy_by_hand()
+    volume.target.unlink()
+    there = There(tmp_path, volume.mirror)
+    there.output, there.record = volume.target, Path(f"{volume.target}.restoring")
+    there.interrupt()
+    unfinished = TargetHalfRestored(path=volume.target, volume="vol", record=there.record)
+    before = volume.mirror.read_bytes()
+    assert_error(volume.lab.lockstep("serve", "vol", "--key-file", there.key), unfinished)
+    assert volume.mirror.read_bytes() == before
+    volume.lab.lockstep("replace-target", "vol", volume.target, "--key-file", there.key, "--force").ok()
+    assert not there.record.exists()
+    with volume.served(in_sync=False):
+        pass
 
 
 def test_two_at_a_time(there: There) -> None:

@@ -794,6 +794,16 @@ class TargetUnprepared(DiskError):
     )
 
 
+class TargetHalfRestored(DiskError):
+    """Data: path, volume, record."""
+
+    happened = "The target {path} of {volume} is an unfinished restore: its record {record} is there."
+    cause = "A restore to it was interrupted. What it does not have yet would be missing on the mirror, too."
+    next_step = (
+        "Repeat the `lockstep restore` with --resume, and serve then. If the target has everything, remove the record."
+    )
+
+
 class FillingImpossible(DiskError):
     """Data: path, volume, mirror, reason."""
 

@@ -27,6 +27,7 @@ from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import MIB, Disk, holds_data, inspect, not_made, refuse_busy, signatures
 from lockstep.errors import (
     DiskError,
+    DiskFailed,
     LockstepError,
     MirrorIncomplete,
     MirrorMissed,
@@ -52,6 +53,7 @@ from lockstep.volume.intent import Identity, IntentBitmap
 from lockstep.volume.link import ASIDE, FROZEN, IN_SYNC, STILL, SYNCING, WHOLE
 from lockstep.volume.missing import Pair
 from lockstep.volume.pages import sync_directory, union
+from lockstep.volume.restore_record import SUFFIX, remove_record
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +116,7 @@ def replace_target(
         _forget_earlier(state, volume)
         registry.replace_target(name, path, mirror.id, actor=actor)
         undo.pop_all()
+        _forget_restore(path)
         registry.set_generation(mirror.id, _take_for_true(state, volume, source))
         for other in volume.mirrors:
             if other.id != mirror.id:
@@ -139,6 +142,15 @@ def _forget_earlier(state: State, volume: VolumeRecord) -> None:
         sync_directory(path)
     except OSError as error:
         raise StateDirUnusable(path=state.path, reason=error.strerror or str(error)) from error
+
+
+def _forget_restore(path: str) -> None:
+    """Remove the record of a restore to the new target: it is filled otherwise now."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            remove_record(path + SUFFIX)
+    except OSError as error:
+        raise DiskFailed(path=path + SUFFIX, doing="Removing", reason=error.strerror or str(error)) from error
 
 
 # --- which mirror ---
@@ -202,8 +214,9 @@ def _refuse_what_is_better(state: State, volume: VolumeRecord, source: _Source, 
     except DiskError:
         return
     unprepared = volume.filled_from and missing.load(state.missing(volume.id), pair_of(volume)) is None
+    restored = os.path.lexists(volume.target_path + SUFFIX)  # half of it, from a mirror
     exchanged = _same(path, volume.target_path) and not _content(disk)  # a new disk has the old one's name
-    if disk.size_bytes < volume.size_bytes or unprepared or exchanged:
+    if disk.size_bytes < volume.size_bytes or unprepared or restored or exchanged:
         return
     written_ns = 0 if disk.is_block else os.stat(disk.path).st_mtime_ns
     if 1 in _lacking(state, volume, source.mirror, source.token.generation, written_ns):

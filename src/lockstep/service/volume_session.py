@@ -25,6 +25,7 @@ from lockstep.errors import (
     LockstepError,
     StateDirUnusable,
     TargetGone,
+    TargetHalfRestored,
     TargetResized,
     TargetUnprepared,
 )
@@ -38,6 +39,7 @@ from lockstep.volume.filling import Filling, NewTarget
 from lockstep.volume.gate import Gate
 from lockstep.volume.missing import Pair
 from lockstep.volume.read_path import ReadPath
+from lockstep.volume.restore_record import SUFFIX
 from lockstep.volume.resync import Resync
 from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
@@ -221,6 +223,9 @@ def _open_target(state: State, record: VolumeRecord, *, direct: bool) -> PlainDi
         )
     refuse_busy(disk)
     if record.filled_from is None:
+        for unfinished in (disk.path + SUFFIX, disk.real_path + SUFFIX):
+            if os.path.lexists(unfinished):
+                raise TargetHalfRestored(path=disk.path, volume=record.name, record=unfinished)
         return PlainDisk.claim(disk, record.size_bytes, direct=direct)
     lacks = missing.load(state.missing(record.id), pair_of(record))
     if lacks is None:
