@@ -43,6 +43,7 @@ from tests.lab import (
     run,
     wait_until,
 )
+from tests.test_mirror_set import add
 
 SIZE_BYTES = 8 * MIB + 700  # no multiple of anything
 CONTENT = random.Random(4).randbytes(3 * MIB)
@@ -389,6 +390,22 @@ def test_an_overlay_does_not_fit_a_mirror_that_its_server_has_taken_back(tmp_pat
         served.kill()
     commit = lab.lockstep("commit", volume.mirror, overlay, tmp_path / "output", "--key-file", lab.key)
     commit.failed(1, "does not fit this mirror", "the mirror was written")
+
+
+def test_no_target_is_replaced_while_somebody_writes_over_one_of_the_mirrors(tmp_path: Path) -> None:
+    """Also if another one fills it: this one would get another generation, which the overlay does not fit."""
+    lab = ForkLab(tmp_path)
+    volume, second = lab.volume("vol", SIZE_BYTES, content=CONTENT), tmp_path / "second"
+    volume.copy_by_hand()
+    add(volume, second).ok()
+    shutil.move(volume.target, tmp_path / "target")
+    two, overlay, new = Volume(lab, "vol", volume.target, second, None), tmp_path / "overlay", tmp_path / "new"
+    replace_target = ("replace-target", "vol", new, "--mirror", volume.mirror, "--key-file", lab.key)
+    with opened(two, "--writable", "--overlay", overlay, "--incomplete"):
+        lab.lockstep(*replace_target).failed(1, f"{second} is locked by")
+        assert not new.exists()
+    lab.lockstep("commit", second, overlay, tmp_path / "out", "--key-file", lab.key, "--incomplete").ok()
+    lab.lockstep(*replace_target).ok()
 
 
 # --- commit -------------------------------------------------------------------------------------------------

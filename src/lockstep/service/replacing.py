@@ -22,12 +22,14 @@ from dataclasses import dataclass, replace
 
 from lockstep.crypto import luks
 from lockstep.crypto.unlock import Unlock
-from lockstep.disk.mirror import open_mirror
+from lockstep.disk.mirror import open_mirror, require_unused
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import MIB, Disk, holds_data, inspect, not_made, refuse_busy, signatures
 from lockstep.errors import (
+    DiskBusy,
     DiskError,
     DiskFailed,
+    DiskLocked,
     LockstepError,
     MirrorIncomplete,
     MirrorMissed,
@@ -89,7 +91,7 @@ def replace_target(
 
     `force` lets it hold something; `incomplete` takes a mirror that may not have everything. Raises StillServed,
     NoMirror, MirrorIncomplete, MirrorStale, MirrorMissed, MirrorsAlike, MirrorBorrowed, TargetStillThere,
-    OutputTooSmall, OutputExists, DiskBusy, and registry, disk and LUKS errors.
+    OutputTooSmall, OutputExists, DiskBusy or DiskLocked, also of another mirror, and registry, disk and LUKS errors.
     """
     protect_memory()
     actor = manager(state, f"replace the target of {name}")
@@ -101,6 +103,9 @@ def replace_target(
         refuse_taken(registry, [path], but=volume.target_path if _same(path, volume.target_path) else None)
         source = _source(state, volume, mirror_path, incomplete=incomplete)
         stack.enter_context(borrowing.nobodys(state, [source.mirror]))
+        for other in volume.mirrors:
+            if other.id != source.mirror.id:
+                _refuse_use(other)
         if not incomplete:
             _refuse_what_is_better(state, volume, source, path)
         undo = stack.enter_context(contextlib.ExitStack())
@@ -195,6 +200,16 @@ def _usable(state: State, volume: VolumeRecord, mirror: MirrorRecord, *, incompl
         if token.generation < seen:
             raise MirrorStale(path=mirror.path, generation=token.generation, seen=seen)
     return _Source(mirror, header, token)
+
+
+def _refuse_use(mirror: MirrorRecord) -> None:
+    """Refuse where somebody uses a mirror whose header is to be written: no overlay over it would fit any more."""
+    try:
+        require_unused(inspect(mirror.path))
+    except (DiskBusy, DiskLocked):
+        raise
+    except DiskError:  # it is away
+        return
 
 
 def _lacking(
