@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from lockstep.crypto.unlock import Unlock
+from lockstep.disk.mirror import require_unused
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import inspect, make_file, not_made, refuse_busy
+from lockstep.disk.probe import inspect, make_file, not_made
 from lockstep.errors import DiskFailed, OutputTooSmall, OverlayMissing
 from lockstep.service.noting import note_if_known
 from lockstep.service.opening import opened
@@ -46,9 +47,10 @@ def commit(
 ) -> Committed:
     """Write what one sees through the overlay, exactly the target's size, onto a disk or a file.
 
-    Mirror and overlay stay as they are. An output that this made is removed when it fails. Raises OutputExists unless
-    `force`; OutputIsMirror, OutputInState, MirrorTaken, HeaderTaken, OutputTooSmall, DiskBusy, DiskFailed; what opening
-    the mirror and claiming the overlay raise, DiskLocked while it is open elsewhere.
+    Mirror and overlay stay as they are. An output that this made is removed when it fails; a file that was there keeps
+    the other name that it has meanwhile. Raises OutputExists unless `force`; OutputIsMirror, OutputInState,
+    MirrorTaken, HeaderTaken, OutputTooSmall, DiskBusy, DiskFailed; what opening the mirror and claiming the overlay
+    raise, DiskLocked while it is open elsewhere.
     """
     if not os.path.exists(overlay_path):
         raise OverlayMissing(path=overlay_path)
@@ -87,39 +89,46 @@ def commit(
 
 @contextlib.contextmanager
 def _claimed(path: str, size_bytes: int, *, force: bool) -> Iterator[PlainDisk]:
-    """The output. One that is not there yet is made under another name, and gets its own when the block has ended well.
+    """The output. A file has another name until the block has ended well, also one that was there before.
 
     So no file that has the name, and the size, lacks anything, whatever ended this.
     """
-    made = not os.path.lexists(path)
-    place = path + UNFINISHED if made else path
+    there = os.path.lexists(path)
+    place = path if there and inspect(path).is_block else path + UNFINISHED
+    for each in filter(os.path.lexists, {path, place}):
+        _refuse_output(each, size_bytes, force=force)
     with contextlib.ExitStack() as undo:
-        if os.path.lexists(place):
-            _refuse_output(place, size_bytes, force=force)
-        else:
-            make_file(place)
-        if made:
+        if not there:
+            if not os.path.lexists(place):
+                make_file(place)
             undo.callback(os.unlink, place)
-        with contextlib.closing(PlainDisk.claim(inspect(place))) as output:
+        with contextlib.closing(PlainDisk.claim(inspect(path if there else place))) as output:
+            if there and place != path:
+                _rename(path, place)
             yield output
         undo.pop_all()
-    if made:
+    if place != path:
         _name(place, path)
 
 
 def _name(place: str, path: str) -> None:
+    if os.path.lexists(path):
+        error = FileExistsError(errno.EEXIST, f"it was made meanwhile; {place} has everything")
+        raise not_made(path, error)
+    _rename(place, path)
+
+
+def _rename(path: str, new: str) -> None:
     try:
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, f"it was made meanwhile; {place} has everything")
-        os.rename(place, path)
-        sync_directory(path)
+        os.rename(path, new)
+        sync_directory(new)
     except OSError as error:
-        raise not_made(path, error) from error
+        raise not_made(new, error) from error
 
 
 def _refuse_output(path: str, size_bytes: int, *, force: bool) -> None:
     disk = inspect(path)
-    refuse_busy(disk)
+    require_unused(disk)
     if disk.is_block and disk.size_bytes < size_bytes:
         raise OutputTooSmall(path=disk.path, size_bytes=disk.size_bytes, needed_bytes=size_bytes)
     if not force:
