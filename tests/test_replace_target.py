@@ -7,8 +7,10 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,8 +39,9 @@ from lockstep.errors import (
     WrongPassphrase,
 )
 from lockstep.nbd.identity import account
+from lockstep.registry.store import Registry
 from lockstep.service import control_client
-from tests.forks import ForkLab
+from tests.forks import ForkLab, become_lockstep
 from tests.lab import (
     MIB,
     PATIENCE_S,
@@ -475,6 +478,24 @@ def test_a_copy_of_the_mirror_from_while_the_last_server_ran_is_not_taken_for_it
     os.replace(older, volume.mirror)
     assert began < generation() < seen
     replaced(volume, new).failed(MirrorStale.exit_code, "an older copy of itself", f"and {seen} was seen before")
+
+
+def test_a_command_that_is_killed_leaves_no_blank_file_under_the_name_of_the_old_target(tmp_path: Path) -> None:
+    """It was taken for the target by the next start, and copied over the mirror."""
+    lab = ForkLab(tmp_path)
+    volume = lab.volume("vol", 4 * MIB, content=noise(4 * MIB))
+    volume.copy_by_hand()
+    volume.target.unlink()
+    with tempfile.TemporaryFile() as stream:
+        pid = os.fork()
+        if not pid:
+            Registry.replace_target = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+            command = ["--state-dir", lab.state, "replace-target", "vol", volume.target, "--key-file", lab.key]
+            become_lockstep([*map(str, command)], [stream] * 3)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert_error(lab.lockstep("serve", "vol", "--key-file", lab.key), TargetGone(path=volume.target, volume="vol"))
+    replaced(volume, volume.target).ok()
+    assert volume.target.stat().st_size == 4 * MIB
 
 
 def test_a_new_disk_with_the_name_of_the_old_one_is_taken_for_a_new_one(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ Nothing is copied here. The command decides that from now on the volume is what 
 everywhere, each step durably before the next:
 
 1. whatever can be refused; a new file is made; the record of an earlier new target is removed, for it would fit
-2. registry    the new target, the mirror that it is filled from; its other mirrors are to be compared
+2. registry    the new target, the mirror that it is filled from; its other mirrors are to be compared. Not before that
+               does a new file get its name, and one that was there its size: it may be the old target's, and would be
+               taken for that, blank as it is
 3. mirrors     what was known by the old target is forgotten. Of the one: its bitmap says that nothing differs, its
                token that it is in sync. Of the others: everything differs, and their tokens say so
 4. record      everything is missing (volume/missing.py)
@@ -18,6 +20,7 @@ import contextlib
 import logging
 import os
 import secrets
+import tempfile
 from dataclasses import dataclass, replace
 
 from lockstep.crypto import luks
@@ -109,18 +112,18 @@ def replace_target(
         if not incomplete:
             _refuse_what_is_better(state, volume, source, path)
         undo = stack.enter_context(contextlib.ExitStack())
+        place = path
         if not os.path.lexists(path):
-            _make_file(path, volume.size_bytes)
-            undo.callback(os.unlink, path)
-        _require_fit(inspect(path), volume.size_bytes, force=force)
+            place = _made_file(path, volume.size_bytes)
+            undo.callback(os.unlink, place)
+        _require_fit(inspect(place), volume.size_bytes, force=force)
         unlock.prepare()
         mirror = source.mirror
         open_mirror(mirror.path, mirror.header_path, source.header, unlock, volume.size_bytes, writable=True).close()
-        if os.path.isfile(path):
-            os.truncate(path, volume.size_bytes)
         _forget_earlier(state, volume)
         registry.replace_target(name, path, mirror.id, actor=actor)
         undo.pop_all()
+        _finish_file(place, path, volume.size_bytes)
         _forget_restore(path)
         registry.set_generation(mirror.id, _take_for_true(state, volume, source))
         for other in volume.mirrors:
@@ -283,19 +286,31 @@ def _have_compared(state: State, volume: VolumeRecord, mirror: MirrorRecord) -> 
 # --- the new disk ---
 
 
-def _make_file(path: str, size_bytes: int) -> None:
-    """Make the file, durably; it is not left if that fails, for nobody would take one of another size."""
+def _made_file(path: str, size_bytes: int) -> str:
+    """Make what is going to be the file `path`, durably, and return its name; it is not left if that fails."""
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd, place = tempfile.mkstemp(prefix=".lockstep-", dir=os.path.dirname(path))
         with contextlib.ExitStack() as undo:
-            undo.callback(os.unlink, path)
+            undo.callback(os.unlink, place)
             try:
                 os.ftruncate(fd, size_bytes)
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            sync_directory(path)
             undo.pop_all()
+    except OSError as error:
+        raise not_made(path, error) from error
+    return place
+
+
+def _finish_file(place: str, path: str, size_bytes: int) -> None:
+    """Give a new file its name, and one that was there its size."""
+    try:
+        if place != path:
+            os.rename(place, path)
+            sync_directory(path)
+        elif os.path.isfile(path):
+            os.truncate(path, size_bytes)
     except OSError as error:
         raise not_made(path, error) from error
 
