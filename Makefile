@@ -65,10 +65,13 @@ torture: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
 RESTORE_KILLS ?= 1000
 restore-kills: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
 	RESTORE_KILLS=$(RESTORE_KILLS) $(BIN)/pytest --timeout=0 tests/test_restore_resume.py -k random_moments -s
-# A new target whose server is killed at random moments while it is filled; the suite does it a few times.
+# A new target whose server is killed at random moments while it is filled, or whose disk loses power; the suite does it
+# a few times.
 REPLACE_KILLS ?= 300
+REPLACE_HISTORIES ?= 100
 replace-kills: $(VENV)/run-packages $(VENV)/test-packages $(VENV)/installed
 	REPLACE_KILLS=$(REPLACE_KILLS) $(BIN)/pytest --timeout=0 tests/test_replace_target.py -k kill_9
+	REPLACE_HISTORIES=$(REPLACE_HISTORIES) $(BIN)/pytest --timeout=0 tests/test_crash_replacing.py
 
 # A re-keying that is killed at random moments and gone on with, so often for each kind of mirror; the suite: a few times.
 REKEY_KILLS ?= 200

@@ -3,9 +3,11 @@
 `python -m tests.crash_host LAB`, under recorder.c. Each line of standard input is a run, as JSON; each is answered by
 one line. A run is the real `lockstep.service.serve.serve`, with a script as the client of its socket; what the script
 does, and what it is answered, is noted in the recorder's log. Only the intervals of the background work are shorter
-than in real life, so that a run of a second sees many of them.
+than in real life, so that a run of a second sees many of them; and a new target is filled slowly, in many steps. Or a
+run is a command, in a process of its own, which copies in small pieces, each of them on record.
 """
 
+import asyncio
 import json
 import logging
 import mmap
@@ -14,6 +16,7 @@ import random
 import select
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -25,7 +28,10 @@ from lockstep.crypto.unlock import Unlock
 from lockstep.service import background, control_client
 from lockstep.service.serve import Listen, Options, serve
 from lockstep.service.state import State
+from lockstep.volume import filling, restore
+from lockstep.volume.pace import Pace
 from tests import nbd_client
+from tests.forks import become_lockstep
 from tests.lab import PASSPHRASE
 from tests.nbd_client import Client
 from tests.recording import pack_mark
@@ -37,6 +43,9 @@ GRAIN_BYTES: Final = 4096  # requests that are in flight at once share no unit o
 PATIENCE_S: Final = 60.0
 
 INTERVALS: Final = {"TIDY_INTERVAL_S": 0.06, "TOKEN_INTERVAL_S": 0.05, "WATCH_INTERVAL_S": 0.05, "FIRST_RETURN_S": 0.05}
+
+FILL_REST_S: Final = 0.004
+COPYING: Final = {"PIECE_BYTES": 128 << 10, "CHECKPOINT_S": 0.0}
 
 SHAPES: Final = (
     (4, lambda chance: (512 * chance.randint(1, 16), 512)),  # length, alignment
@@ -95,6 +104,17 @@ class Host:
             thread.join()
         return result
 
+    def command(self, arguments: list[str]) -> dict[str, Any]:
+        """Run a command to its end."""
+        os.ftruncate(self.log_fd, 0)
+        with tempfile.TemporaryFile() as stream:
+            pid = os.fork()
+            if not pid:
+                become_lockstep(["--state-dir", self.state.path, *arguments], [stream] * 3)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            stream.seek(0)
+            return {"code": code, "said": stream.read().decode()}
+
     def ask(self, method: str, resource: str, **body: object) -> dict[str, Any]:
         """Use the control interface."""
         return control_client.ask(self.state.control(NAME), NAME, method, resource, **body)
@@ -115,7 +135,7 @@ class Host:
 
 
 class Recovery:
-    """The next start: everything is brought in sync, what is held included."""
+    """The next start: everything is brought in sync, what is held included, and a new target is filled."""
 
     def __call__(self, host: Host) -> dict[str, Any]:
         """Return the states that were seen."""
@@ -123,15 +143,21 @@ class Recovery:
         if first == "behind":
             host.ask("POST", "/v1/sync", include_held=True)
             host.await_state("in-sync")
+        deadline_s = time.monotonic() + PATIENCE_S
+        while (restore := host.ask("GET", "/v1/status")["target"]["restore"]) is not None:
+            assert time.monotonic() < deadline_s, f"in vain for the new target: {restore}"
+            time.sleep(0.003)
         return {"first": first}
 
 
 class History:
     """Random requests of several clients, some at a time."""
 
-    def __init__(self, seed: int, requests: int) -> None:
+    def __init__(self, seed: int, requests: int, faults: list[int]) -> None:
+        """Of `faults`, bits of recorder.c's, there may be one meanwhile."""
         self.seed = seed
         self.requests = requests
+        self.faults = faults
 
     def __call__(self, host: Host) -> None:
         chance = random.Random(self.seed)
@@ -143,7 +169,7 @@ class History:
         self.size = self.clients[0].size
         self.in_flight: dict[int, tuple[int, int, int]] = {}  # cookie -> number, first grain, grain after
         held_from = chance.choice((self.requests // 2, self.requests + 1, self.requests + 1))
-        fault, fault_at = chance.choice((1, 17, 4)), chance.choice((self.requests // 3, self.requests + 1))
+        fault, fault_at = chance.choice(self.faults), chance.choice((self.requests // 3, self.requests + 1))
         fault_ends = fault_at + chance.randint(5, self.requests)  # then the mirror comes back, if there is time
         depth, hot = chance.choice((1, 3, 8)), chance.randrange(self.size)
         if chance.random() < 0.7:
@@ -216,11 +242,22 @@ class History:
                 self.host.mark(ends=number, error=reply.error)
 
 
+class SlowPace(Pace):
+    """Rests after each piece."""
+
+    async def rest(self, count: int) -> None:
+        """As `Pace.rest`."""
+        await super().rest(count)
+        await asyncio.sleep(FILL_REST_S)
+
+
 def main() -> None:
     """Answer each run on standard output."""
-    for name, interval_s in INTERVALS.items():
-        assert hasattr(background, name), f"there is no interval {name} any more"
-        setattr(background, name, interval_s)
+    slow = {"HANDS": 2, "PIECE_BYTES": 32 << 10, "SETTLE_BYTES": 256 << 10, "RETRY_S": 0.02, "Pace": SlowPace}
+    for module, changed in ((background, INTERVALS), (filling, slow), (restore, COPYING)):
+        for name, value in changed.items():
+            assert hasattr(module, name), f"there is no {name} any more"
+            setattr(module, name, value)
     host = Host(Path(sys.argv[1]))
     for line in sys.stdin:
         asked = json.loads(line)
@@ -228,8 +265,12 @@ def main() -> None:
         handler = logging.Handler()
         handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]  # noqa: B023
         logging.root.handlers, logging.root.level = [handler], logging.INFO
-        script = Recovery() if asked["script"] == "recovery" else History(asked["seed"], asked["requests"])
-        answer = host.run(script)
+        if asked["script"] == "command":
+            answer = host.command(asked["arguments"])
+        elif asked["script"] == "recovery":
+            answer = host.run(Recovery())
+        else:
+            answer = host.run(History(asked["seed"], asked["requests"], asked["faults"]))
         print(json.dumps({**answer, "log": said}), flush=True)
 
 

@@ -66,8 +66,8 @@ __attribute__((constructor)) static void start(void)
 
 static int recorded(const char *path)
 {
-    return log_fd >= 0 && !strncmp(path, root, root_bytes) && path[root_bytes] == '/' && !strstr(path, "/registry.db")
-        && !strstr(path, "/run/");
+    return log_fd >= 0 && !strncmp(path, root, root_bytes) && (path[root_bytes] == '/' || !path[root_bytes])
+        && !strstr(path, "/registry.db") && !strstr(path, "/run/");
 }
 
 /* Whether an open file is recorded; errno is left alone. */
