@@ -189,13 +189,17 @@ class Volume:
 
     @contextlib.contextmanager
     def served(
-        self, *options: object, in_sync: bool = True, unlocked_by: Sequence[object] | None = None
+        self,
+        *options: object,
+        in_sync: bool = True,
+        unlocked_by: Sequence[object] | None = None,
+        program: str | None = None,
     ) -> Iterator["Served"]:
         """Serve it; `in_sync` waits for the end of the initial copy first. Stops it in order at the end.
 
-        `unlocked_by` are the options in place of the lab's key file.
+        `unlocked_by` are the options in place of the lab's key file, `program` is what runs in place of `lockstep`.
         """
-        served = Served(self, options, unlocked_by)
+        served = Served(self, options, unlocked_by, program)
         try:
             served.await_ready()
             if in_sync:
@@ -249,14 +253,22 @@ class Served:
     """A running `lockstep serve`."""
 
     def __init__(
-        self, volume: Volume, options: Sequence[object] = (), unlocked_by: Sequence[object] | None = None
+        self,
+        volume: Volume,
+        options: Sequence[object] = (),
+        unlocked_by: Sequence[object] | None = None,
+        program: str | None = None,
     ) -> None:
         self.volume = volume
         self.log = volume.lab.home / f"{volume.name}.log"
         command = ["serve", volume.name, *(unlocked_by or ["--key-file", volume.lab.key]), *options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lockstep", "--state-dir", str(volume.lab.state), *map(str, command)],
+                [
+                    sys.executable,
+                    *(("-c", program) if program else ("-m", "lockstep")),
+                    *("--state-dir", str(volume.lab.state), *map(str, command)),
+                ],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

@@ -368,6 +368,53 @@ def test_an_older_copy_of_the_mirror_fills_nothing(lab: Lab) -> None:
     assert new.read_bytes() == content[:-5] + b"newer"
 
 
+# A server whose mirror has a bad sector for as long as a file is there.
+_BAD_SECTOR = """
+import errno, os
+from lockstep.cli.main import main
+from lockstep.disk.encrypted import EncryptedDisk
+from lockstep.volume import filling
+filling.RETRY_PLACES_S = 0.2
+job = EncryptedDisk.read_job
+def read_job(disk, offset, into, **options):
+    def fail():
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    if offset <= {bad} < offset + len(into) and os.path.exists("{file}"):
+        return fail
+    return job(disk, offset, into, **options)
+EncryptedDisk.read_job = read_job
+main()
+"""
+
+
+def test_a_mirror_with_a_bad_sector_gives_everything_else(tmp_path: Path) -> None:
+    """It was given up at each attempt, with all that was missing: it came back for less and less of the time."""
+    lab, content, region_bytes = ForkLab(tmp_path), noise(), 64 << 10
+    volume, new, bad, file = lab.volume("vol", SIZE_BYTES, content=content), tmp_path / "new", 3 * MIB, tmp_path / "bad"
+    volume.copy_by_hand()
+    volume.target.unlink()
+    replaced(volume, new).ok()
+    file.touch()
+    program = _BAD_SECTOR.format(bad=bad, file=file)
+    with on(volume, new).served(in_sync=False, program=program) as served:
+        left = SIZE_BYTES - region_bytes
+        wait_until(lambda: (restoring(served) or {})["done_bytes"] == left, "everything else to be there")
+        assert "cannot be read in places" in str((restoring(served) or {})["error"])
+        assert served.mirror_state() == "in-sync"
+        handle = connected(served)
+        assert handle.pread(512, bad + 512) == content[bad + 512 : bad + 1024]
+        with pytest.raises(libnbd().Error):
+            handle.pread(512, bad)
+        with pytest.raises(libnbd().Error):
+            handle.pwrite(b"never", bad + 512)
+        handle.pwrite(b"there", bad - 5)
+        handle.shutdown()
+        assert served.mirror_state() == "in-sync"
+        file.unlink()
+        await_restored(served)
+    assert new.read_bytes() == content[: bad - 5] + b"there" + content[bad:]
+
+
 @needs(root=True)
 def test_a_new_target_whose_file_system_is_full_is_named_so_and_filled_when_there_is_room(lab: Lab) -> None:
     content, room = noise(), lab.home / "room"

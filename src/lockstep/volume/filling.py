@@ -18,7 +18,8 @@ Of each region one of the two disks has the truth. Rules:
    of all this.
 
 If the mirror cannot be read, regions that are there go on; for all others clients get the error, and `error` says why.
-It is tried again until the mirror is back. If the new target fails, reads are answered by the mirror.
+It is tried again until the mirror is back. A mirror that cannot be read in one place only is not given up: everything
+else is copied, and that place is tried again and again. If the new target fails, reads are answered by the mirror.
 """
 
 import asyncio
@@ -47,7 +48,12 @@ PIECE_BYTES: Final = 1 << 20
 HANDS: Final = 3
 SETTLE_BYTES: Final = 64 << 20
 RETRY_S: Final = 0.5
+RETRY_PLACES_S: Final = 30.0  # a disk takes its time over each place that it cannot read
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class UnreadableError(OSError):
+    """A place of the mirror that cannot be read, while others can."""
 
 
 class NewTarget(PlainDisk):
@@ -149,6 +155,8 @@ class Filling:
         self._settling = Rounds(self._settle_fresh)
         self._stopping = asyncio.Event()
         self._next = 0  # where the next hand looks first
+        self._unreadable: set[int] = set()  # where missing regions begin that the mirror could not give
+        self._readable: int | None = None  # where it was read last
 
     @property
     def missing(self) -> bytes:
@@ -227,9 +235,12 @@ class Filling:
                     if failure is not None:
                         raise failure
                 await self.settle()
+                retry_s = RETRY_PLACES_S if self._unreadable else 0.0
             except OSError:  # `_copy` has said which, or the next write will
+                retry_s = RETRY_S
+            if retry_s:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), RETRY_S)
+                    await asyncio.wait_for(self._stopping.wait(), retry_s)
 
     async def settle(self) -> None:
         """Have the record say what is there by now. Raises OSError."""
@@ -248,10 +259,20 @@ class Filling:
             offset, length = found[0], min(found[1], max(PIECE_BYTES, self._target.region_bytes))
             self._next = offset + length
             pace.begin()
-            await self._copy(offset, length)
+            try:
+                await self._copy(offset, length)
+            except UnreadableError:
+                await self._copy_apart(offset, length)
             if len(self._fresh) * self._target.region_bytes >= SETTLE_BYTES:
                 await self.settle()
             await pace.rest(length)
+
+    async def _copy_apart(self, offset: int, length: int) -> None:
+        """Copy what can be read of a range, whole regions, one by one. Raises OSError."""
+        step = self._target.region_bytes
+        for start in range(offset, offset + length, step) if length > step else ():
+            with contextlib.suppress(UnreadableError):
+                await self._copy(start, min(step, offset + length - start))
 
     async def _copy(self, offset: int, length: int) -> None:
         """Copy what is missing of a range, whole regions; what fails is noted. Raises OSError."""
@@ -261,11 +282,14 @@ class Filling:
                 try:
                     await self._copy_surely(start, count)
                 except OSError as failure:
+                    if isinstance(failure, UnreadableError):
+                        self._unreadable.add(start)
                     self._note_failure(failure)
                     raise
+                self._unreadable.difference_update(range(start, start + count, self._target.region_bytes))
                 self._fresh.update(self._target.arrived(start, count))
                 self.progress.note(count, self.left_bytes)
-        if self.error is not None:
+        if self.error is not None and not self._unreadable:
             log.info("the new target is being filled again")
             self.error = None
 
@@ -281,14 +305,26 @@ class Filling:
         for start in range(offset, offset + length, PIECE_BYTES):
             count = min(PIECE_BYTES, offset + length - start)
             data = page_aligned(-(-count // sector) * sector)
-            if not await self._source.read(start, data):
-                raise OSError(errno.EIO, f"the mirror {self._source.path} cannot be read: {self._source.error}")
+            await self._read(start, data)
             try:
                 await self._in_worker(self._target.put, start, data[:count])
             except OSError as failure:
                 if failure.errno in FULL:
                     raise OSError(failure.errno, "the file system of the new target is full") from failure
                 raise
+
+    async def _read(self, offset: int, into: memoryview) -> None:
+        """Read from the mirror. It is dropped if it cannot be read where it could be before, either."""
+        sector = self._source.sector_bytes
+        if await self._source.read(offset, into, keep=True):
+            self._readable = offset
+            return
+        if self._source.error is None:
+            elsewhere = self._source.end_bytes - sector if self._readable is None else self._readable
+            await self._source.read(elsewhere, page_aligned(sector), from_medium=True)
+        if self._source.error is None:
+            raise UnreadableError(errno.EIO, f"the mirror {self._source.path} cannot be read in places")
+        raise OSError(errno.EIO, f"the mirror {self._source.path} cannot be read: {self._source.error}")
 
     def _note_failure(self, failure: OSError) -> None:
         error = f"the new target cannot be filled: {failure.strerror or failure}"

@@ -350,13 +350,13 @@ class MirrorLink:
         if not await self._succeeds("writing", self._ask(lambda disk: functools.partial(disk.zero, offset, length))):
             self.regions.mark(offset, length)
 
-    async def read(self, offset: int, into: memoryview, *, from_medium: bool = False) -> bool:
+    async def read(self, offset: int, into: memoryview, *, from_medium: bool = False, keep: bool = False) -> bool:
         """Fill `into` with what the mirror holds, whole sectors; False, and it is dropped, when that fails.
 
-        `from_medium` is about what was flushed, not what is cached.
+        `from_medium` is about what was flushed, not what is cached. `keep` leaves it, if it has answered at all.
         """
         asked = self._ask(lambda disk: disk.read_job(offset, into, from_medium=from_medium))
-        return await self._succeeds("reading", asked)
+        return await self._succeeds("reading", asked, keep=keep)
 
     async def flush(self) -> bool:
         """Make the mirror durable; False, and it is dropped, when that fails."""
@@ -419,13 +419,13 @@ class MirrorLink:
             self.drop("asking", failure if isinstance(failure, OSError) else OSError(errno.ENOMEM, "no memory is left"))
             return None
 
-    async def _succeeds(self, doing: str, asked: Asked | None) -> bool:
+    async def _succeeds(self, doing: str, asked: Asked | None, *, keep: bool = False) -> bool:
         if asked is None:
             return False
         try:
             await asked.ended
         except OSError as failure:
-            if self._workers is asked.workers:
+            if self._workers is asked.workers and (isinstance(failure, TimeoutError) or not keep):
                 self.drop(doing, failure)
             return False
         asked.then()

@@ -76,7 +76,7 @@ class ReadPath:
                 equal = mirror.error is None and mirror.regions.equal(offset, len(into))
                 # Each its own: one that was given up may still fill it.
                 whole = memoryview(bytearray(min(end, mirror.end_bytes) - start))
-                if equal and await mirror.read(start, whole):
+                if equal and await mirror.read(start, whole, keep=mirror.is_source):
                     into[:] = whole[offset - start : offset - start + len(into)]
                     return mirror.path
         return None
