@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -30,7 +31,7 @@ from lockstep.errors import (
     StateDirUnusable,
 )
 from lockstep.service import attach as attaching
-from lockstep.service.attach import Attachment, attach, current, detach
+from lockstep.service.attach import Attachment, _text, attach, current, detach
 from tests.lab import loop_devices
 
 MIB = 1 << 20
@@ -359,6 +360,26 @@ def test_a_killed_nbdfuse_is_replaced(server: Server, run_dir: str) -> None:
     with pytest.raises(DetachUnflushed):  # and yet cleaned up
         detach(run_dir, "vol")
     assert leftovers(run_dir) == []
+
+
+@needs_devices
+def test_an_attach_that_was_killed_while_the_server_was_silent_leaves_nothing(server: Server, run_dir: str) -> None:
+    def starting() -> list[str]:
+        listed = subprocess.run(["pgrep", "--exact", "nbdfuse"], capture_output=True, text=True, check=False).stdout
+        return [pid for pid in listed.split() if run_dir in (_text(Path(f"/proc/{pid}/cmdline")) or "")]
+
+    server.signal(signal.SIGSTOP)
+    asks = f"from lockstep.service.attach import attach; attach({server.socket!r}, 'vol', {run_dir!r}, 512)"
+    with subprocess.Popen([sys.executable, "-c", asks]) as killed:
+        wait_until(lambda: bool(starting()))
+        killed.kill()
+    with pytest.raises(NotAttached):
+        detach(run_dir, "vol")
+    assert starting() == []  # it would have mounted as soon as the server answers, and below whatever is attached then
+    assert leftovers(run_dir) == []
+    server.signal(signal.SIGCONT)
+    first = attach(server.socket, "vol", run_dir, 512)
+    assert detach(run_dir, "vol") == first
 
 
 @needs_devices

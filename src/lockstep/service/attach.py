@@ -13,7 +13,8 @@ down somebody else's loop device. The fuse way's pieces are found by their names
 record, so that whatever a killed attach or a dead nbdfuse left behind is found and cleaned up:
 
     EXPORT.fuse/          mount point; the file in it is EXPORT     found in /proc/self/mountinfo
-    EXPORT.fuse.pid       written by nbdfuse when it serves         believed if that process has our mount point
+    nbdfuse               also one that has not mounted yet         found in /proc, by the arguments that we gave it
+    EXPORT.fuse.pid       written by nbdfuse when it serves
     EXPORT.fuse.log       what nbdfuse says                         quoted when it dies
     /dev/loopN            over EXPORT.fuse/EXPORT                   found in /sys/block/loopN/loop/backing_file
 
@@ -215,7 +216,7 @@ def _current(place: _Place) -> Attachment | None:
         return None
     if recorded.mountpoint is None:
         return recorded if recorded.pid == _nbd_pid(recorded.device) is not None else None
-    served = recorded.pid is not None and _is_our_nbdfuse(recorded.pid, place) and _is_mounted(place)
+    served = recorded.pid in _nbdfuses(place) and _is_mounted(place)
     return recorded if served and recorded.device in loops_over(place.file) else None
 
 
@@ -250,13 +251,21 @@ def loops_over(path: str) -> list[str]:
     ]
 
 
-def _is_our_nbdfuse(pid: int, place: _Place) -> bool:
-    """Whether this process serves our mount point. A zombie has no arguments, a reused number other ones."""
-    if child := _children.get(pid):
-        child.poll()
-    with suppress(OSError):
-        return os.fsencode(place.file) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    return False
+def _nbdfuses(place: _Place) -> list[int]:
+    """The processes that serve our mount point, or are about to. A zombie has no arguments."""
+    for child in list(_children.values()):
+        if child.poll() is not None:
+            del _children[child.pid]
+    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _pid_option(place) in _arguments(pid)]
+
+
+def _pid_option(place: _Place) -> str:
+    """What no other program is given: our nbdfuse is known by it."""
+    return f"--pidfile={place.pid_file}"
+
+
+def _arguments(pid: int) -> list[str]:
+    return (_text(Path(f"/proc/{pid}/cmdline")) or "").split("\0")
 
 
 def _answers(attachment: Attachment) -> bool:
@@ -351,7 +360,7 @@ def _start_nbdfuse(socket: str, place: _Place) -> int:
     """Start nbdfuse in a session of its own, where no Ctrl-C of ours reaches it, and wait until it serves."""
     os.makedirs(place.mountpoint, mode=0o700, exist_ok=True)
     uri = f"nbd+unix:///{quote(place.name, safe='')}?socket={quote(os.fsencode(socket))}"
-    command = ["nbdfuse", f"--connections={_CONNECTIONS}", f"--pidfile={place.pid_file}", place.file, uri]
+    command = ["nbdfuse", f"--connections={_CONNECTIONS}", _pid_option(place), place.file, uri]
     with open(place.log, "wb") as log:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True
@@ -363,35 +372,27 @@ def _start_nbdfuse(socket: str, place: _Place) -> int:
             raise _StepFailed("nbdfuse", _quoted(_text(Path(place.log)), child.returncode))
         return bool(_text(Path(place.pid_file))) and os.path.exists(place.file)
 
-    try:
-        _wait_until("nbdfuse", serves, READY_S)
-    except BaseException:
-        # It is not known to _end_nbdfuse before it has written its pid.
-        child.kill()
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(STEP_S)
-        raise
+    _wait_until("nbdfuse", serves, READY_S)
     return child.pid
 
 
 def _end_nbdfuse(place: _Place) -> None:
-    """Unmount, and wait for nbdfuse to end."""
+    """Unmount, and have nbdfuse end: also one that has not mounted yet, and would when its server answers."""
     if _is_mounted(place):
-        _run("fusermount3 -u", ["fusermount3", "-u", place.mountpoint], STEP_S)
-        _wait_until("fusermount3 -u", lambda: not _is_mounted(place), STEP_S)
-    text = _text(Path(place.pid_file)) or ""
-    if not text.isdigit():
-        return
-    pid = int(text)
-    try:
-        _wait_until("the end of nbdfuse", lambda: not _is_our_nbdfuse(pid, place), STEP_S)
-    except _StepFailed:  # it says goodbye to a server that does not answer; nothing is left to lose in it
+        _unmount(place)
+        with suppress(_StepFailed):  # it says goodbye to a server that does not answer; nothing is left to lose in it
+            _wait_until("the end of nbdfuse", lambda: not _nbdfuses(place), STEP_S)
+    for pid in _nbdfuses(place):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        _wait_until("the end of nbdfuse", lambda: not _is_our_nbdfuse(pid, place), STEP_S)
-    if child := _children.pop(pid, None):
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(STEP_S)
+    _wait_until("the end of nbdfuse", lambda: not _nbdfuses(place), STEP_S)
+    if _is_mounted(place):  # it came to that just before its end
+        _unmount(place)
+
+
+def _unmount(place: _Place) -> None:
+    _run("fusermount3 -u", ["fusermount3", "-u", place.mountpoint], STEP_S)
+    _wait_until("fusermount3 -u", lambda: not _is_mounted(place), STEP_S)
 
 
 def _release_loops(place: _Place) -> None:
