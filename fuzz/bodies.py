@@ -163,15 +163,12 @@ class MemoryExport:
             self._check(offset, length)
             self.content[offset : offset + length] = data[position : position + length]
 
-    async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool, fast: bool) -> None:
-        if fast and self._choices.number(2):
-            self.failures += 1
-            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool) -> None:
         await self._work(offset, length)
         self.content[offset : offset + length] = bytes(length)
 
     async def trim(self, user: str, offset: int, length: int, *, durable: bool) -> None:
-        await self.zero(user, offset, length, durable=durable, allocate=False, fast=False)
+        await self.zero(user, offset, length, durable=durable, allocate=False)
 
     def flush(self) -> Awaitable[None]:
         self._may_fail()

@@ -381,7 +381,7 @@ class Scene(World):
             if trim:
                 await self.path.trim(request.user, offset, length, durable=durable)
             else:
-                await self.path.zero(request.user, offset, length, durable=durable, allocate=allocate, fast=False)
+                await self.path.zero(request.user, offset, length, durable=durable, allocate=allocate)
 
     async def _flush(self) -> None:
         self.history.append("flush")

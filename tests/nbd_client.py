@@ -124,8 +124,8 @@ def permitted_errors(
     """Return the errors that a request may get by what is wrong with it, or {0} when nothing is.
 
     "Error values" and the entries of "Request types". A request with several faults may get any of their errors.
-    Not from the specification, which leaves it open: that lengths of zero succeed, and that commands without
-    payload have no limit but the export's end; but a block status of no bytes cannot have a valid answer.
+    Not from the specification, which leaves it open: that lengths of zero succeed, that commands without payload have
+    no limit but the end of the export, and that no zeroes are fast; but a block status of no bytes has no valid answer.
     """
     if command not in _KNOWN_FLAGS:
         return frozenset({EINVAL})
@@ -145,6 +145,7 @@ def permitted_errors(
         ENOSPC: beyond and command in (WRITE, WRITE_ZEROES),
         EPERM: read_only and writes,
         EOVERFLOW: command == READ and length > MAX_PAYLOAD_BYTES,
+        ENOTSUP: command == WRITE_ZEROES and flags & FAST_ZERO,
     }
     return frozenset(error for error, there in faults.items() if there) or frozenset({0})
 

@@ -183,7 +183,7 @@ def test_the_mirror_is_what_permitted_updates_made_of_it_and_the_target_what_all
             if what == "write":
                 await stage.write(user, offset, data)
             elif what == "zero":
-                await stage.path.zero(user, offset, len(data), durable=False, allocate=True, fast=False)
+                await stage.path.zero(user, offset, len(data), durable=False, allocate=True)
             else:
                 await stage.path.trim(user, offset, len(data), durable=False)
             target[offset:end] = data
@@ -268,7 +268,7 @@ def test_what_is_refused_changes_nothing() -> None:
         for update in (
             stage.write("mallory", 0, bytes(4096)),
             stage.write("mallory", 3, b"x"),
-            stage.path.zero("mallory", 0, SIZE, durable=True, allocate=True, fast=False),
+            stage.path.zero("mallory", 0, SIZE, durable=True, allocate=True),
             stage.path.trim("mallory", 0, SIZE, durable=False),
         ):
             with pytest.raises(PermissionError):

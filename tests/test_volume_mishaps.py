@@ -105,7 +105,7 @@ class World:
         await path.write("someone", memoryview(data), run_of(offset, len(data)), 1, durable=False)
 
     async def zero(self, offset: int, length: int) -> None:
-        await self.path.zero("someone", offset, length, durable=False, allocate=False, fast=False)
+        await self.path.zero("someone", offset, length, durable=False, allocate=False)
 
     async def comes_back(self) -> None:
         """Have the first mirror, which was dropped, followed again as soon as it is at rest."""
@@ -361,7 +361,7 @@ def test_nothing_is_asked_of_a_mirror_behind_its_end_where_another_has_larger_se
         for ruling in (UPDATE, Ruling.UNTIL_RELEASED, UPDATE):  # where something is held, the mirror is read
             world.gate.ruling = ruling
             await path.write("someone", data, run_of(size_bytes - 150, 100), 1, durable=False)
-            await path.zero("someone", size_bytes - 20, 20, durable=False, allocate=False, fast=False)
+            await path.zero("someone", size_bytes - 20, 20, durable=False, allocate=False)
         assert (link.error, os.stat(link.path).st_size) == (None, size_bytes)
         await link.release(link.held.regions())
         await Resync(path, link, cast(Gate, world.gate), world.workers).copy()

@@ -148,8 +148,7 @@ class Deferred:
         if command == wire.CMD_TRIM:
             return export.trim(user, offset, length, durable=durable)
         if command == wire.CMD_WRITE_ZEROES:
-            allocate, fast = bool(flags & wire.FLAG_NO_HOLE), bool(flags & wire.FLAG_FAST_ZERO)
-            return export.zero(user, offset, length, durable=durable, allocate=allocate, fast=fast)
+            return export.zero(user, offset, length, durable=durable, allocate=bool(flags & wire.FLAG_NO_HOLE))
         assert command == wire.CMD_CACHE
         return export.cache(offset, length)
 

@@ -30,8 +30,8 @@ class Export(Protocol):
     def write(self, user: str, data: memoryview, run: "array[int]", count: int, *, durable: bool) -> Awaitable[None]:
         """Carry out the first `count` writes of a run, before what is returned ends; `durable` is FUA."""
 
-    async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool, fast: bool) -> None:
-        """Write zeroes; `allocate` is NO_HOLE; `fast` fails with ENOTSUP unless it beats a plain write."""
+    async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool) -> None:
+        """Write zeroes; `allocate` is NO_HOLE."""
 
     async def trim(self, user: str, offset: int, length: int, *, durable: bool) -> None:
         """Give up the content."""

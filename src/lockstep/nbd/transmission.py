@@ -45,7 +45,8 @@ def refusal(command: int, flags: int, offset: int, length: int, export: ExportIn
         return wire.EINVAL
     if flags & wire.FLAG_DF and not agreement.structured:
         return wire.EINVAL
-    return 0
+    # "MUST fail quickly" unless faster than a write: with a mirror it never is, and few targets tell beforehand.
+    return wire.ENOTSUP if flags & wire.FLAG_FAST_ZERO else 0
 
 
 def wire_error(number: int | None) -> int:

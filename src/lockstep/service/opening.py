@@ -234,7 +234,6 @@ class OpenedExport:
         *,
         durable: bool,
         allocate: bool,
-        fast: bool,  # noqa: ARG002 (whole clusters are fast, and the rest is little)
     ) -> None:
         """Zero in the overlay."""
         assert self._overlay is not None

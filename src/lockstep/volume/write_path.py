@@ -42,7 +42,6 @@ import contextlib
 import errno
 import functools
 import logging
-import os
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -183,10 +182,8 @@ class WritePath:
                 mirror.regions.mark(offset, length)
         self._half_done.clear()
 
-    async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool, fast: bool) -> None:
-        """Write zeroes; `allocate` keeps the space; `fast` fails with ENOTSUP when a mirror makes it slow."""
-        if fast and self.mirrors:
-            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool) -> None:
+        """Write zeroes; `allocate` keeps the space."""
         end = offset + length
         while offset < end:
             stop = min(end, (offset // CLEAR_PIECE_BYTES + 1) * CLEAR_PIECE_BYTES)
@@ -206,7 +203,7 @@ class WritePath:
         """
         if self.mirrors and self.target.disk.is_block:
             return
-        await self.zero(user, offset, length, durable=durable, allocate=False, fast=False)
+        await self.zero(user, offset, length, durable=durable, allocate=False)
 
     def flush(self) -> Awaitable[None]:
         """Make durable what was answered so far; requests that come meanwhile share the next round.
