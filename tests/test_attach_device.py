@@ -343,6 +343,34 @@ def test_a_name_that_leaves_the_run_directory_is_refused(tmp_path: Path) -> None
             current(str(tmp_path), name)
 
 
+@needs_devices
+def test_no_file_of_roots_is_made_or_emptied_through_a_link(
+    server: Server, run_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run directory may be another account's."""
+    os.makedirs(run_dir)
+    nologin, shadow = tmp_path / "nologin", tmp_path / "shadow"
+    lock = Path(run_dir, ".attach.lock")
+    lock.symlink_to(nologin)
+    with pytest.raises(StateDirUnusable):
+        attach(server.socket, "vol", run_dir, 512)
+    assert not nologin.exists()
+    lock.unlink()
+    shadow.write_text("root's own")
+    lock.symlink_to(shadow)
+    with pytest.raises(StateDirUnusable):
+        detach(run_dir, "vol")
+    lock.unlink()
+    for name in ("vol.fuse.log", "vol.attached.new"):
+        link = Path(run_dir, name)
+        with monkeypatch.context() as patched:  # made at the last moment
+            patched.setattr(attaching, "_take_down", lambda *_, link=link: link.symlink_to(shadow))
+            with pytest.raises(StateDirUnusable):
+                attach(server.socket, "vol", run_dir, 512)
+        assert shadow.read_text() == "root's own"
+    assert leftovers(run_dir) == []
+
+
 # --- what dies --------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,6 @@ record, so that whatever a killed attach or a dead nbdfuse left behind is found 
 
     EXPORT.fuse/          mount point; the file in it is EXPORT     found in /proc/self/mountinfo
     nbdfuse               also one that has not mounted yet         found in /proc, by the arguments that we gave it
-    EXPORT.fuse.pid       written by nbdfuse when it serves
     EXPORT.fuse.log       what nbdfuse says                         quoted when it dies
     /dev/loopN            over EXPORT.fuse/EXPORT                   found in /sys/block/loopN/loop/backing_file
 
@@ -22,6 +21,7 @@ Order. Up: nbdfuse, loop device, record; what fails undoes what was done. Down, 
 (else refused) -> flush -> let go of the loop device -> unmount -> nbdfuse ends -> files. Each step is bounded
 in time, and the next one starts only when the kernel shows that the last one is complete (`losetup -d` only
 *asks* for the detach: a device that is still open goes later). One lock per RUN_DIR keeps attaches and detaches apart.
+RUN_DIR may be another account's, which may put links to root's files there: no file of ours is opened through one.
 
 Measured over nbdfuse 1.14 (Linux 6.18, 2 cores, nbdkit's memory disk in the place of the server):
 - Direct I/O on the loop device: buffered 1 MiB writes 694 instead of 105 MB/s, 4 KiB writes at depth 32 about 17k
@@ -128,7 +128,6 @@ class _Place:
         self.record = f"{base}.attached"
         self.mountpoint = f"{base}.fuse"
         self.file = os.path.join(self.mountpoint, export)
-        self.pid_file = f"{base}.fuse.pid"
         self.log = f"{base}.fuse.log"
 
 
@@ -216,7 +215,7 @@ def _current(place: _Place) -> Attachment | None:
         return None
     if recorded.mountpoint is None:
         return recorded if recorded.pid == _nbd_pid(recorded.device) is not None else None
-    served = recorded.pid in _nbdfuses(place) and _is_mounted(place)
+    served = recorded.pid is not None and _is_nbdfuse(recorded.pid, place) and _is_mounted(place)
     return recorded if served and recorded.device in loops_over(place.file) else None
 
 
@@ -233,7 +232,7 @@ def _read_record(place: _Place) -> Attachment | None:
 def _write_record(place: _Place, attachment: Attachment) -> None:
     # Not fsynced: what it describes does not survive a power cut either.
     temporary = f"{place.record}.new"
-    with open(temporary, "w", encoding="utf-8") as record:
+    with open(temporary, "x", encoding="utf-8") as record:
         json.dump(asdict(attachment), record)
     os.replace(temporary, place.record)
 
@@ -256,16 +255,12 @@ def _nbdfuses(place: _Place) -> list[int]:
     for child in list(_children.values()):
         if child.poll() is not None:
             del _children[child.pid]
-    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _pid_option(place) in _arguments(pid)]
+    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _is_nbdfuse(pid, place)]
 
 
-def _pid_option(place: _Place) -> str:
-    """What no other program is given: our nbdfuse is known by it."""
-    return f"--pidfile={place.pid_file}"
-
-
-def _arguments(pid: int) -> list[str]:
-    return (_text(Path(f"/proc/{pid}/cmdline")) or "").split("\0")
+def _is_nbdfuse(pid: int, place: _Place) -> bool:
+    program, *arguments = (_text(Path(f"/proc/{pid}/cmdline")) or "").split("\0")
+    return os.path.basename(program) == "nbdfuse" and place.file in arguments
 
 
 def _answers(attachment: Attachment) -> bool:
@@ -360,8 +355,8 @@ def _start_nbdfuse(socket: str, place: _Place) -> int:
     """Start nbdfuse in a session of its own, where no Ctrl-C of ours reaches it, and wait until it serves."""
     os.makedirs(place.mountpoint, mode=0o700, exist_ok=True)
     uri = f"nbd+unix:///{quote(place.name, safe='')}?socket={quote(os.fsencode(socket))}"
-    command = ["nbdfuse", f"--connections={_CONNECTIONS}", _pid_option(place), place.file, uri]
-    with open(place.log, "wb") as log:
+    command = ["nbdfuse", f"--connections={_CONNECTIONS}", place.file, uri]
+    with open(place.log, "xb") as log:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True
         )
@@ -370,7 +365,7 @@ def _start_nbdfuse(socket: str, place: _Place) -> int:
     def serves() -> bool:
         if child.poll() is not None:
             raise _StepFailed("nbdfuse", _quoted(_text(Path(place.log)), child.returncode))
-        return bool(_text(Path(place.pid_file))) and os.path.exists(place.file)
+        return _is_mounted(place) and os.path.exists(place.file)
 
     _wait_until("nbdfuse", serves, READY_S)
     return child.pid
@@ -378,14 +373,20 @@ def _start_nbdfuse(socket: str, place: _Place) -> int:
 
 def _end_nbdfuse(place: _Place) -> None:
     """Unmount, and have nbdfuse end: also one that has not mounted yet, and would when its server answers."""
+    pids = _nbdfuses(place)
+
+    def ended() -> bool:
+        return not any(_is_nbdfuse(pid, place) for pid in pids)
+
     if _is_mounted(place):
         _unmount(place)
         with suppress(_StepFailed):  # it says goodbye to a server that does not answer; nothing is left to lose in it
-            _wait_until("the end of nbdfuse", lambda: not _nbdfuses(place), STEP_S)
-    for pid in _nbdfuses(place):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    _wait_until("the end of nbdfuse", lambda: not _nbdfuses(place), STEP_S)
+            _wait_until("the end of nbdfuse", ended, STEP_S)
+    for pid in pids:
+        if _is_nbdfuse(pid, place):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    _wait_until("the end of nbdfuse", ended, STEP_S)
     if _is_mounted(place):  # it came to that just before its end
         _unmount(place)
 
@@ -402,7 +403,7 @@ def _release_loops(place: _Place) -> None:
 
 
 def _remove_files(place: _Place) -> None:
-    for path in (place.record, f"{place.record}.new", place.pid_file, place.log):
+    for path in (place.record, f"{place.record}.new", place.log):
         with suppress(FileNotFoundError):
             os.unlink(path)
     with suppress(FileNotFoundError):
@@ -521,7 +522,10 @@ def _text(path: Path) -> str | None:
 @contextmanager
 def _alone(place: _Place) -> Iterator[None]:
     """Nobody else attaches or detaches below this run directory meanwhile; every holder's time is bounded."""
-    descriptor = os.open(place.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(place.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateDirUnusable(path=os.path.dirname(place.lock), reason=error.strerror or str(error)) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
