@@ -212,6 +212,25 @@ def test_a_queue_of_greedy_clients_does_not_come_before_everybody(served: Served
         assert time.monotonic() - began_s < SOON_S
 
 
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+def test_who_takes_its_replies_slowly_is_not_cut_off(served: Served, context: ssl.SSLContext, secure: bool) -> None:
+    """It holds all the memory that others wait for, for longer than a client may that takes nothing."""
+    with contextlib.ExitStack() as clients:
+        reader = Client(("127.0.0.1", served.port)).start_tls(context).go("") if secure else served.client()
+        clients.enter_context(reader)
+        reader.send(b"".join(reader.request(nbd.READ, 0, 4 * MIB).wire() for _ in range(POOL_BYTES // (4 * MIB))))
+        taken = sum(len(reply.data) for reply in reader.arrived())
+        waiting = clients.enter_context(served.client())
+        request = waiting.request(nbd.READ, 0, LARGE_BYTES)
+        waiting.send(request.wire())
+        began_s = time.monotonic()
+        while reader.parser.pending:
+            taken += sum(len(reply.data) for reply in reader.arrived())
+            time.sleep(max(0, 2 * STALL_S * taken / POOL_BYTES - (time.monotonic() - began_s)))  # its pace
+        assert time.monotonic() - began_s > 1.5 * STALL_S
+        assert waiting.reply(request).error == 0
+
+
 def test_a_write_that_has_arrived_waits_for_nobody_who_takes_no_replies(served: Served) -> None:
     """Eight fill the memory for small replies, and are cut off after a while; then the next eight do so."""
     with contextlib.ExitStack() as clients:

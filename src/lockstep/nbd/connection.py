@@ -58,7 +58,7 @@ INLINE_READ_BYTES: Final = 128 << 10  # a longer copy would delay other clients
 SOCKET_BUFFER_BYTES: Final = 1 << 20
 MAX_PENDING: Final = 64
 CONTENDED_STALL_S: Final = 5.0
-SLOWEST_BYTES_S: Final = 1 << 20  # who sends a payload more slowly counts as stalled
+SLOWEST_BYTES_S: Final = 1 << 20  # who sends a payload, or takes replies, more slowly counts as stalled
 
 _SO_SNDBUFFORCE: Final = 32  # socket(7); the socket module does not name it
 
@@ -230,10 +230,10 @@ class Connection(Securable):
 
     def overdue(self, now_s: float) -> bool:
         """Whether it holds memory for which others wait, longer than it takes to send and read, however slowly."""
+        contended, since_s, moved_bytes = self._replies.holding()
         if self._block is not None:
-            allowed_s = CONTENDED_STALL_S + self._block_filled / SLOWEST_BYTES_S
-            return self._block.pool.contended and now_s - self._block_since_s > allowed_s
-        return self._replies.keep_others_waiting(now_s, CONTENDED_STALL_S)
+            contended, since_s, moved_bytes = self._block.pool.contended, self._block_since_s, self._block_filled
+        return contended and now_s - since_s > CONTENDED_STALL_S + moved_bytes / SLOWEST_BYTES_S
 
     @property
     def negotiating(self) -> bool:

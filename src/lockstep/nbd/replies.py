@@ -31,6 +31,7 @@ class Replies:
         self._clock_s = clock_s
         self._gathered: list[bytes | bytearray] = []
         self._undrained: list[Block] = []  # whose data the socket has not taken yet
+        self._undrained_bytes = 0  # of these
         self._undrained_since_s = 0.0
 
     def agree(self, *, structured: bool) -> None:
@@ -65,8 +66,9 @@ class Replies:
             self._share.give(block)
         else:
             if not self._undrained:
-                self._undrained_since_s = self._clock_s()
+                self._undrained_since_s, self._undrained_bytes = self._clock_s(), 0
             self._undrained.append(block)
+            self._undrained_bytes += length
 
     def drained(self) -> None:
         """The socket has taken everything, or there is none any more."""
@@ -75,7 +77,10 @@ class Replies:
         for block in blocks:
             self._share.give(block)
 
-    def keep_others_waiting(self, now_s: float, allowed_s: float) -> bool:
-        """Whether they have held memory that others wait for longer than is allowed."""
+    def holding(self) -> tuple[bool, float, int]:
+        """Whether they hold memory that others wait for, since when, and how much the client has taken since then."""
+        if self.transport is None or not self._undrained:
+            return False, 0.0, 0
+        left = self.transport.get_write_buffer_size()
         contended = any(block.pool.contended for block in self._undrained)
-        return contended and now_s - self._undrained_since_s > allowed_s
+        return contended, self._undrained_since_s, max(0, self._undrained_bytes - left)

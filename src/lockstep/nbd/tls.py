@@ -168,6 +168,10 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._closing = True
         self._raw.abort()
 
+    def get_write_buffer_size(self) -> int:
+        """Return how much the socket has not taken yet."""
+        return sum(map(len, self._backlog)) + self._raw.get_write_buffer_size()
+
     def is_closing(self) -> bool:
         """Whether nothing more will be received."""
         return self._closing
