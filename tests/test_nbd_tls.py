@@ -191,6 +191,20 @@ def test_the_user_is_the_name_in_the_certificate(site: Site, authority: str, tmp
         assert f"{name} connected (tls 127.0.0.1:" in site.log()
 
 
+def test_a_certificate_that_does_not_say_for_whom_is_good_for_a_client(
+    site: Site, authority: str, tmp_path: Path
+) -> None:
+    """RFC 5280, 4.2.1.12: without extendedKeyUsage it may be used for anything. Ours always say; others' may not."""
+    key, asked, made = tmp_path / "key.pem", tmp_path / "asked.pem", tmp_path / "made.pem"
+    new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-noenc", "-keyout", str(key))
+    run("openssl", "req", *new, "-subj", "/CN=bob", "-out", str(asked))
+    signer = ("-CA", f"{authority}/ca-cert.pem", "-CAkey", f"{authority}/ca-key.pem")
+    run("openssl", "x509", "-req", "-in", str(asked), *signer, "-days", "2", "-out", str(made))
+    assert "Key Usage" not in run("openssl", "x509", "-in", str(made), "-noout", "-text")
+    with site.knock().start_tls(site.context(made, key)).go("vol"):
+        assert "bob" in site.users()
+
+
 # --- who is not let in ------------------------------------------------------------------------------------
 
 
