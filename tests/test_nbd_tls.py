@@ -591,4 +591,16 @@ def test_a_certificate_that_expires_soon_is_announced_in_the_log(lab: Lab) -> No
     lab.lockstep("tls", "init", tls, "--days", "20").ok()
     with lab.volume().served("--tcp", "127.0.0.1:0", "--tls-dir", tls) as served:
         wait_until(lambda: "server-cert.pem expires on" in served.log.read_text(), "the warning")
+        assert "Move it and its key away" in served.log.read_text()
         assert "ca-cert.pem expires" not in served.log.read_text()
+
+
+def test_an_authority_that_expires_soon_needs_more_than_a_new_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certificates, "CA_DAYS", 20)
+    certificates.make_authority(str(tmp_path / "tls"))
+    server, authority = certificates.load_terms(str(tmp_path / "tls")).warnings()
+    assert "server-cert.pem expires on" in server
+    assert "ca-cert.pem expires on" in authority
+    assert "new certificates for all clients" in authority

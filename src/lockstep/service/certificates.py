@@ -56,6 +56,12 @@ _SKEW: Final = datetime.timedelta(hours=1)
 _HOST_NAME: Final = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _ALWAYS: Final = ("localhost", "127.0.0.1", "::1")
 
+# What it means that a certificate expires, and what to do, by its kind.
+_EXPIRY: Final = {
+    "server": "clients then refuse this server. Move it and its key away, make new ones with `lockstep tls init`",
+    "ca": "nobody gets in then. Make a new TLS directory with `lockstep tls init`, new certificates for all clients",
+}
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -82,8 +88,8 @@ class Terms:
     def warnings(self) -> list[str]:
         """Return a sentence for each certificate that expires within WARN_DAYS."""
         return [
-            f"{each.path} {'has expired' if each.days_left() < 0 else 'expires'} on {each.expires:%Y-%m-%d}; clients "
-            "then refuse this server. Make a new one with `lockstep tls init`, and restart the server"
+            f"{each.path} {'has expired' if each.days_left() < 0 else 'expires'} on {each.expires:%Y-%m-%d}; "
+            f"{_EXPIRY[each.kind]}, and restart the server"
             for each in self.certificates
             if each.days_left() < WARN_DAYS
         ]
