@@ -552,6 +552,10 @@ def test_attach_and_detach(lab: Lab, attachable: tuple[Volume, Served]) -> None:
     assert lab.lockstep("detach", "vol").ok() == f"Detached {device}.\n"
     again = lab.lockstep("detach", "vol")
     assert (again.code, again.out) == (0, "vol is not attached.\n")
+    device = lab.lockstep("attach", "vol").ok().strip()
+    run("losetup", "--detach", device)
+    wait_until(lambda: device not in loop_devices(), "the device to go")
+    assert lab.lockstep("detach", "vol").ok() == "Detached what was left of vol.\n"
     assert b"through the whole stack" * 10 in volume.target.read_bytes()
     assert b"through the whole stack" not in volume.mirror.read_bytes()
     server.stop()

@@ -133,7 +133,7 @@ def detach(context: typer.Context, name: Name, state_dir: StateDir = None) -> No
             registry.volume(name)
         typer.echo(str(nothing_to_do))
     else:
-        typer.echo(f"Detached {device}.")  # and nobody asked the registry, which may be what is broken
+        typer.echo(f"Detached {device or f'what was left of {name}'}.")
 
 
 COMMANDS = {"serve": serve, "attach": attach, "detach": detach}
