@@ -10,7 +10,7 @@ from fuzz.bodies import EXPORTS, converse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.nbd.negotiation import MAX_OPTION_BYTES, Negotiation, Security, State
+from lockstep.nbd.negotiation import MAX_OPTION_BYTES, MAX_OPTIONS, Negotiation, Security, State
 from tests import nbd_client as nbd
 from tests.nbd_client import IHAVEOPT, NBDMAGIC, pack_info, pack_option, pack_queries, pack_string
 
@@ -552,6 +552,17 @@ def test_data_longer_than_any_option_ends_the_connection_before_it_is_awaited() 
 def test_the_longest_option_is_still_answered() -> None:
     made = haggling()
     assert refuses(77, nbd.REP_ERR_UNSUP, ask(made, 77, bytes(MAX_OPTION_BYTES)))
+
+
+@pytest.mark.parametrize("last", [nbd.OPT_LIST, nbd.OPT_GO, nbd.OPT_EXPORT_NAME])
+def test_who_asks_without_end_is_not_answered_for_ever(last: int) -> None:
+    """While it is answered, nobody else is served."""
+    made = haggling()
+    for _ in range(MAX_OPTIONS):
+        assert refuses(77, nbd.REP_ERR_UNSUP, ask(made, 77))
+    assert made.receive(pack_option(last)) == (16, b"")
+    assert made.state is State.ENDED
+    assert made.ended_because
 
 
 # --- anything at all ---

@@ -15,8 +15,8 @@ An export is asked for by its name, or by NAME@USER: on behalf of a user, for th
 
 An option that the server does not know, or whose data is malformed, gets the protocol's error reply and the
 talk goes on; what breaks the framing (bad magic, unknown client flags, data longer than any valid option) ends
-it, since nothing after it can be trusted. Not handled here: time. A client that never finishes is the
-transport's business.
+it, since nothing after it can be trusted. So do too many options. Not handled here: time. A client that never finishes
+is the transport's business.
 
 Source: doc/proto.md, "Handshake phase", "TLS versions", "Option types", "Metadata querying".
 """
@@ -32,6 +32,9 @@ from lockstep.nbd.wire import Info, Option, Rep
 
 # The longest valid option is a meta-context query: a name and some queries, all of them strings.
 MAX_OPTION_BYTES: Final = 64 << 10
+# Several times what any client asks. Nobody else is served while options are answered, and who asks for ever need not
+# have shown who it is.
+MAX_OPTIONS: Final = 64
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class Negotiation:
         self._default = default
         self._security = security
         self._for_others = for_others
+        self._options = 0
         self._no_zeroes = False
         self._structured = False
         self._allocation_of: tuple[str, str | None] | None = None  # the export, and on behalf of whom
@@ -158,6 +162,9 @@ class Negotiation:
         used = wire.OPTION.size + length
         if len(view) < used:
             return None
+        self._options += 1
+        if self._options > MAX_OPTIONS:
+            return self._end(len(view), f"more than {MAX_OPTIONS} options")
         data = bytes(view[wire.OPTION.size : used])
         answers = _ANSWERS_BEFORE_TLS if self._security is Security.AWAITED else _ANSWERS
         answer = answers.get(option, Negotiation._unknown)
