@@ -44,6 +44,7 @@ class Served:
         self.path = path
         self.port = 0
         self.seen: list[tuple[int, str, str] | int] = []
+        self.places = server.MAX_CONNECTIONS
         self._tls = tls
         self.export = MemoryExport(4 * MIB, Choices(b""))  # without choices it is fast and never fails
         self.pool: PayloadPool
@@ -66,7 +67,7 @@ class Served:
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self.pool = PayloadPool(POOL_BYTES)
-        made = NbdServer(self.export, self.pool, watcher=self)
+        made = NbdServer(self.export, self.pool, self.places, watcher=self)
         await made.listen_unix(self.path)
         if self._tls is not None:
             self.port = (await made.listen_tcp("127.0.0.1", 0, self._tls))[1]
@@ -245,6 +246,26 @@ def test_a_write_that_has_arrived_waits_for_nobody_who_takes_no_replies(served: 
         assert time.monotonic() - began_s < SOON_S
         wait_until(lambda: any(isinstance(said, int) for said in served.seen), "the server to take its memory back")
         assert not is_closed(holder), "for its memory nobody waits"
+
+
+def test_where_nobody_is_in_a_handshake_one_too_many_is_refused(tmp_path: Path) -> None:
+    served = Served(str(tmp_path / "sock"))
+    served.places = 3
+    served.start()
+    try:
+        with contextlib.ExitStack() as clients:
+            silent = clients.enter_context(Client(served.path, 10.0))
+            silent.greet()
+            others = [clients.enter_context(served.client()) for _ in range(3)]
+            assert silent.assert_closed() == b""
+            assert clients.enter_context(Client(served.path, 10.0)).assert_closed() == b""
+            for other in others:
+                other.write(0, b"as ever")
+            others.pop().disconnect()
+            wait_until(lambda: any(isinstance(said, int) for said in served.seen), "the server to know that one left")
+            clients.enter_context(served.client()).write(0, b"as ever")
+    finally:
+        served.stop()
 
 
 @pytest.mark.usefixtures("short_handshakes")

@@ -136,11 +136,21 @@ class NbdServer:
 
     def admit(self, connection: Connection) -> bool:
         """Count a new connection in, unless there are too many."""
-        if self._draining or len(self._connections) >= self._max_connections:
+        if self._draining or (len(self._connections) >= self._max_connections and not self._make_room()):
             log.warning("refusing a connection: %d are open, the limit", len(self._connections))
             return False
         self._connections.add(connection)
         self._empty.clear()
+        return True
+
+    def _make_room(self) -> bool:
+        """Close who has been in its handshake for longest: who has not shown yet who it is keeps nobody out."""
+        negotiating = [each for each in self._connections if each.negotiating]
+        if not negotiating:
+            return False
+        oldest = min(negotiating, key=lambda each: each.since_s)
+        oldest.abort("the limit of open connections is reached, and it has been in its handshake for longest")
+        self.dismiss(oldest)  # now, and not when the loop gets to it: others come before
         return True
 
     def dismiss(self, connection: Connection) -> None:
