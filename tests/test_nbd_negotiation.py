@@ -606,9 +606,9 @@ def test_the_time_that_many_queries_take_grows_with_their_number_alone() -> None
         for _ in range(7):
             made = haggling()
             ask(made, nbd.OPT_STRUCTURED_REPLY)
-            began_s = time.perf_counter()
+            began_s = time.thread_time()
             ask(made, nbd.OPT_SET_META_CONTEXT, data)
-            took_s.append(time.perf_counter() - began_s)
+            took_s.append(time.thread_time() - began_s)
         return min(took_s)
 
     most = MAX_OPTION_BYTES // 4 - 3
