@@ -28,6 +28,7 @@ from typing import Any
 import pytest
 
 from lockstep.nbd import connection, payload, replies, server
+from lockstep.service import serve
 from tests import nbd_client as nbd
 from tests.forks import ForkLab
 from tests.lab import MIB, PATIENCE_S, Served, Volume, is_root, wait_until
@@ -445,6 +446,28 @@ def test_a_server_without_free_descriptors_recovers(site: Site) -> None:
             resource.prlimit(site.pid, resource.RLIMIT_NOFILE, (soft, hard))
         with site.client() as late:
             assert late.read(MIB, 10) == b"still here"
+
+
+def test_however_few_descriptors_there_are_some_are_left_for_its_own_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else who says nothing, over TLS from anywhere, keeps the grants from being read and commands from being heard."""
+    volume = ForkLab(tmp_path).volume("vol", MIB)
+    limited = tmp_path / "limited"
+    limit = serve.OWN_DESCRIPTORS + 40
+    limited.write_text(f'#!/bin/sh\nulimit -n {limit}\nexec "{sys.executable}" "$@"\n')
+    limited.chmod(0o755)
+    with monkeypatch.context() as patched, contextlib.ExitStack() as stack:
+        patched.setattr(sys, "executable", str(limited))
+        served = stack.enter_context(volume.served())
+        for _ in range(2 * limit):
+            stack.enter_context(Client(served.socket, PATIENCE_S))
+        client = stack.enter_context(Client(served.socket, PATIENCE_S).go("vol"))
+        (found,) = served.now()["clients"]
+        assert found["verdict"] == "allowed"
+        volume.lab.lockstep("revoke", "vol", found["user"]).ok()
+        wait_until(lambda: served.now()["clients"][0]["verdict"] != "allowed", "the server to know of it")
+        client.write(0, b"in spite of all", nbd.FUA)
 
 
 # --- clients that die ---

@@ -34,7 +34,7 @@ from lockstep.errors import (
     SocketUnusable,
     TlsRequired,
 )
-from lockstep.nbd.server import NbdServer
+from lockstep.nbd.server import MAX_CONNECTIONS, NbdServer
 from lockstep.registry.store import Registry
 from lockstep.service import headers
 from lockstep.service.background import Background
@@ -58,6 +58,7 @@ if TYPE_CHECKING:  # X.509 takes a while to import, and few servers need it
 log = logging.getLogger(__name__)
 
 WORKERS: Final = 16
+OWN_DESCRIPTORS: Final = 128  # for disks, registry, cryptsetup and commands, whatever clients do
 CLERKS: Final = 2  # for the registry: one reads the grants while the other waits to write to the audit trail
 
 
@@ -144,9 +145,15 @@ def group_id(name: str) -> int:
 
 
 def _raise_limits() -> None:
-    """Have descriptors for every connection."""
+    """Have descriptors for every connection, as far as the system allows."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _connections() -> int:
+    """How many there may be at once: without descriptors of its own, the server knows nothing new of its grants."""
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, soft - OWN_DESCRIPTORS))
 
 
 async def _serve(
@@ -167,7 +174,7 @@ async def _serve(
     verification = Verification(session, trail)
     warnings = listen.tls.warnings if listen.tls else tuple
     background = Background(session, gate, clients, trail, verification, registry, clerks.run, warnings)
-    server = NbdServer(VolumeExport(session), watcher=clients)
+    server = NbdServer(VolumeExport(session), max_connections=_connections(), watcher=clients)
     async with _listening(server, listen, name) as uris:
         commands = ServedVolume(session, server, gate, trail, background, verification, uris[0])
         # In this order: what the control interface is still carrying out at the end goes on record too.
