@@ -5,11 +5,13 @@ The server is nbdkit: the attachment must work with any NBD server. Nothing here
 
 import json
 import os
+import pwd
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -341,6 +343,26 @@ def test_a_name_that_leaves_the_run_directory_is_refused(tmp_path: Path) -> None
     for name in ("", ".", "..", "../x", "a/b", "a\0b"):
         with pytest.raises(AttachFailed):
             current(str(tmp_path), name)
+
+
+@needs_devices
+def test_the_owner_of_the_run_directory_can_see_that_it_is_attached(server: Server) -> None:
+    with tempfile.TemporaryDirectory() as open_to_all:
+        os.chmod(open_to_all, 0o755)
+        run_dir = os.path.join(open_to_all, "run")
+        os.mkdir(run_dir, 0o755)
+        before = os.umask(0o077)  # as hardened systems have it for root
+        try:
+            attachment = attach(server.socket, "vol", run_dir, 512)
+        finally:
+            os.umask(before)
+        os.seteuid(pwd.getpwnam("nobody").pw_uid)
+        try:
+            seen = current(run_dir, "vol")
+        finally:
+            os.seteuid(0)
+            assert detach(run_dir, "vol") == attachment
+        assert seen == attachment
 
 
 @needs_devices

@@ -233,6 +233,7 @@ def _write_record(place: _Place, attachment: Attachment) -> None:
     # Not fsynced: what it describes does not survive a power cut either.
     temporary = f"{place.record}.new"
     with open(temporary, "x", encoding="utf-8") as record:
+        os.fchmod(record.fileno(), 0o644)  # whatever root's umask: the directory's owner asks whether it is attached
         json.dump(asdict(attachment), record)
     os.replace(temporary, place.record)
 
