@@ -558,6 +558,9 @@ class Opener(MirrorOpener):
         header = cast(luks.Header, SimpleNamespace(token=self._platter.token, token_id=0))
         return Opened(header, cast(EncryptedDisk, Mirror(self._world, self._platter, self._world.mirror_sector)))
 
+    def header_left(self) -> bool:
+        return False
+
 
 def session_of(world: "World", number: int) -> MirrorSession:
     """The real one, of the real path."""

@@ -84,6 +84,22 @@ def test_an_older_copy_that_is_not_noticed_before_the_end_is_not_vouched_for(lab
     volume.assert_equal_disks()
 
 
+@pytest.mark.parametrize("which", ["mirror", "header"])
+def test_a_copy_of_the_mirror_as_it_is_served_is_not_vouched_for(lab: Lab, which: str) -> None:
+    """It has the generation that the server gave, and lacks what was written since it was made."""
+    volume = lab.volume("vol", SIZE_BYTES, header=which == "header")
+    copy = volume.mirror.with_name("copy")
+    with volume.served() as served:
+        write(served, "write -P 3 8M 1M")
+        shutil.copyfile(volume.mirror, copy)
+        write(served, "write -P 4 9M 1M")
+        copy.rename(volume.mirror)
+        served.stop()
+    with volume.served():
+        pass
+    volume.assert_equal_disks()
+
+
 @pytest.mark.skipif(not is_root(), reason="root acts on behalf of users here")
 def test_an_older_copy_of_a_frozen_mirror_is_not_called_frozen_after_a_crash(lab: Lab) -> None:
     """It has what was written before and after, and lacks what is held: it never was the disk, at no moment."""

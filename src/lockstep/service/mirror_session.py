@@ -192,9 +192,14 @@ class MirrorSession:
     def _lost(self) -> OSError | None:
         if self.link.cut_short():
             return OSError(errno.EIO, SHORTER)
+        left = self._left()
+        return OSError(errno.ESTALE, f"{left} leads to another file by now, or to none") if left else None
+
+    def _left(self) -> str | None:
+        """The path of it that leads elsewhere since it was opened, if one does."""
         if self.link.left():
-            return _gone(self.mirror.path)
-        return _gone(self._opener.header_path) if self._opener.header_left() else None
+            return self.mirror.path
+        return self._opener.header_path if self._opener.header_left() else None
 
     async def advance(self) -> None:
         """Give mirror and bitmap a new generation: copies of the mirror from before are none of it."""
@@ -249,10 +254,12 @@ class MirrorSession:
         self._token = token
 
     def _require_same_mirror(self) -> None:
-        """Raise DiskChanged unless the header is that of this mirror as it was left, whatever its path leads to by now.
+        """Raise DiskChanged unless the paths lead to the mirror that was opened, and its header is as it was left.
 
-        An older copy of it would be given a generation that vouches for what it does not hold.
+        A copy of it would be given a generation that vouches for what it does not hold.
         """
+        if left := self._left():
+            raise DiskChanged(path=left)
         found = luks.read_header(self._opener.header_path)
         known = (self._token.generation, *self._generations)
         if found.uuid != self.mirror.luks_uuid or found.token is None or found.token.generation not in known:
@@ -402,10 +409,6 @@ class MirrorSession:
 
     def _new_workers(self) -> Workers:
         return Workers("lockstep-mirror", MIRROR_THREADS, self._patience_s)
-
-
-def _gone(path: str) -> OSError:
-    return OSError(errno.ESTALE, f"{path} leads to another file by now, or to none")
 
 
 def _as_disk_error(error: LockstepError) -> OSError:
