@@ -324,7 +324,7 @@ def test_a_header_that_cannot_be_read_at_the_moment_is_not_replaced_without_forc
         volume.header.symlink_to(storage.path)
         fails.touch()
         before = storage.image.read_bytes()
-        lab.lockstep("header", "restore", "vol", copy).failed(1, "cannot be read", "--force")
+        lab.lockstep("header", "restore", "vol", copy).failed(1, "cannot be read: Input/output error.\n", "--force")
         assert storage.image.read_bytes() == before
         fails.unlink()
         lab.lockstep("header", "restore", "vol", copy).ok()

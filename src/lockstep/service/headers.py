@@ -222,7 +222,7 @@ def _compared(
         if not force:
             _refuse_former_key(registry, volume, mirror, backup)
             if isinstance(failure, HeaderUnreadable) and os.path.lexists(path):
-                raise BackupNotComparable(backup=backup, path=path, reason=failure) from failure
+                raise BackupNotComparable(backup=backup, path=path, reason=str(failure)) from failure
             _refuse_other_content(path)
         return None, None
     mirrors.require_same_disk(volume, mirror, luks.read_uuid(path))
