@@ -318,6 +318,24 @@ def test_a_torn_file_is_damaged(file: Path) -> None:
     _refused(errors.RegistryDamaged, 1, "malformed", lambda: Registry.open(f"sqlite:///{file}"))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE grants SET windows = '[\"mon 2'",
+        "UPDATE grants SET windows = '7'",
+        "UPDATE grants SET windows = '[\"mon 22:0-06:00\"]'",
+        "UPDATE volumes SET scrub_window = 'x', scrub_timezone = 'UTC'",
+        "UPDATE volumes SET created_at = 'x'",
+    ],
+)
+def test_a_row_that_makes_no_sense_is_damage(registry: Registry, file: Path, change: str) -> None:
+    _add(registry, "vm1", "/disks/t1")
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute(change)
+    read = (lambda: registry.grants("vm1")) if "grants" in change else registry.volumes
+    _refused(errors.RegistryDamaged, 1, "makes no sense", read)
+
+
 def test_a_file_that_vanishes_is_an_error_and_one_that_is_put_back_is_seen(registry: Registry, file: Path) -> None:
     backup = file.read_bytes()
     _add(registry, "vm1", "/disks/t1")

@@ -74,6 +74,7 @@ from lockstep.errors import (
     VolumeExists,
     VolumeNameInvalid,
     VolumeUnknown,
+    WindowInvalid,
 )
 from lockstep.registry import audit, schema, windows
 from lockstep.registry.access import Grant
@@ -516,6 +517,8 @@ class Registry:
                 yield connection
         except DBAPIError as error:
             raise _in_our_words(error, self.label) from error
+        except (ValueError, TypeError, WindowInvalid) as error:  # a row that no program of ours has written
+            raise RegistryDamaged(registry=self.label, reason=f"it holds what makes no sense ({error})") from error
 
     def _require_not_moved(self, connection: Connection) -> None:
         if self._owner_id is not None:
