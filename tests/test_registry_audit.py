@@ -129,6 +129,7 @@ def test_what_no_row_ever_was_is_found_and_can_be_read(registry: Registry, file:
     rows = registry.audit_rows()
     assert [row.number for row in rows] == [*range(1, 12)]
     assert json.dumps([row.to_json() for row in rows])
+    assert all("luks_uuid" not in dict(row.details) for row in rows), "which is looked for at each start"
 
 
 def test_text_that_is_none_is_damage(registry: Registry, file: Path) -> None:

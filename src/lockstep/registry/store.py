@@ -670,7 +670,9 @@ def _audit_record(row: Row[Any]) -> AuditRecord:
     try:
         details = json.loads(row.details)
     except (ValueError, TypeError):
-        details = str(row.details)
+        details = None
+    if not isinstance(details, dict):  # so who looks for something in it finds nothing
+        details = {"altered": str(row.details)}
     names = ("volume", "event", "user", "origin", "reason", "previous", "hash")
     texts = {name: str(getattr(row, name)) for name in names}
     at_us = row.at_us if isinstance(row.at_us, int) and 0 <= row.at_us < _LATEST_US else 0
