@@ -1,5 +1,6 @@
 """D2, P3, P4: a mirror is the one that was opened, as it was left, and where somebody would look for it."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -191,3 +192,15 @@ def test_what_a_mirror_says_of_itself_is_nothing_that_a_terminal_obeys(lab: Lab)
     assert "Restored 1.0 MiB of \\x1b]0;owned\\x07 to" in volume.restore(lab.home / "output").ok()
     luks.write_token(str(volume.mirror), replace(token, volume_id="another"), token_id=header.token_id)
     lab.lockstep("serve", "vol", "--key-file", lab.key).failed(1, "the volume \\x1b]0;owned\\x07.")
+
+
+def test_what_a_header_says_is_no_line_of_the_log(lab: Lab) -> None:
+    volume, other = lab.volume("vol", MIB), lab.volume("other", MIB)
+    header = luks.read_header(str(other.mirror))
+    assert header.token is not None
+    forged = replace(header.token, volume_name="x\n\x1b[31mforged")
+    luks.write_token(str(other.mirror), forged, token_id=header.token_id)
+    with volume.served() as served:
+        os.replace(other.mirror, volume.mirror)
+        wait_until(lambda: "forged" in served.log.read_text(), "the server to meet the other mirror")
+    assert "the volume x\\n\\x1b[31mforged" in served.log.read_text()

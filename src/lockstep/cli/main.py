@@ -18,7 +18,7 @@ import lockstep
 from lockstep import signals
 from lockstep.cli import streams
 from lockstep.cli.options import not_empty
-from lockstep.cli.output import report_error
+from lockstep.cli.output import report_error, visible
 from lockstep.crypto.cipher import KERNEL
 from lockstep.errors import LockstepError, StdoutFailed, Unforeseen
 
@@ -127,13 +127,21 @@ def _global_options(
 ) -> None:
     del version
     context.obj = state_dir
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO if context.invoked_subcommand == "serve" else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
+        handlers=[handler],
     )
     for noisy in ("asyncio", "aiohttp"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class _Lines(logging.Formatter):
+    """Each message is one line, whatever a header or a path has brought into it; a traceback follows as it is."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (of the overridden method)
+        return visible(super().formatMessage(record))
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
