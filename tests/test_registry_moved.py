@@ -22,6 +22,7 @@ from tests.lab import MIB, Lab, Volume, needs, wait_until, write
 from tests.postgres import BIN, PROGRAMS, Postgres, fresh_server
 from tests.test_registry_lost import is_unaccounted
 from tests.test_service_refusals import assert_error, everything_below
+from tests.test_state_owner import NOBODY, give_away, owners
 
 pytestmark = needs("runuser", *(str(BIN / program) for program in PROGRAMS), root=True)
 
@@ -110,6 +111,16 @@ def test_what_is_served_goes_on_while_the_database_is_down(lab: Lab) -> None:
         volume.assert_equal_disks()
         lab.lockstep("audit", "--check").ok()
         assert sum(row["event"] == "connect" for row in rows_of(lab)) >= 2
+
+
+def test_what_root_moves_stays_the_owners(lab: Lab, url: str) -> None:
+    lab.lockstep("list").ok()
+    give_away(lab)
+    move(lab, url)
+    assert set(owners(lab)) >= {"id", "registry.url", "registry.db.moved"}
+    assert set(owners(lab).values()) == {NOBODY}
+    lab.lockstep("registry", "move").ok()
+    assert set(owners(lab).values()) == {NOBODY}
 
 
 def test_a_database_belongs_to_one_state_directory(lab: Lab, url: str, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def move_registry(state: State, url: str | None) -> Moved:
     actor = manager(state, "move the registry")
     place = state.registry_place
     with contextlib.ExitStack() as stack:
+        stack.callback(state.hand_over)
         registry = stack.enter_context(state.registry())
         if place.url() == url:
             return Moved(registry.label, moved=False)

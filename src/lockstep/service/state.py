@@ -51,7 +51,7 @@ class State:
         try:
             return self.registry_place.open()
         finally:
-            self._hand_over()
+            self.hand_over()
 
     @property
     def registry_place(self) -> RegistryPlace:
@@ -167,9 +167,9 @@ class State:
                 yield fd
         finally:
             os.close(fd)
-            self._hand_over()
+            self.hand_over()
 
-    def _hand_over(self) -> None:
+    def hand_over(self) -> None:
         """Have what root has made belong to the directory's owner, who could not serve or manage any more.
 
         That owner may have put links to others' files here: only what has no other name is handed over.
