@@ -206,13 +206,14 @@ def test_refusals_change_nothing(lab: Lab, server: Postgres, url: str) -> None:
     before = everything_below(lab.state)
     for wrong, error, said in (
         ("", errors.RegistryUrlInvalid, "not a URL"),
-        ("mysql://u:hidden@h/d", errors.RegistryUrlInvalid, "neither sqlite nor postgresql"),
+        ("mysql://u:hidden@h/d", errors.RegistryUrlInvalid, "mysql is not postgresql"),
         ("sqlite:////tmp/x", errors.RegistryUrlInvalid, "its place in the state directory"),
         ("postgresql://u:hidden@127.0.0.1:1/d", errors.RegistryUnreachable, "does not serve us"),
     ):
         result = lab.lockstep("registry", "move", "--url-file", in_file(lab, wrong))
         result.failed(error.exit_code, said)
         assert "hidden" not in result.err
+        assert "Write sqlite" not in result.err, "which is refused as well"
     lab.lockstep("registry", "move", "--url-file", lab.home / "none").failed(2, "No such file")
     assert everything_below(lab.state) == before
     lab.lockstep("registry", "move", "--url-file", in_file(lab, server.url("taken"))).failed(1, "belongs to")

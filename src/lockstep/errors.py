@@ -389,8 +389,8 @@ class RegistryUrlInvalid(UsageError, RegistryError):
     """Data: reason. Not the URL, which may hold a password."""
 
     happened = "The registry's URL is not understood: {reason}."
-    cause = "A registry is a SQLite file or a PostgreSQL database."
-    next_step = "Write sqlite:///PATH or postgresql://USER@HOST/DATABASE."
+    cause = "It is misspelt: a registry is a PostgreSQL database, or a file in the state directory, which needs no URL."
+    next_step = "Write postgresql://USER@HOST/DATABASE; without --url-file the registry moves into the state directory."
 
 
 class UrlFileUnreadable(UsageError, RegistryError):

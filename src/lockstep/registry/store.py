@@ -743,7 +743,7 @@ def _postgresql(url: str) -> tuple[Engine, str]:
     except (ArgumentError, ValueError):
         raise RegistryUrlInvalid(reason="it is not a URL") from None  # the cause would quote it, password and all
     if parsed.drivername not in _POSTGRESQL_SCHEMES:
-        raise RegistryUrlInvalid(reason=f"{parsed.drivername} is neither sqlite nor postgresql")
+        raise RegistryUrlInvalid(reason=f"{parsed.drivername} is not postgresql")
     options = {name: value for name, value in _CONNECT_OPTIONS.items() if name not in parsed.query}
     try:
         engine = create_engine(parsed.set(drivername="postgresql+psycopg"), connect_args=options, pool_pre_ping=True)
