@@ -1,10 +1,13 @@
 """What a copy writes to a mirror, and what a comparison reads from it, does not stay in the machine's memory."""
 
-from collections.abc import Iterator
+import os
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from lockstep.disk.transfer import Promptness
 from tests.lab import MIB, Lab, Volume, needs, run, wait_until
 
 SIZE_BYTES = 64 * MIB
@@ -40,3 +43,20 @@ def test_the_mirror_is_not_left_in_memory(lab: Lab, disk: Path) -> None:
         lab.lockstep("verify", "vol").ok()
         assert cached_bytes(volume.mirror) < LITTLE_BYTES
     volume.assert_equal_disks()
+
+
+@needs("losetup", "/dev/loop-control", "mount", root=True)
+def test_a_device_is_no_memory_though_its_node_lies_there(lab: Lab, loop: Callable[..., str]) -> None:
+    """So it is in a container. What is taken for memory is written on the event loop, and nothing bounds its cache."""
+    point = lab.home / "dev"
+    point.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "dev", "tmpfs", str(point))
+    try:
+        os.mknod(point / "disk", stat.S_IFBLK | 0o600, os.stat(loop(lab.disk("image", MIB))).st_rdev)
+        fd = os.open(point / "disk", os.O_RDWR)
+        found = Promptness(fd)
+        os.close(fd)
+    finally:
+        run("umount", str(point))
+    assert found.flags is None
+    assert found.cached

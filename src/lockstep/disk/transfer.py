@@ -91,7 +91,9 @@ def is_direct(fd: int) -> bool:
 
 
 def _flag_in_memory(fd: int) -> int | None:
-    return 0 if not is_direct(fd) and _in_memory(os.readlink(f"/proc/self/fd/{fd}")) else None
+    """A device is no memory, though its node lie there: /dev of a container does, as a rule."""
+    file = stat.S_ISREG(os.fstat(fd).st_mode) and not is_direct(fd)
+    return 0 if file and _in_memory(os.readlink(f"/proc/self/fd/{fd}")) else None
 
 
 def _in_memory(path: str) -> bool:
