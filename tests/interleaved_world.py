@@ -8,7 +8,7 @@ Each disk has a cache: what was not flushed may be lost in a power cut, each 512
 a mirror lose it when it fails, and the target when its flush does. The records are real files; the power can also be
 cut between any two durable steps of what one thread does (`Fate.cut_within`).
 
-What is not here: the header's own format, threads that run at the same time within one job.
+What is not here: the header's own format, two threads at the same time within one step of a job.
 """
 
 import asyncio
@@ -23,10 +23,10 @@ import selectors
 import uuid
 import weakref
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 from lockstep.crypto import luks
 from lockstep.crypto.luks import Token
@@ -34,7 +34,7 @@ from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import Disk
 from lockstep.disk.runs import places, requests
-from lockstep.errors import DiskUnreadable
+from lockstep.errors import DiskUnreadable, MirrorBorrowed
 from lockstep.service.mirror_opening import Away, MirrorOpener, Opened
 from lockstep.service.mirror_session import MirrorSession
 from lockstep.volume.filling import NewTarget
@@ -47,7 +47,7 @@ SECTOR: Final = 512
 REGION_BYTES: Final = 4096
 PATIENCE_S: Final = 5.0
 NEVER: Final = math.inf
-BARRING: Final = frozenset({Ruling.UNTIL_WINDOW, Ruling.UNTIL_RELEASED, Ruling.REFUSE})
+BARRING: Final = (Ruling.UNTIL_WINDOW, Ruling.UNTIL_RELEASED, Ruling.REFUSE)
 USERS: Final = ("ada", "bob", "eve")
 SPOILT: Final = 0xBAD00000  # in place of a request's number: what nobody wrote
 
@@ -64,7 +64,7 @@ class PowerCut(BaseException):
 
 
 class Job:
-    """What a thread was asked."""
+    """What a thread was asked: all of it at one moment, or in steps where it is a generator."""
 
     def __init__(
         self, future: "asyncio.Future[Any] | None", work: Callable[..., Any], arguments: tuple[Any, ...]
@@ -75,13 +75,20 @@ class Job:
         self.ended = False
         self.value: Any = None
         self.failure: BaseException | None = None
+        self.steps: Iterator[None] | None = None  # those that are left, once it has begun
+        self.due = 0  # after how many steps of all threads it is likely to go on
 
     def carry_out(self) -> None:
-        self.ended = True
+        """One step."""
         try:
-            self.value = self.work(*self.arguments)
+            if self.steps is None:
+                self.value = self.work(*self.arguments)
+                self.steps = self.value if isinstance(self.value, Generator) else iter(())
+            next(self.steps)
+        except StopIteration:
+            self.ended = True
         except Exception as failure:  # noqa: BLE001 (it is for who asked)
-            self.failure = failure
+            self.ended, self.failure = True, failure
 
 
 class Fate:
@@ -96,6 +103,7 @@ class Fate:
         self.eager = self.chance.choice((0.2, 0.5, 0.8))
         self.blocks: Callable[[Job], OSError | None] = lambda _: None
         self._ticks = itertools.count(1)
+        self._steps = 0
         self._steps_left: int | None = None
 
     def tick(self) -> int:
@@ -141,11 +149,18 @@ class Fate:
 
     def step(self) -> bool:
         """One thing that threads do; False if there is none."""
-        steps = [step for hands in self.hands for step in hands.steps()]
+        self._steps += 1
+        steps = [step for hands in self.hands for step in hands.steps(self._steps)]
+        if not steps:
+            steps = [step for hands in self.hands for step in hands.steps(NEVER)]
         if not steps:
             return False
         self.chance.choice(steps)()
         return True
+
+    def due(self) -> int:
+        """When a job is likely to be carried out: some linger."""
+        return self._steps + self.chance.choice((0, 50, 200)) if self.often(0.05) else 0
 
     @property
     def at_rest(self) -> bool:
@@ -172,7 +187,8 @@ class Hands:
             return future
         if self._closed:
             self._fate.violated(f"{self.name} was asked after it was closed")
-        self.jobs.append(Job(future, work, arguments))
+        self.jobs.append(job := Job(future, work, arguments))
+        job.due = self._fate.due()
         return future
 
     def hint(self, work: Callable[[], None]) -> None:
@@ -201,13 +217,15 @@ class Hands:
     def _silence(self) -> TimeoutError:
         return TimeoutError(errno.ETIMEDOUT, "it did not answer")
 
-    def steps(self) -> list[Callable[[], None]]:
+    def steps(self, due: float) -> list[Callable[[], None]]:
+        """What its threads may do next, of the jobs that are due by then."""
         if self.stuck and not self._given_up:
             return [self._hang] if self.jobs else []
         begun = self.jobs[: self._count]
         if self.stuck:  # what hangs goes on hanging
             return [self._loosen] if begun else []
-        return [functools.partial(self._answer if job.ended else self._carry_out, job) for job in begun]
+        ready = (job for job in begun if job.due <= due)
+        return [functools.partial(self._answer if job.ended else self._carry_out, job) for job in ready]
 
     def _hang(self) -> None:
         if self._fate.often(0.1) and any(job.future is not None for job in self.jobs):
@@ -217,7 +235,7 @@ class Hands:
         self.stuck = not self._fate.often(0.05)
 
     def _carry_out(self, job: Job) -> None:
-        failure = self._fate.blocks(job)
+        failure = self._fate.blocks(job) if job.steps is None else None
         if failure is None:
             job.carry_out()
         else:
@@ -298,10 +316,17 @@ class Medium:
         self.flush()
 
 
+def parts_of(chance: random.Random, offset: int, data: bytes) -> Iterator[tuple[int, bytes]]:
+    """What is written at once of some data, and where: all of it, or one part after the other."""
+    at = chance.randrange(len(data) // SECTOR + 1) * SECTOR if chance.random() < 0.3 else 0
+    return ((offset + start, part) for start, part in ((0, data[:at]), (at, data[at:])) if part)
+
+
 class Target(PlainDisk):
     """A target in memory."""
 
-    def __init__(self, fate: Fate, content: bytes, *, prompt: bool) -> None:
+    def __init__(self, fate: Fate, content: bytes, *, prompt: bool, block_bytes: int) -> None:
+        """`block_bytes` is more than one where it is written past the page cache."""
         self.disk = cast(Disk, SimpleNamespace(is_block=False, path="/target"))
         self.size_bytes = len(content)
         self.medium = Medium(content)
@@ -311,8 +336,9 @@ class Target(PlainDisk):
         self.lost: Callable[[], None] = lambda: None  # called when it has lost what it had cached
         self._fate = fate
         self._prompt = prompt
-        blocks = range(0, self.size_bytes, REGION_BYTES)
-        self._hole = [not any(content[at : at + REGION_BYTES]) for at in blocks]
+        self._block_bytes = block_bytes
+        sectors = range(0, self.size_bytes, SECTOR)
+        self._hole = bytearray(not any(content[at : at + SECTOR]) for at in sectors)
 
     @property
     def prompt(self) -> bool:
@@ -320,11 +346,11 @@ class Target(PlainDisk):
 
     @property
     def cached(self) -> bool:
-        return True
+        return self._block_bytes == 1
 
     @property
     def block_bytes(self) -> int:
-        return 1
+        return self._block_bytes
 
     def written_ns(self) -> int:
         return 0
@@ -338,8 +364,8 @@ class Target(PlainDisk):
         return True
 
     def _write(self, offset: int, data: bytes, *, durable: bool = False) -> None:
-        for block in range(offset // REGION_BYTES, -(-(offset + len(data)) // REGION_BYTES)):
-            self._hole[block] = False
+        sectors = slice(offset // SECTOR, -(-(offset + len(data)) // SECTOR))
+        self._hole[sectors] = bytes(sectors.stop - sectors.start)
         self.medium.write(offset, data, durable=durable)
 
     def read(self, offset: int, into: memoryview) -> None:
@@ -369,11 +395,25 @@ class Target(PlainDisk):
         return done
 
     def write_job(self, data: memoryview, run: "array[int]", count: int, durable: bool = False) -> Callable[[], None]:
-        def job() -> None:
+        def job() -> Iterator[None]:
             for offset, length, position in requests(run, 0, count):
-                self.write(offset, data[position : position + length], durable=durable)
+                yield from self._write_in_steps(offset, bytes(data[position : position + length]), durable=durable)
 
-        return job
+        return cast(Callable[[], None], job)
+
+    def _write_in_steps(self, offset: int, data: bytes, *, durable: bool) -> Iterator[None]:
+        """As whole blocks, with what surrounds it; or else it may be torn."""
+        start = offset // self._block_bytes * self._block_bytes
+        end = -(-(offset + len(data)) // self._block_bytes) * self._block_bytes
+        if end - start > len(data):
+            whole = self.medium.now[start:end]
+            yield
+            whole[offset - start : offset - start + len(data)] = data
+            self.write(start, bytes(whole), durable=durable)
+            return
+        for at, part in parts_of(self._fate.chance, offset, data):
+            self.write(at, part, durable=durable)
+            yield
 
     def write(self, offset: int, data: memoryview | bytes, *, durable: bool = False) -> None:
         if self._fail("write"):
@@ -386,14 +426,16 @@ class Target(PlainDisk):
             raise OSError(errno.EIO, "the target is broken")
         self._write(offset, bytes(length))
         if not allocate:
-            for block in range(-(-offset // REGION_BYTES), (offset + length) // REGION_BYTES):
-                self._hole[block] = True
+            first, after = -(-offset // SECTOR), (offset + length) // SECTOR
+            self._hole[first:after] = b"\1" * max(0, after - first)
 
     def extents(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         end = offset + length
         while offset < end:
-            stop = min(end, (offset // REGION_BYTES + 1) * REGION_BYTES)
-            yield offset, stop - offset, not self._hole[offset // REGION_BYTES]
+            hole = self._hole[offset // SECTOR]
+            after = self._hole.find(1 - hole, offset // SECTOR)
+            stop = min(end, after * SECTOR) if after >= 0 else end
+            yield offset, stop - offset, not hole
             offset = stop
 
     def flush(self) -> None:
@@ -414,6 +456,9 @@ class Replacement(NewTarget, Target):
     """A new target, which is filled from a mirror."""
 
 
+AnyTarget = TypeVar("AnyTarget", bound=Target)
+
+
 class Platter:
     """What a mirror is made of: it outlives whoever has it open."""
 
@@ -423,6 +468,8 @@ class Platter:
         self.gone = False
         self.silenced = False  # it could not say of itself what it should
         self.older = False  # it was put back from an image of it, and has not been in sync since
+        self.borrowed = False  # a command has it
+        self.rekeyed = False  # it has another key since a server had it
         self.losses = 0  # how often it has lost what it had cached
         self.fails: set[str] = set()  # what it fails once
 
@@ -430,14 +477,13 @@ class Platter:
 class Mirror:
     """In place of `EncryptedDisk`: a mirror while it is open."""
 
-    cached = True
-
-    def __init__(self, world: "World", platter: Platter, sector_bytes: int) -> None:
-        self.sector_bytes = sector_bytes
+    def __init__(self, world: "World", number: int) -> None:
+        self.sector_bytes = world.mirror_sectors[number]
+        self.cached = not world.direct
         self.failed = self.closed = False
-        self._world = world
+        self._world, self._number = world, number
         self._chance = world.fate.chance
-        self._platter = platter
+        self._platter = world.platters[number]
 
     @property
     def prompt(self) -> bool:
@@ -482,11 +528,13 @@ class Mirror:
         for place in places(run, count):
             self._check(*place)
 
-        def job() -> None:
+        def job() -> Iterator[None]:
             for offset, length, position in requests(run, 0, count):
-                self._write(offset, bytes(data[position : position + length]), durable=durable)
+                for part in parts_of(self._chance, offset, bytes(data[position : position + length])):
+                    self._write(*part, durable=durable)
+                    yield
 
-        return job
+        return cast(Callable[[], None], job)
 
     def _write(self, offset: int, data: bytes, *, durable: bool = False) -> None:
         failed = self._fail("writing")
@@ -531,7 +579,7 @@ class Mirror:
         self.closed = True
 
     def left(self, path: str) -> bool:
-        return False
+        return self._world.platters[self._number] is not self._platter
 
     def cut_short(self) -> bool:
         return False
@@ -544,22 +592,28 @@ class Opener(MirrorOpener):
         mirror = cast(Any, world.register.mirror(number))
         super().__init__(cast(Any, world.state), cast(Any, world.record), mirror, cast(Any, None))
         self._world, self._number = world, number
+        self._opened: Platter | None = None
 
     @property
     def _platter(self) -> Platter:
         return self._world.platters[self._number]  # by now: another may have been put in its place
 
     def first(self, patience_s: float) -> Opened | Away:
+        if self._platter.borrowed:
+            return Away("it is being re-keyed", borrowed=True)
         return Away("it is away") if self._platter.gone else self._open()
 
     def _open(self) -> Opened:
         if self._platter.gone:
             raise DiskUnreadable(path=self._mirror.path, reason="it is gone")
+        if self._platter.borrowed:
+            raise MirrorBorrowed(path=self._mirror.path)
+        self._opened = self._platter
         header = cast(luks.Header, SimpleNamespace(token=self._platter.token, token_id=0))
-        return Opened(header, cast(EncryptedDisk, Mirror(self._world, self._platter, self._world.mirror_sector)))
+        return Opened(header, cast(EncryptedDisk, Mirror(self._world, self._number)))
 
     def header_left(self) -> bool:
-        return False
+        return self._platter is not self._opened
 
 
 def session_of(world: "World", number: int) -> MirrorSession:
@@ -736,21 +790,30 @@ class World:
         self.chance = chance = self.fate.chance
         self.base_home = home
         self.epoch = 0
-        self.size_bytes = REGION_BYTES * chance.choice((20, 40)) + chance.choice((0, 3 * SECTOR + 104))
-        self.mirror_sector = chance.choice((512, 512, 4096))
+        self.block_bytes = chance.choice((1, 1, 1, 1, 512, 4096))
+        self.direct = self.block_bytes > 1
+        self.size_bytes = REGION_BYTES * chance.choice((1, 20, 20, 40, 40))
+        self.size_bytes += chance.choice((0, 0, CELL, 3 * SECTOR + 104))
+        self.size_bytes -= self.size_bytes % self.block_bytes
         self.volume_id = str(uuid.UUID(int=chance.getrandbits(128)))
-        self.uuids = [str(uuid.UUID(int=chance.getrandbits(128))) for _ in range(chance.choice((1, 1, 2)))]
+        self.uuids = [str(uuid.UUID(int=chance.getrandbits(128))) for _ in range(chance.choice((1, 1, 1, 2, 2, 3)))]
+        self.mirror_sectors = [chance.choice((512, 512, 4096)) for _ in self.uuids]
+        self.sector_bytes = max(self.block_bytes, *self.mirror_sectors)
         self.state = StateDir(self)
         self.register = Register(self)
-        whole = -(-self.size_bytes // self.mirror_sector) * self.mirror_sector
         token = Token(self.volume_id, "vol", self.size_bytes, 1, IN_SYNC)
-        self.platters = [Platter(bytes(whole), token) for _ in self.uuids]
-        self.prompt = chance.random() < 0.7
+        wholes = (-(-self.size_bytes // sector) * sector for sector in self.mirror_sectors)
+        self.platters = [Platter(bytes(whole), token) for whole in wholes]
+        self.prompt = not self.direct and chance.random() < 0.7
         self.workers = Hands(self.fate, "target", 16)
-        self.target: Target = Target(self.fate, bytes(self.size_bytes), prompt=self.prompt)
+        self.target = self.target_of(Target, bytes(self.size_bytes))
         self.gate = Doorkeeper(self)
         self.under_way: list[Request] = []
         self.barred: dict[int, set[int]] = {}  # number of a request -> regions in which it is not the mirror's
+
+    def target_of(self, kind: type[AnyTarget], content: bytes) -> AnyTarget:
+        """A target that holds this."""
+        return kind(self.fate, content, prompt=self.prompt, block_bytes=self.block_bytes)
 
     @property
     def home(self) -> Path:

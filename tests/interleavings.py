@@ -1,12 +1,13 @@
 """Interleavings of the real write path, mirror links, records and resync, in an order that a seed decides.
 
-A scene is a target and one or two mirrors in memory, the real records in files (tests/interleaved_world.py), and
+A scene is a target and up to three mirrors in memory, the real records in files (tests/interleaved_world.py), and
 clients, faults and background work as tasks. There are several kinds of them, with another share of what happens in
 each (`KINDS`):
 
     any         all that can happen, a little of everything
     records     what is held and what is marked cannot be recorded, for a moment or for long, while grants change
     filling     the target is lost, and a new one is filled from a mirror while it is served; older copies of mirrors
+    copies      copies take the place of mirrors that are open, or that were re-keyed meanwhile
     comparing   reads and `verify`; a mirror may have lost or changed something by itself
 
 What every byte should be is known from the requests alone. The disks are made of cells of eight bytes, and each write
@@ -14,11 +15,14 @@ has content of its own: its number and the cell's. So
 
     during it    a region that counts as clean, and that nobody is writing to, is equal; a client's write is handed to
                  a mirror only while its user may update it; a read returns what some order of the writes leaves
-    barred       what a user wrote who might not update the mirror is on no mirror before its region was released
+    barred       what a user wrote who might not update the mirror is on no mirror before its region was released; what
+                 was refused is nowhere
+    frozen       a mirror that stands still is the disk as it was at one moment
     filling      what the new target lacks stays on the mirror as it was; nothing is taken from an older copy of it
     comparing    a difference is found where a mirror was spoilt, and nowhere else
     a power cut  every flushed write is on the target; regions that are neither marked nor held are equal; a mirror
-                 whose token says that it is whole has every write that was flushed by then; what is held stays held
+                 whose token says that it is whole has every write that was flushed by then; what is held stays held;
+                 what is as it was left is not copied as a whole
     the end      everything ends, the mirrors come in sync, the disks are equal, each cell is what some order of the
                  writes leaves, and nothing is left: no turn, no mark, nobody on record
 """
@@ -44,7 +48,7 @@ from lockstep.disk.runs import WORDS, run_of
 from lockstep.errors import FillingImpossible, LockstepError
 from lockstep.service import mirror_opening, mirror_session, mirror_set, replacing
 from lockstep.service.background import Background
-from lockstep.service.borrowing import DRILL
+from lockstep.service.borrowing import DRILL, REKEY
 from lockstep.service.mirror_session import MirrorSession
 from lockstep.service.volume_session import VolumeSession, pair_of
 from lockstep.volume import backlog, filling, intent, link, missing, pace, regions, resync, verify, write_path
@@ -85,7 +89,9 @@ LONG_S: Final = 300.0  # of counted time: whoever takes longer hangs
 
 
 def _copied_or_frozen(mirror: MirrorLink) -> bool:
-    """One that is frozen waits for the release, whatever else differs."""
+    """One that is frozen waits for the release, whatever else differs; but what waits for windows alone is over."""
+    if 1 in mirror.held.only_outside_window():
+        return False
     return mirror.held.frozen_since_s is not None or not mirror.regions.dirty_bytes
 
 
@@ -111,6 +117,9 @@ class Scene(World):
         self.replaced_by: dict[int, Platter] = {}  # mirrors in whose place an image was put
         self.spoilt: dict[int, set[int]] = {number: set() for number in range(len(self.uuids))}  # cells, ever
         self.abandoned = False  # what is left of tasks is nobody's business
+        self.disowned: set[int] = set()
+        self.put_back: set[int] = set()  # mirrors in whose place a copy was until then
+        self.written_since: set[int] = set()  # mirrors that were written after they had come to stand still
 
     # --- one life of a server ---
 
@@ -149,8 +158,13 @@ class Scene(World):
                 self._see_to_source(reason)
         self.links: list[MirrorLink] = [session.link for session in self.sessions]
         self.path, self.resyncs = self.volume.writes, self.volume.resyncs
+        for number, each in enumerate(self.links):
+            self._check_recognised(number, each)
+        self.written_since.clear()
+        self.put_back.clear()
         self.base = bytes(self._content())
         self.bases = [bytes(platter.medium.now) for platter in self.platters]
+        self.aside_since.update((at, -1) for at, each in enumerate(self.platters) if each.borrowed)
         self.excused = self.path.filling is not None and self.links[self.source].error is not None
         for number, each in enumerate(self.links):
             self._watch(number, each)
@@ -184,6 +198,16 @@ class Scene(World):
         bitmap = IntentBitmap(str(self.home / f"{self.uuids[number]}.intent"), identity, self.workers.run)
         bitmap.claim(1, 1, bytes(-(-self.size_bytes // REGION_BYTES)))
         bitmap.close()
+
+    def _check_recognised(self, number: int, mirror: MirrorLink) -> None:
+        """After a start: what the records say of a mirror as a whole."""
+        if mirror.error is not None:
+            return
+        if number in self.written_since and mirror.held.frozen_since_s is not None:
+            raise Broken(f"mirror {number} counts as frozen, and was written since")
+        changed = self.platters[number].older or number in self.disowned | self.put_back or self.kind == "filling"
+        if not (mirror.as_left or changed):
+            raise Broken(f"all of mirror {number} is to be copied, though it is as it was left")
 
     def _watch(self, number: int, mirror: MirrorLink) -> None:
         """Note when a mirror comes to stand still, and what is released from it."""
@@ -281,6 +305,8 @@ class Scene(World):
         except PowerCut:
             return False
         self.claimed = True
+        for platter, mirror in zip(self.platters, self.links, strict=True):
+            platter.rekeyed = platter.rekeyed and mirror.error is not None
         return True
 
     async def _busy(self) -> None:
@@ -321,7 +347,7 @@ class Scene(World):
         return cast(Callable[[], Coroutine[Any, Any, None]], getattr(self, f"_{what}"))()
 
     def _place(self, aligned: bool) -> tuple[int, int]:
-        unit = self.mirror_sector if aligned else CELL
+        unit = self.sector_bytes if aligned else self.chance.choice((CELL, CELL, SECTOR))
         length = self.chance.choice((unit, SECTOR, 4096, self.chance.randrange(1, 12 << 10)))
         length = max(unit, length // unit * unit)
         spot = self.chance.choice(self.spots) + self.chance.randrange(-4096, 4096)
@@ -355,7 +381,9 @@ class Scene(World):
             request.over = True
             self.under_way.remove(request)
 
-    async def _write(self, user: str | None = None, extents: list[tuple[int, int]] | None = None) -> None:
+    async def _write(
+        self, user: str | None = None, extents: list[tuple[int, int]] | None = None, *, durable: bool = False
+    ) -> None:
         aligned = self.fate.often(0.6)
         extents = extents or [self._place(aligned) for _ in range(self.chance.choice((1, 1, 1, 3)))]
         request = Request(next(self.numbers), "write", user or self.chance.choice(USERS), extents)
@@ -365,18 +393,30 @@ class Scene(World):
             position += length
         data = memoryview(bytearray(b"".join(request.content(*extent) for extent in extents)))
         count, done = len(extents), 0
-        request.durable = self.fate.often(0.15)
-        with self._asked(request):
+        request.durable = durable or self.fate.often(0.15)
+        with self._asked(request), _reused(data):
             if not request.durable and self.fate.often(0.7):
                 done = self.path.write_run(request.user, data, run, count)
             if done < count:
-                rest = run[WORDS * done :]
-                await self.path.write(request.user, data, rest, count - done, durable=request.durable)
+                if self.fate.often(0.3 if self.path.half_done() else 0.05):  # a window closes
+                    self.gate.change(request.user, self.chance.choice(BARRING))
+                begun = self.path.write(request.user, data, run[WORDS * done :], count - done, durable=request.durable)
+                with self._durability(request.durable):
+                    await asyncio.ensure_future(begun)
+
+    @contextlib.contextmanager
+    def _durability(self, asked: bool = True) -> Iterator[None]:
+        """Nothing counts as durable while the target may have lost something, and nobody has looked."""
+        lost = self.path.durability_lost
+        yield
+        if asked and lost is not None and lost is self.path.durability_lost:
+            self.fate.violated("something counts as durable, though the target has lost something")
 
     async def _zero(self) -> None:
         request = Request(next(self.numbers), "zero", self.chance.choice(USERS), [self._place(self.fate.often(0.4))])
         ((offset, length),) = request.extents
         durable, trim, allocate = self.fate.often(0.1), self.fate.often(0.5), self.fate.often(0.5)
+        request.durable = durable
         with self._asked(request):
             if trim:
                 await self.path.trim(request.user, offset, length, durable=durable)
@@ -387,7 +427,8 @@ class Scene(World):
         self.history.append("flush")
         begins = self.fate.tick()
         try:
-            await self.path.flush()
+            with self._durability():
+                await self.path.flush()
         except OSError as failure:
             if not self.excused:
                 self.fate.violated(f"a flush failed, though only mirrors did: {failure}")
@@ -438,6 +479,24 @@ class Scene(World):
         await asyncio.gather(*doing)
         self.flaky = flaky
 
+    async def _freeze(self) -> None:
+        """Windows close behind what was written, and the mirror comes to stand still; one user may go on."""
+        self.near_end = True
+        first, second, third = self.chance.sample(USERS, 3)
+        self.gate.change(first, UPDATE)
+        self.gate.change(third, UPDATE)
+        await self._write(first)
+        for user in (first, second):
+            self.gate.change(user, self.chance.choice((Ruling.UNTIL_WINDOW, Ruling.UNTIL_RELEASED)))
+
+        async def others() -> None:
+            await self._write(second)
+            if self.fate.often(0.5):
+                await self._write(third)
+
+        await asyncio.gather(self._write(first), others())
+        await self._announce()
+
     async def _blink(self) -> None:
         """A mirror fails, and is back at once."""
         number = self.chance.randrange(len(self.platters))
@@ -464,8 +523,10 @@ class Scene(World):
             resyncing.wake()
 
     async def _announce(self) -> None:
-        for each in self.links:
-            await each.announce()
+        """What `Background` does each second."""
+        for session in self.sessions:
+            await session.look()
+            await session.link.announce()
 
     async def _mirror_fault(self) -> None:
         number = self.chance.randrange(len(self.platters))
@@ -495,22 +556,24 @@ class Scene(World):
         """As `Background` does, one attempt at a time."""
         session = self.sessions[number]
         self.platters[number].gone = False
+        self.platters[number].borrowed = self.platters[number].borrowed and self.fate.often(0.5)
         if session.link.error is None or number in self.coming_back:
             return
         self.coming_back.add(number)
         try:
-            if session._at_rest and not session._disowned:
+            if session._at_rest and not session._disowned and self.fate.often(0.3):
                 self._put_image(number)
             if await session.come_back():
                 if self.target_lacks_something and number == self.source and number in self.replaced_by:
                     self._check_image(number)
                 self.replaced_by.pop(number, None)
                 self.aside_since.pop(number, None)
+                self.platters[number].rekeyed = False
                 self.resyncs[number].wake()
             else:
-                self._put_back(number)
+                self._put_back(number, disowned=session._disowned)
         except OSError:
-            self._put_back(number)
+            self._put_back(number, disowned=session._disowned)
         finally:
             self.coming_back.discard(number)
 
@@ -533,10 +596,15 @@ class Scene(World):
         self.excused = True
         self.target.fails.add(fault)
         self.history.append(f"target: {fault}")
+        if fault == "flush" and self.fate.often(0.7):
+            await self._flush()
+            await self._write(durable=True)
+        elif fault == "read":
+            await self._read()
 
     async def _step_aside(self) -> None:
-        number = self.chance.randrange(len(self.sessions))
-        self.history.append(f"mirror {number} steps aside")
+        number, purpose = self.chance.randrange(len(self.sessions)), self.chance.choice((DRILL, REKEY))
+        self.history.append(f"mirror {number} steps aside, for a {purpose}")
         link, real = self.links[number], self.links[number].step_aside
 
         def step_aside(reason: str) -> None:
@@ -545,42 +613,76 @@ class Scene(World):
 
         if link.error is None and number not in self.coming_back:
             self._miss_source(number)
+            self.near_end = self.near_end or self.fate.often(0.5)
+            if self.fate.often(0.5):
+                self._take_image(number)
             link.step_aside = step_aside  # type: ignore[method-assign]
             self.coming_back.add(number)
             try:
                 with contextlib.suppress(LockstepError, OSError):
-                    await self.sessions[number].step_aside(self.path, DRILL)
+                    await self.sessions[number].step_aside(self.path, purpose)
+                    if purpose == REKEY:
+                        self._rekey(number)
             finally:
                 self.coming_back.discard(number)
                 del link.step_aside
+
+    def _rekey(self, number: int) -> None:
+        """A mirror is given another key: what a header from before makes of it is noise."""
+        platter = self.platters[number]
+        platter.borrowed = platter.rekeyed = True
+        noise = self.chance.randbytes(len(platter.medium.now))
+        self.images = [(at, noise if at == number else content, token) for at, content, token in self.images]
 
     # --- images of mirrors ---
 
     async def _image(self) -> None:
         """Somebody makes a copy of a mirror."""
-        number = self.chance.randrange(len(self.platters))
+        self._take_image(self.chance.randrange(len(self.platters)))
+
+    def _take_image(self, number: int) -> None:
         platter = self.platters[number]
-        if not (platter.gone or platter.older):
+        if not (platter.gone or platter.older or platter.borrowed):
             self.history.append(f"mirror {number} is copied")
             self.images.append((number, bytes(platter.medium.now), platter.token))
 
+    async def _swap(self) -> None:
+        """A copy takes the place of a mirror while that is open."""
+        number = self.chance.randrange(len(self.platters))
+        if self.fate.often(0.7):
+            self._take_image(number)
+        for _ in range(self.chance.randrange(40)):
+            await asyncio.sleep(0)
+        if self.links[number].error is None and not self.sessions[number]._disowned:
+            self._miss_source(number)
+            self._put_image(number)
+            self.near_end = self.near_end or self.fate.often(0.3)
+
     def _put_image(self, number: int) -> None:
-        """Sometimes an older copy of a mirror is found where it should be."""
+        """An older copy of a mirror is found where it should be."""
         images = [image for image in self.images if image[0] == number]
-        if not images or not self.fate.often(0.3) or number in self.replaced_by:
+        if not images or number in self.replaced_by or self.platters[number].rekeyed:
             return
-        _, content, token = self.chance.choice(images)
+        _, content, token = images[-1] if self.fate.often(0.5) else self.chance.choice(images)
         self.history.append(f"mirror {number} is replaced by an older copy")
         self.replaced_by[number] = self.platters[number]
         self.platters[number] = Platter(content, token)
         self.platters[number].silenced = self.platters[number].older = True
 
-    def _put_back(self, number: int, *, surely: bool = False) -> None:
-        """Put the right one back, unless the copy is followed in its place."""
-        often = 1 if surely else 0.8 if self.target_lacks_something else 0.2
-        if number in self.replaced_by and self.fate.often(often):
+    def _put_back(self, number: int, *, disowned: bool) -> None:
+        """Put the right one back, unless the copy is followed in its place.
+
+        Of a mirror that is `disowned` the bitmap may have stayed: then it is the other one that got a new generation.
+        """
+        if number not in self.replaced_by:
+            return
+        often = 0.8 if self.target_lacks_something else 0.2
+        if disowned:
+            often = self.replaced_by[number].token.generation > self.platters[number].token.generation
+        if self.fate.often(often):
             self.history.append(f"mirror {number} is put back")
             self.platters[number] = self.replaced_by.pop(number)
+            self.put_back.add(number)
 
     # --- a new target ---
 
@@ -612,10 +714,10 @@ class Scene(World):
         number = self.source
         self.history.append(f"{reason}")
         platter = self.platters[number]
-        if platter.gone:
-            platter.gone = False
+        if platter.gone or platter.borrowed:
+            platter.gone = platter.borrowed = False
         elif number in self.replaced_by:
-            self._put_back(number)
+            self._put_back(number, disowned=False)
         else:
             raise Broken(f"the new target cannot be filled any more: {reason}")
 
@@ -624,7 +726,8 @@ class Scene(World):
         sources = [
             at
             for at, each in enumerate(self.platters)
-            if each.token.state in WHOLE and not (each.silenced or each.older or at in self.replaced_by)
+            if each.token.state in WHOLE
+            and not (each.silenced or each.older or each.borrowed or at in self.replaced_by)
         ]
         if not sources:
             return False
@@ -649,7 +752,7 @@ class Scene(World):
                 if lacks is not None:
                     break
         fresh = self.chance.choice((bytes(self.size_bytes), self.chance.randbytes(self.size_bytes)))
-        self.target = Target(self.fate, fresh, prompt=self.prompt)  # `_renew_target` makes a new target of it
+        self.target = self.target_of(Target, fresh)  # `_renew_target` makes a new target of it
         if self.platters[number].medium.now[: self.size_bytes] != content:
             raise Broken("the mirror was changed, from which the new target is to be filled")
         self.barred, self.expect_held = {}, {}
@@ -678,13 +781,13 @@ class Scene(World):
         """The target as the next server finds it."""
         content = bytes(self.target.medium.now)
         if self.register.filled_from is None:
-            self.target = Target(self.fate, content, prompt=self.prompt)
+            self.target = self.target_of(Target, content)
             return
         lacks = self._lacking()
         if lacks is None:
             raise Broken("nobody knows any more what the new target lacks")
-        self.target = Replacement(self.fate, content, prompt=self.prompt)
-        self.target.missing = lacks
+        target = self.target_of(Replacement, content)
+        target.missing, self.target = lacks, target
 
     # --- comparing ---
 
@@ -695,7 +798,8 @@ class Scene(World):
             self.chance.randrange(self.size_bytes // REGION_BYTES),
         )
         at, mirror, platter = region * REGION_BYTES, self.links[number], self.platters[number]
-        if self._left_alone(number, region) and mirror.error is None and not platter.gone and not platter.fails:
+        well = mirror.error is None and not platter.gone and not platter.fails and number not in self.replaced_by
+        if well and self._left_alone(number, region):
             cell = at // CELL + self.chance.randrange(REGION_BYTES // CELL)
             self.history.append(f"mirror {number} is spoilt in cell {cell} (region {region})")
             platter.medium.write(cell * CELL, (SPOILT << 32 | cell).to_bytes(CELL, "little"), durable=True)
@@ -722,7 +826,7 @@ class Scene(World):
 
     async def _verify(self) -> None:
         number = self.chance.randrange(len(self.platters))
-        if number not in self.verifying:
+        if number not in self.verifying and number not in self.replaced_by:
             self.verifying.add(number)
             try:
                 await self._verify_one(number, repair=self.fate.often(0.5))
@@ -741,10 +845,9 @@ class Scene(World):
         lossy = lossy or self.target.troubles > troubles or platter.losses > losses
         where = {at // SECTOR for offset, length in found.mismatches for at in range(offset, offset + length, SECTOR)}
         if not lossy:
-            step = self.mirror_sector // SECTOR
-            known = {
-                cell * CELL // self.mirror_sector * step + at for cell in self.spoilt[number] for at in range(step)
-            }
+            sector = self.mirror_sectors[number]
+            step = sector // SECTOR
+            known = {cell * CELL // sector * step + at for cell in self.spoilt[number] for at in range(step)}
             if where - known:
                 self.fate.violated(f"verify says that mirror {number} differs, and it does not: {found}")
         if found.error is None and platter is self.platters[number]:
@@ -777,6 +880,20 @@ class Scene(World):
         self._look_at_source()
         if self.fate.often(0.02):
             self._look_for_barred()
+            self._look_at_frozen()
+
+    def _look_at_frozen(self) -> None:
+        """One that is frozen is the disk as it was at one moment: what it has, came after all that was over by then."""
+        for number, each in enumerate(self.links):
+            began, since = self.still_since.get(number, (-1, -1))
+            disk, frozen = cast(Mirror | None, each._disk), each.held.frozen_since_s is not None and each.consistent
+            if disk is None or disk.failed or not frozen or since < 0 or number in self.replaced_by:
+                continue
+            copy = self.platters[number].medium.now
+            there = {self.requests.get(value >> 32) for value in memoryview(copy).cast("Q")}
+            newest = max((request.begins for request in there if request in self.recent and request), default=0)
+            what, spoilt = f"mirror {number}, which is frozen,", self._still_spoilt(number)
+            self._check_content(what, copy, max(began, newest), before=since, base=self.base, but=spoilt)
 
     def _look_at_source(self) -> None:
         """Nobody writes where the new target lacks something."""
@@ -811,6 +928,10 @@ class Scene(World):
                 number = value >> 32
                 if number in wanted and cell * CELL // REGION_BYTES in self.barred[number]:
                     raise Broken(f"mirror {at} has what it must not have: {self.requests[number]}")
+        refused = {number for number in wanted if self.requests[number].rulings == {Ruling.REFUSE}}
+        for value in memoryview(self.target.medium.now).cast("Q") if refused else ():
+            if value >> 32 in refused:
+                raise Broken(f"the target has what was refused: {self.requests[value >> 32]}")
 
     def _check_marks(self, when: str) -> None:
         """What is not known to differ is equal; to be asked when a start has read the records."""
@@ -875,6 +996,7 @@ class Scene(World):
     async def _power_cut(self) -> None:
         self.history.append("power cut")
         self._look()
+        self._look_at_frozen()
         for hands in self.fate.hands:
             for job in list(hands.jobs[: hands._count]):
                 if not job.ended and self.fate.often(0.4):
@@ -899,27 +1021,30 @@ class Scene(World):
         """What becomes of the disks before the next server begins."""
         self.epoch += 1
         for number in list(self.replaced_by):
-            self._put_back(number, surely=number in self.disowned)
+            self._put_back(number, disowned=number in self.disowned)
         for number, each in enumerate(self.platters):
             platter = self.platters[number] = Platter(bytes(each.medium.now), each.token)
             platter.silenced, platter.older = each.silenced, each.older
+            platter.borrowed, platter.rekeyed = each.borrowed, each.rekeyed
         if self.kind == "filling" and self.fate.often(0.7):
             self._replace_target()
         self._renew_target()
         for number in range(len(self.platters)):
             if self.fate.often(0.1):
                 self.platters[number].gone = self.platters[number].silenced = True
-            elif self.kind == "filling" and number not in self.disowned:
+            elif self.kind == "filling" and number not in self.disowned and self.fate.often(0.3):
                 self._put_image(number)
 
     def _interrupt(self, job: Job) -> None:
         owner = getattr(job.work, "__self__", None)
         if isinstance(owner, PagedBits):
             self._half(owner, job)
-        elif self._blocks(job) is None:
+        elif job.steps is not None or self._blocks(job) is None:
             steps = self.chance.choice((None, self.chance.randrange(6)))
             with contextlib.suppress(PowerCut), self.fate.cut_within(steps):
                 job.carry_out()
+                while not job.ended and self.fate.often(0.5):
+                    job.carry_out()
 
     def _check_after_cut(self) -> None:
         lacks = self._lacking() if self.register.filled_from is not None else b""
@@ -928,34 +1053,49 @@ class Scene(World):
         content = self._content(lacks)
         self._check_content("after a power cut the target", content, self.flushed_before, base=self.base)
         self._look_for_barred()
-        for number, platter in enumerate(self.platters):
-            what, state = f"after a power cut mirror {number}, {platter.token.state},", platter.token.state
-            copy, spoilt = platter.medium.now, self._still_spoilt(number)
-            unchanged = self._mended(number, self.bases[number]) == self.bases[number]
-            if not self.claimed and not unchanged:
+        for number in range(len(self.platters)):
+            try:
+                self._check_still(number)
+            except Broken:
+                self.written_since.add(number)
+            self._check_mirror_after_cut(number)
+
+    def _check_mirror_after_cut(self, number: int) -> None:
+        platter, session = self.platters[number], self.sessions[number]
+        what, state = f"after a power cut mirror {number}, {platter.token.state},", platter.token.state
+        unchanged = self._mended(number, self.bases[number]) == self.bases[number]
+        if not self.claimed:
+            if not unchanged:
                 raise Broken(f"{what} was changed before it was claimed")
-            header_hangs = cast(Hands, self.sessions[number]._scribe)._given_up
-            if (
-                not self.claimed
-                or platter.silenced
-                or platter.older
-                or number in self.replaced_by
-                or self.links[number].silent
-                or header_hangs
-            ):
-                continue
-            if state == IN_SYNC or (state == ASIDE and number not in self.aside_since):
-                self._check_content(what, copy, self.flushed_before, base=self.base, but=spoilt)
-            elif state == FROZEN:
-                began, since = self.still_since.get(number, (-1, -1))
-                if since < 0:
-                    if not unchanged:
-                        raise Broken(f"{what} was changed while it was frozen")
-                else:
-                    self._check_content(what, copy, began, before=since, base=self.base, but=spoilt)
-            elif state == ASIDE:
-                since = self.aside_since[number]
-                self._check_content(what, copy, since, before=since, base=self.base, but=spoilt)
+            return
+        if platter.silenced or platter.older or number in self.replaced_by:
+            return
+        aside = state == ASIDE and number in self.aside_since
+        if (session.link.silent and not aside) or cast(Hands, session._scribe)._given_up:
+            return
+        if state not in WHOLE:
+            return
+        if state == FROZEN:
+            self._check_still(number)
+            return
+        least, most = self.flushed_before, NEVER
+        if aside:
+            least = most = self.aside_since[number]
+        if least >= 0:
+            copy, spoilt = platter.medium.now, self._still_spoilt(number)
+            self._check_content(what, copy, least, before=most, base=self.base, but=spoilt)
+        elif not unchanged:
+            raise Broken(f"{what} was changed while others had it")
+
+    def _check_still(self, number: int) -> None:
+        """After a power cut: a mirror is as it was when it came to stand still."""
+        copy, spoilt = self.platters[number].medium.now, self._still_spoilt(number)
+        began, since = self.still_since.get(number, (-1, -1))
+        if since >= 0:
+            what = f"after a power cut mirror {number}, frozen,"
+            self._check_content(what, copy, began, before=since, base=self.base, but=spoilt)
+        elif self._mended(number, self.bases[number]) != self.bases[number]:
+            raise Broken(f"after a power cut mirror {number} was changed while it was frozen")
 
     async def _abandon(self) -> None:
         """The process is no more."""
@@ -1074,7 +1214,7 @@ class Scene(World):
         self.flaky = {}
         self.target.fails.clear()
         for platter in self.platters:
-            platter.gone = False
+            platter.gone = platter.borrowed = False
             platter.fails.clear()
         self.images.clear()
         for hands in self.fate.hands:
@@ -1083,6 +1223,7 @@ class Scene(World):
     async def _in_sync(self, enough: Callable[[MirrorLink], bool]) -> None:
         while True:
             for number, each in enumerate(self.links):
+                await self.sessions[number].look()
                 each.target_error = None  # somebody has looked after it
                 if each.error is not None:
                     await self._come_back(number)
@@ -1158,9 +1299,11 @@ SHARES: Final[dict[str, float]] = {
     "target_fault": 2,
     "step_aside": 1,
     "contend": 1,
+    "freeze": 1,
     "blink": 2,
     "verify": 1,
     "image": 1,
+    "swap": 0.5,
     "spoil": 0,
 }
 """How often something happens, next to the others."""
@@ -1170,6 +1313,7 @@ KINDS: Final[dict[str, dict[str, float]]] = {
     "records": {
         "change_ruling": 12,
         "contend": 16,
+        "freeze": 6,
         "release": 12,
         "flush": 4,
         "tidy": 3,
@@ -1179,9 +1323,19 @@ KINDS: Final[dict[str, dict[str, float]]] = {
         "verify": 0,
     },
     "filling": {"read": 14, "flush": 12, "blink": 5, "heal": 14, "image": 4, "fill_up": 3, "target_fault": 6},
+    "copies": {"swap": 8, "step_aside": 5, "image": 2, "announce": 10, "tidy": 12, "heal": 12, "fill_up": 1},
     "comparing": {"read": 25, "verify": 14, "spoil": 16, "blink": 14, "heal": 16, "fill_up": 1, "image": 0},
 }
 """What is different in each kind of scene."""
+
+
+@contextlib.contextmanager
+def _reused(data: memoryview) -> Iterator[None]:
+    """Once a request is answered its memory is another's: what still reads it then, reads what nobody wrote there."""
+    try:
+        yield
+    finally:
+        data[:] = b"\xba" * len(data)
 
 
 def _background_of(volume: VolumeSession) -> Background:
