@@ -56,12 +56,13 @@ import sqlite3, subprocess, sys
 from lockstep.service.state import State
 
 state = State(sys.argv[1])
-connection = sqlite3.connect(state.registry_path, isolation_level=None)
+registry = state.registry_place.path
+connection = sqlite3.connect(registry, isolation_level=None)
 connection.execute("BEGIN IMMEDIATE")
 with state.borrowing_lock("of-a-mirror"):
     pass
 other = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('BEGIN IMMEDIATE')"
-done = subprocess.run([sys.executable, "-c", other, state.registry_path], capture_output=True, check=False)
+done = subprocess.run([sys.executable, "-c", other, registry], capture_output=True, check=False)
 assert b"database is locked" in done.stderr, (done.returncode, done.stderr)
 """
 
