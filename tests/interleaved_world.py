@@ -600,7 +600,7 @@ class Opener(MirrorOpener):
 
     def first(self, patience_s: float) -> Opened | Away:
         if self._platter.borrowed:
-            return Away("it is being re-keyed", borrowed=True)
+            return Away("it is being re-keyed")
         return Away("it is away") if self._platter.gone else self._open()
 
     def _open(self) -> Opened:

@@ -87,6 +87,7 @@ def test_everything_goes_along_and_a_volume_lives_on_there(lab: Lab, url: str) -
     assert "registry.db now" in lab.lockstep("registry", "move").ok()
     assert known(lab) == before
     assert rows_of(lab)[:-1] == rows
+    assert rows_of(lab)[-1]["details"]["to"] == str(lab.state / "registry.db")
     assert not (lab.state / "registry.url").exists()
     work_on(volume, 3)
     lab.lockstep("audit", "--check").ok()
@@ -279,11 +280,11 @@ def test_who_waits_meanwhile_has_changed_nothing_and_knows_it(
 def _when_settling(monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) -> None:
     move = Registry.move
 
-    def moved(self: Registry, other: Registry, settle: Callable[[], None], *, actor: Actor) -> None:
+    def moved(self: Registry, other: Registry, label: str, settle: Callable[[], None], *, actor: Actor) -> None:
         def settle_later() -> None:
             do()
             settle()
 
-        move(self, other, settle_later, actor=actor)
+        move(self, other, label, settle_later, actor=actor)
 
     monkeypatch.setattr(Registry, "move", moved)

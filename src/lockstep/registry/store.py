@@ -233,8 +233,8 @@ class Registry:
         self._owner_id = state_id
         self._require_ours(found)
 
-    def move(self, other: "Registry", settle: Callable[[], None], *, actor: Actor) -> None:
-        """Copy everything to an empty registry, and have that be the one from now on.
+    def move(self, other: "Registry", label: str, settle: Callable[[], None], *, actor: Actor) -> None:
+        """Copy everything to an empty registry, and have that be the one from now on, which is called `label` then.
 
         `settle` is called once all of it is durable there, and before anybody can change anything here again. It has
         others find the new one. Where it fails, this one goes on. Raises RegistryNotEmpty.
@@ -246,8 +246,8 @@ class Registry:
                 for table in (VOLUMES, MIRRORS, GRANTS, AUDIT, AUDIT_HEAD):
                     for rows in here.execute(select(table)).mappings().partitions(1000):
                         there.execute(insert(table), [dict(row) for row in rows])
-                reason = f"{actor.user} moved the registry from {self.label} to {other.label}"
-                _append(there, "registry-moved", actor, "", reason, {"from": self.label, "to": other.label})
+                reason = f"{actor.user} moved the registry from {self.label} to {label}"
+                _append(there, "registry-moved", actor, "", reason, {"from": self.label, "to": label})
             settle()
             if self._owner_id is not None:
                 here.execute(delete(OWNER))

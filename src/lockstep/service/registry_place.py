@@ -82,7 +82,7 @@ class RegistryPlace:
                     os.rename(self.path, f"{self.path}.moved")
                     sync_directory(self.path)
 
-            registry.move(database, settle, actor=actor)
+            registry.move(database, database.label, settle, actor=actor)
             return database.label
 
     def move_to_file(self, registry: Registry, *, actor: Actor) -> str:
@@ -100,7 +100,7 @@ class RegistryPlace:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(left)
             with Registry.open(f"sqlite:///{made}") as file:
-                registry.move(file, settle, actor=actor)
+                registry.move(file, self.path, settle, actor=actor)
         return self.path
 
     def _database(self, url: str, *, refuse_new: bool = False) -> Registry:
