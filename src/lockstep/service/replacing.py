@@ -183,7 +183,7 @@ def _source(state: State, volume: VolumeRecord, path: str | None, *, incomplete:
     lacks = [_lacking(state, volume, each.mirror, each.token.generation).count(1) for each in found]
     least = min(lacks)
     alike = [each for each, count in zip(found, lacks, strict=True) if count == least]
-    if least and len(alike) > 1:
+    if len(alike) > 1 and any(1 in _marked(state, volume, each.mirror, each.token.generation) for each in alike):
         raise MirrorsAlike(volume=volume.name, mirrors=", ".join(each.mirror.path for each in alike))
     for mirror, reason in failures:
         if _lacking(state, volume, mirror, None).count(1) < least:
@@ -220,9 +220,14 @@ def _lacking(
 ) -> bytes:
     """Where a mirror may lack something that the old target had, by what is on record; as `intent.load` is asked."""
     identity = _identity(volume, mirror)
-    marked = intent.load(state.intent(mirror.luks_uuid), identity, generation, written_ns).marked
     held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=False).regions()
-    return union(marked, held)
+    return union(_marked(state, volume, mirror, generation, written_ns), held)
+
+
+def _marked(
+    state: State, volume: VolumeRecord, mirror: MirrorRecord, generation: int | None, written_ns: int | None = None
+) -> bytearray:
+    return intent.load(state.intent(mirror.luks_uuid), _identity(volume, mirror), generation, written_ns).marked
 
 
 def _refuse_what_is_better(state: State, volume: VolumeRecord, source: _Source, path: str) -> None:
