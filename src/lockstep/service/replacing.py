@@ -208,10 +208,11 @@ def _usable(state: State, volume: VolumeRecord, mirror: MirrorRecord, *, incompl
 def _refuse_use(mirror: MirrorRecord) -> None:
     """Refuse where somebody uses a mirror whose header is to be written: no overlay over it would fit any more."""
     try:
+        luks.read_header(mirrors.header_path(mirror))
         require_unused(inspect(mirror.path))
     except (DiskBusy, DiskLocked):
         raise
-    except DiskError:  # it is away
+    except LockstepError:  # it is away, or being re-keyed: its header is left as it is
         return
 
 
