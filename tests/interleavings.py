@@ -118,7 +118,7 @@ class Scene(World):
         self.spoilt: dict[int, set[int]] = {number: set() for number in range(len(self.uuids))}  # cells, ever
         self.abandoned = False  # what is left of tasks is nobody's business
         self.disowned: set[int] = set()
-        self.put_back: set[int] = set()  # mirrors in whose place a copy was until then
+        self.unfit: set[int] = set()  # mirrors that their bitmaps need not fit until they are claimed
         self.written_since: set[int] = set()  # mirrors that were written after they had come to stand still
 
     # --- one life of a server ---
@@ -161,7 +161,6 @@ class Scene(World):
         for number, each in enumerate(self.links):
             self._check_recognised(number, each)
         self.written_since.clear()
-        self.put_back.clear()
         self.base = bytes(self._content())
         self.bases = [bytes(platter.medium.now) for platter in self.platters]
         self.aside_since.update((at, -1) for at, each in enumerate(self.platters) if each.borrowed)
@@ -205,7 +204,7 @@ class Scene(World):
             return
         if number in self.written_since and mirror.held.frozen_since_s is not None:
             raise Broken(f"mirror {number} counts as frozen, and was written since")
-        changed = self.platters[number].older or number in self.disowned | self.put_back or self.kind == "filling"
+        changed = self.platters[number].older or number in self.unfit or self.kind == "filling"
         if not (mirror.as_left or changed):
             raise Broken(f"all of mirror {number} is to be copied, though it is as it was left")
 
@@ -305,8 +304,10 @@ class Scene(World):
         except PowerCut:
             return False
         self.claimed = True
-        for platter, mirror in zip(self.platters, self.links, strict=True):
-            platter.rekeyed = platter.rekeyed and mirror.error is not None
+        for number, mirror in enumerate(self.links):
+            if mirror.error is None:
+                self.platters[number].rekeyed = False
+                self.unfit.discard(number)
         return True
 
     async def _busy(self) -> None:
@@ -569,6 +570,7 @@ class Scene(World):
                 self.replaced_by.pop(number, None)
                 self.aside_since.pop(number, None)
                 self.platters[number].rekeyed = False
+                self.unfit.discard(number)
                 self.resyncs[number].wake()
             else:
                 self._put_back(number, disowned=session._disowned)
@@ -682,7 +684,7 @@ class Scene(World):
         if self.fate.often(often):
             self.history.append(f"mirror {number} is put back")
             self.platters[number] = self.replaced_by.pop(number)
-            self.put_back.add(number)
+            self.unfit.add(number)
 
     # --- a new target ---
 
@@ -1057,7 +1059,8 @@ class Scene(World):
             try:
                 self._check_still(number)
             except Broken:
-                self.written_since.add(number)
+                if number not in self.replaced_by:
+                    self.written_since.add(number)
             self._check_mirror_after_cut(number)
 
     def _check_mirror_after_cut(self, number: int) -> None:
@@ -1114,6 +1117,7 @@ class Scene(World):
         self.aside_since = {}
         # Of these the bitmap may have stayed, which fits an older copy: the mirror itself got another generation.
         self.disowned = {number for number, session in enumerate(self.sessions) if session._disowned}
+        self.unfit |= self.disowned
         self.sessions = []
         del self.volume, self.path, self.links, self.resyncs, self.tasks, self.doing
         self.filling = None
