@@ -105,6 +105,31 @@ def test_a_mirror_says_how_it_stands_though_its_header_was_written_while_it_came
     _at_work(tmp_path, returning)
 
 
+def test_an_older_copy_says_that_it_misses_something_before_it_is_the_newest(tmp_path: Path) -> None:
+    """Else, after a power cut between the two, it would be the newest that is whole."""
+
+    async def returning(scene: Scene) -> None:
+        session, link, said = scene.sessions[0], scene.links[0], list[str]()
+        scene._take_image(0)
+        await session.advance()
+        link.drop("writing", OSError("gone"))
+        while not session._at_rest:
+            await asyncio.sleep(0)
+        scene._put_image(0)
+        real = session._write_token
+
+        def write_token(generation: int, state: str) -> None:
+            real(generation, state)
+            said.append(state)
+
+        session._write_token = write_token  # type: ignore[method-assign]
+        while not await session.come_back():
+            await asyncio.sleep(0)
+        assert said == [SYNCING, SYNCING]
+
+    _at_work(tmp_path, returning)
+
+
 def test_marks_stay_where_a_mirror_is_dropped_while_it_is_closed(tmp_path: Path) -> None:
     """It keeps its generation, so a copy of it from before fits the bitmap as well."""
 

@@ -376,8 +376,8 @@ class MirrorSession:
         self._scribe.close()
         self._scribe = Workers("lockstep-header", 1, self._patience_s)
         await self._recognise(header.token.generation)
+        await self._own_up()  # first: an older copy that says that it is whole must not be the newest
         await self.advance()
-        await self._own_up()
 
     async def _recognise(self, generation: int) -> None:
         """See whether it is the mirror that the bitmap tells of; if not, everything differs. Raises OSError."""
