@@ -373,8 +373,8 @@ class MirrorSession:
         if not written_since:
             self._token = header.token
         self._token_id = header.token_id
-        self._scribe.close()
-        self._scribe = Workers("lockstep-header", 1, self._patience_s)
+        former, self._scribe = self._scribe, Workers("lockstep-header", 1, self._patience_s)
+        former.close()
         await self._recognise(header.token.generation)
         await self._own_up()  # first: an older copy that says that it is whole must not be the newest
         await self.advance()
