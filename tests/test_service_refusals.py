@@ -778,7 +778,9 @@ def test_a_server_is_one_though_nobody_can_be_told(odd: Lab) -> None:
 
 def test_a_standard_input_that_is_closed(odd: Lab) -> None:
     for options in ("", "--key-file -"):
-        in_shell(odd, f'$LOCKSTEP restore "$1" output {options} <&-').failed(1 if options else 2, "assphrase")
+        in_shell(odd, f'$LOCKSTEP restore "$1" output --incomplete {options} <&-').failed(
+            1 if options else 2, "assphrase"
+        )
 
 
 def test_a_passphrase_that_is_no_text(odd: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
