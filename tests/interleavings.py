@@ -679,11 +679,14 @@ class Scene(World):
         if number not in self.replaced_by:
             return
         often = 0.8 if self.target_lacks_something else 0.2
-        if disowned:
-            often = self.replaced_by[number].token.generation > self.platters[number].token.generation
+        right, copy = (each[number].token.generation for each in (self.replaced_by, self.platters))
+        filled_from_copy = self.target_lacks_something and number == self.source and copy > right
+        if disowned or filled_from_copy:
+            often = right > copy
         if self.fate.often(often):
             self.history.append(f"mirror {number} is put back")
             self.platters[number] = self.replaced_by.pop(number)
+            self.platters[number].silenced = True  # what it should have said of itself was told the copy, or nobody
             self.unfit.add(number)
 
     # --- a new target ---

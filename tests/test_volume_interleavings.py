@@ -15,7 +15,7 @@ from lockstep.disk.runs import run_of
 from lockstep.volume import intent
 from lockstep.volume.gate import UPDATE, Ruling
 from lockstep.volume.intent import Identity
-from lockstep.volume.link import DEGRADED, IN_SYNC, SYNCING
+from lockstep.volume.link import DEGRADED, FROZEN, IN_SYNC, SYNCING
 from tests.interleaved_world import USERS
 from tests.interleavings import Scene, in_scene, played
 
@@ -126,6 +126,35 @@ def test_an_older_copy_says_that_it_misses_something_before_it_is_the_newest(tmp
         while not await session.come_back():
             await asyncio.sleep(0)
         assert said == [SYNCING, SYNCING]
+
+    _at_work(tmp_path, returning)
+
+
+def test_a_frozen_mirror_that_comes_back_says_that_it_is_frozen_before_it_is_the_newest(tmp_path: Path) -> None:
+    """Of what was answered meanwhile it has nothing that is held: who restores from it has to know."""
+
+    async def returning(scene: Scene) -> None:
+        session, link, platter = scene.sessions[0], scene.links[0], scene.platters[0]
+        before = platter.token
+        scene.gate.change("ada", Ruling.UNTIL_RELEASED)
+        await scene.path.write("ada", memoryview(bytes(512)), run_of(0, 512), 1, durable=False)
+        platter.gone = True
+        link.drop("writing", OSError("gone"))
+        while not session._at_rest:
+            await asyncio.sleep(0)
+        assert platter.token == before, "it could say nothing while it was away"
+        platter.gone = False
+        said = list[str]()
+        real = session._write_token
+
+        def write_token(generation: int, state: str) -> None:
+            real(generation, state)
+            said.append(state)
+
+        session._write_token = write_token  # type: ignore[method-assign]
+        while not await session.come_back():
+            await asyncio.sleep(0)
+        assert said == [FROZEN, FROZEN]
 
     _at_work(tmp_path, returning)
 

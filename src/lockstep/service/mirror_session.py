@@ -399,8 +399,9 @@ class MirrorSession:
 
         Raises LockstepError, TimeoutError.
         """
-        if not self.link.equal and self._token.state in WHOLE and self._held.frozen_since_s is None:
-            await self._scribe.run(self._write_state, SYNCING)
+        if not self.link.equal and self._token.state in WHOLE:
+            frozen = self._held.frozen_since_s is not None
+            await self._scribe.run(self._write_state, FROZEN if frozen else SYNCING)
 
     @property
     def _at_rest(self) -> bool:
