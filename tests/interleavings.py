@@ -86,6 +86,7 @@ from tests.interleaved_world import (
 )
 
 LONG_S: Final = 300.0  # of counted time: whoever takes longer hangs
+CALM: Final = 4  # looks, between which the loop turns
 
 
 def _copied_or_frozen(mirror: MirrorLink) -> bool:
@@ -136,6 +137,7 @@ class Scene(World):
         self.full: set[str] = set()
         flaky = {"records": ("intent", "held"), "filling": ("missing",)}.get(self.kind, ())
         self.flaky = {kind: self.chance.choice((0, 0.02, 0.2)) for kind in flaky}  # how often a record fails
+        self.calm = 0  # how many looks in a row nobody was at work, since the target was in trouble
         self.near_end = False  # the most is found out when something has just begun
         self.excused = self.claimed = False  # excused: something but a mirror has failed
         self.fate.blocks = self._blocks
@@ -865,8 +867,9 @@ class Scene(World):
     def _look(self) -> None:
         """Whatever is clean, and left alone, is equal."""
         if self.target.trouble:
-            if not self.under_way and self.fate.at_rest:
-                self.target.trouble = False
+            self.calm = self.calm + 1 if not self.under_way and self.fate.at_rest else 0
+            if self.calm == CALM:  # everybody who waited for the target has gone on by now
+                self.target.trouble, self.calm = False, 0
             return
         content = self._content()
         for number, mirror in enumerate(self.links):
@@ -1029,8 +1032,8 @@ class Scene(World):
             self._put_back(number, disowned=number in self.disowned)
         for number, each in enumerate(self.platters):
             platter = self.platters[number] = Platter(bytes(each.medium.now), each.token)
-            platter.silenced, platter.older = each.silenced, each.older
-            platter.borrowed, platter.rekeyed = each.borrowed, each.rekeyed
+            platter.silenced = each.silenced or each.borrowed  # whose header is others' now
+            platter.older, platter.borrowed, platter.rekeyed = each.older, each.borrowed, each.rekeyed
         if self.kind == "filling" and self.fate.often(0.7):
             self._replace_target()
         self._renew_target()

@@ -244,6 +244,34 @@ def test_a_mirror_is_frozen_from_the_first_held_write_to_the_next_update() -> No
     play(scene)
 
 
+def test_a_mirror_whose_record_says_frozen_is_so_until_the_record_says_otherwise() -> None:
+    """The file system had no room for where it was held. The mirror may be written next, which no crash must hide."""
+
+    async def scene(stage: Stage) -> None:
+        mark = stage.held._pages.mark
+
+        async def full(numbers: range) -> None:
+            while 0 in numbers:
+                if stage.held.regions()[1]:  # the other is under way
+                    raise OSError(28, "No space left on device")
+                await asyncio.sleep(0)
+            await mark(numbers)
+
+        stage.held._pages.mark = full  # type: ignore[method-assign, assignment]
+        outcomes = await asyncio.gather(
+            stage.held.hold(0, REGION, "bob", OUTSIDE_WINDOW, equal=True),
+            stage.held.hold(REGION, 2 * REGION, "bob", OUTSIDE_WINDOW, equal=False),
+            return_exceptions=True,
+        )
+        assert [type(each) for each in outcomes] == [OSError, type(None)]
+        await stage.held.thaw()
+        stage.crash()
+        assert list(positions(stage.held.regions())) == [1]
+        assert stage.held.frozen_since_s is None
+
+    play(scene)
+
+
 def test_nothing_is_copied_while_nobody_may_update_the_mirror() -> None:
     async def scene(stage: Stage) -> None:
         stage.link.regions.mark(0, SIZE)

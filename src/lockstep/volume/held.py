@@ -144,9 +144,9 @@ class HeldRecord:
             self._pages.unmark(range(first, after))
             if key not in self._known:
                 self.writers.pop(key, None)
+                if equal:
+                    self.frozen_since_s = None  # else it is on record, and `thaw` has to end it there
             self._forget_writers()
-            if equal:
-                self.frozen_since_s = None
             raise
 
     async def thaw(self) -> None:
