@@ -142,11 +142,15 @@ class HeldRecord:
                     self._known.add(key)
         except OSError:
             self._pages.unmark(range(first, after))
-            if key not in self._known:
+            recorded = key in self._known
+            if not recorded:
                 self.writers.pop(key, None)
-                if equal:
-                    self.frozen_since_s = None  # else it is on record, and `thaw` has to end it there
             self._forget_writers()
+            if equal and recorded:  # it is on record that the mirror is frozen, and has to be ended there
+                with contextlib.suppress(OSError):  # else the next update does so, or is not made
+                    await self.thaw()
+            elif equal:
+                self.frozen_since_s = None
             raise
 
     async def thaw(self) -> None:
