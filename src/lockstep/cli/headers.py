@@ -4,18 +4,12 @@ from typing import Annotated
 
 import typer
 
-from lockstep.cli.options import Json, MirrorPath, Name
+from lockstep.cli.options import Json, MirrorPath, Name, command_group
 from lockstep.cli.output import print_json
 from lockstep.cli.state import StateDir, state_of
 from lockstep.service.headers import back_up_header, restore_header
 
-app = typer.Typer(
-    help="Back up and restore the LUKS2 header of a mirror.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = command_group("Back up and restore the LUKS2 header of a mirror.")
 
 
 @app.command()

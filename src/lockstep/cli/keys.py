@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from lockstep.cli.options import IterTime, Json, KeyFile, MirrorPath, Name, passphrase_from, refuse_together
+from lockstep.cli.options import (
+    IterTime,
+    Json,
+    KeyFile,
+    MirrorPath,
+    Name,
+    command_group,
+    passphrase_from,
+    refuse_together,
+)
 from lockstep.cli.output import print_json
 from lockstep.cli.screen import Listing, ProgressBars, console
 from lockstep.cli.state import StateDir, state_of
@@ -21,13 +30,7 @@ NewKeyFile = Annotated[
 
 _REKEYING = "Re-keying"
 
-app = typer.Typer(
-    help="Add, remove, change and list the passphrases of a mirror.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = command_group("Add, remove, change and list the passphrases of a mirror.")
 
 
 @app.command()

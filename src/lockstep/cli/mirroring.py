@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lockstep.cli.options import Header, IterTime, Json, KeyFile, Name, passphrase_from, size_bytes
+from lockstep.cli.options import Header, IterTime, Json, KeyFile, Name, command_group, passphrase_from, size_bytes
 from lockstep.cli.output import human_bytes, print_json
 from lockstep.cli.screen import Listing, console
 from lockstep.cli.state import StateDir, state_of
@@ -17,13 +17,7 @@ from lockstep.volume.link import DEGRADED
 
 Mirror = Annotated[str, typer.Argument(metavar="PATH", help="The mirror: a block device or an image file.")]
 
-app = typer.Typer(
-    help="Add, remove and list the mirrors of a volume.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = command_group("Add, remove and list the mirrors of a volume.")
 
 
 @app.command()

@@ -23,6 +23,17 @@ from lockstep.errors import (
 )
 
 
+def command_group(about: str) -> typer.Typer:
+    """Return an empty group of commands, which the program shows and ends as it does the others."""
+    return typer.Typer(
+        help=about,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+
+
 def not_empty(_context: object, parameter: Any, value: Any) -> Any:
     """Refuse a value that is empty, or blank: it is another thing than none. Raises ValueEmpty."""
     if isinstance(value, str) and not value.strip():

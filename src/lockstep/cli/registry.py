@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lockstep.cli.options import Json
+from lockstep.cli.options import Json, command_group
 from lockstep.cli.output import print_json
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import UrlFileUnreadable
@@ -13,13 +13,7 @@ from lockstep.service.moving import move_registry
 
 MOST_URL_BYTES = 64 << 10
 
-app = typer.Typer(
-    help="Keep volumes, grants and the audit trail in the state directory, or in a PostgreSQL database.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = command_group("Keep volumes, grants and the audit trail in the state directory, or in a PostgreSQL database.")
 
 
 @app.command()

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lockstep.cli.options import Json
+from lockstep.cli.options import Json, command_group
 from lockstep.cli.output import print_json
 from lockstep.cli.screen import Listing, console
 from lockstep.service.certificates import (
@@ -21,13 +21,7 @@ Days = Annotated[
     int, typer.Option(metavar="N", min=1, max=36500, help="Lifetime of the certificate; none outlives its authority.")
 ]
 
-app = typer.Typer(
-    help="Make and list certificates for clients on other machines.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = command_group("Make and list certificates for clients on other machines.")
 
 
 @app.command()
