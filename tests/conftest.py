@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.crash_explorer import build_recorder
 from tests.forks import ForkLab
 from tests.lab import Lab, loop_devices, run
 
@@ -31,6 +32,12 @@ def tmp_path(request: pytest.FixtureRequest) -> Iterator[Path]:
 def lab(tmp_path: Path) -> Lab:
     """A fresh directory to run the real thing in."""
     return ForkLab(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """recorder.c, to be preloaded."""
+    return build_recorder(tmp_path_factory.mktemp("recorder"))
 
 
 @pytest.fixture

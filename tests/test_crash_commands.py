@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import pytest
 
-from tests.crash_explorer import SIZE_BYTES, Explorer, Image, Run, build_recorder
+from tests.crash_explorer import SIZE_BYTES, Explorer, Image, Run
 from tests.lab import Lab, needs, opened, run
 from tests.recording import Record
 
@@ -54,11 +54,6 @@ class Commands(Explorer):
 
     def _is_data(self, record: Record) -> bool:
         return record.path.startswith(self.output) and record.length > 4096
-
-
-@pytest.fixture(scope="module")
-def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_recorder(tmp_path_factory.mktemp("recorder"))
 
 
 @pytest.mark.parametrize("old", [b"", OLD], ids=["new", "overwritten"])

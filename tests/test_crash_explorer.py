@@ -10,7 +10,7 @@ from typing import Final
 
 import pytest
 
-from tests.crash_explorer import SHAPES, Broken, Explorer, Run, Shape, build_recorder
+from tests.crash_explorer import SHAPES, Broken, Explorer, Run, Shape
 from tests.lab import Lab, needs
 from tests.recording import SYNC, SYNCED, Record
 
@@ -20,11 +20,6 @@ HISTORIES: Final = 60  # of each shape
 REQUESTS: Final = (6, 40)  # of a history: at least, and at most
 LOOKS: Final = 2
 RECOVERED: Final = 6  # one in so many histories is recovered from as well
-
-
-@pytest.fixture(scope="module")
-def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_recorder(tmp_path_factory.mktemp("recorder"))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape[0])

@@ -24,7 +24,6 @@ from tests.crash_explorer import (
     Shape,
     _content,
     _sound,
-    build_recorder,
 )
 from tests.lab import Lab, needs
 from tests.recording import Disks
@@ -100,11 +99,6 @@ class Replaced(Explorer):
         if missing and not self._fits(image) and not image.silent:
             raise Broken("the target cannot be filled from the mirror any more")
         return not missing
-
-
-@pytest.fixture(scope="module")
-def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_recorder(tmp_path_factory.mktemp("recorder"))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape[0])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lockstep.disk.runs import run_of
+from lockstep.service.mirror_session import MirrorSession
 from lockstep.volume import intent
 from lockstep.volume.gate import UPDATE, Ruling
 from lockstep.volume.intent import Identity
@@ -105,27 +106,32 @@ def test_a_mirror_says_how_it_stands_though_its_header_was_written_while_it_came
     _at_work(tmp_path, returning)
 
 
+async def _said_on_return(session: MirrorSession) -> list[str]:
+    """Have a mirror come back; the states that are written on it until then, in order."""
+    said, real = list[str](), session._write_token
+
+    def write_token(generation: int, state: str) -> None:
+        real(generation, state)
+        said.append(state)
+
+    session._write_token = write_token  # type: ignore[method-assign]
+    while not await session.come_back():
+        await asyncio.sleep(0)
+    return said
+
+
 def test_an_older_copy_says_that_it_misses_something_before_it_is_the_newest(tmp_path: Path) -> None:
     """Else, after a power cut between the two, it would be the newest that is whole."""
 
     async def returning(scene: Scene) -> None:
-        session, link, said = scene.sessions[0], scene.links[0], list[str]()
+        session, link = scene.sessions[0], scene.links[0]
         scene._take_image(0)
         await session.advance()
         link.drop("writing", OSError("gone"))
         while not session._at_rest:
             await asyncio.sleep(0)
         scene._put_image(0)
-        real = session._write_token
-
-        def write_token(generation: int, state: str) -> None:
-            real(generation, state)
-            said.append(state)
-
-        session._write_token = write_token  # type: ignore[method-assign]
-        while not await session.come_back():
-            await asyncio.sleep(0)
-        assert said == [SYNCING, SYNCING]
+        assert await _said_on_return(session) == [SYNCING, SYNCING]
 
     _at_work(tmp_path, returning)
 
@@ -144,17 +150,7 @@ def test_a_frozen_mirror_that_comes_back_says_that_it_is_frozen_before_it_is_the
             await asyncio.sleep(0)
         assert platter.token == before, "it could say nothing while it was away"
         platter.gone = False
-        said = list[str]()
-        real = session._write_token
-
-        def write_token(generation: int, state: str) -> None:
-            real(generation, state)
-            said.append(state)
-
-        session._write_token = write_token  # type: ignore[method-assign]
-        while not await session.come_back():
-            await asyncio.sleep(0)
-        assert said == [FROZEN, FROZEN]
+        assert await _said_on_return(session) == [FROZEN, FROZEN]
 
     _at_work(tmp_path, returning)
 
