@@ -38,7 +38,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from lockstep.errors import HostInvalid, TlsAuthorityAway, TlsDirUnusable, TlsFilesExist, UserNameInvalid
 from lockstep.nbd.identity import is_user_name
 from lockstep.nbd.tls import server_context
-from lockstep.volume.pages import sync_directory
+from lockstep.volume.files import sync_directory
 
 CA_DAYS: Final = 3652
 LEAF_DAYS: Final = 730

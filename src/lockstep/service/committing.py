@@ -16,7 +16,7 @@ from lockstep.service.noting import note_if_known
 from lockstep.service.opening import opened
 from lockstep.service.recovery import refuse_content, refuse_known, refuse_same_storage
 from lockstep.service.state import State
-from lockstep.volume.pages import sync_directory
+from lockstep.volume.files import rename
 from lockstep.volume.restore import DiskSink, Extent, Progress, copy_out
 
 UNFINISHED: Final = ".committing"
@@ -120,8 +120,7 @@ def _name(place: str, path: str) -> None:
 
 def _rename(path: str, new: str) -> None:
     try:
-        os.rename(path, new)
-        sync_directory(new)
+        rename(path, new)
     except OSError as error:
         raise not_made(new, error) from error
 

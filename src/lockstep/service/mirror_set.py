@@ -48,9 +48,9 @@ from lockstep.service.managing import manager, unserved
 from lockstep.service.memory import protect_memory
 from lockstep.service.state import State
 from lockstep.volume import intent
+from lockstep.volume.files import sync_directory
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.link import SYNCING
-from lockstep.volume.pages import sync_directory
 from lockstep.volume.regions import positions
 
 

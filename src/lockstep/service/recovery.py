@@ -53,8 +53,8 @@ from lockstep.service import mirrors
 from lockstep.service.memory import protect_memory
 from lockstep.service.noting import note_if_known
 from lockstep.service.state import State
+from lockstep.volume.files import sync_directory
 from lockstep.volume.link import STILL
-from lockstep.volume.pages import sync_directory
 from lockstep.volume.restore import DiskSink, Extent, Progress, copy_out, differences, samples
 from lockstep.volume.restore_record import SUFFIX, RestoreRecord, remove_record
 

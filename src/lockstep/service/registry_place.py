@@ -16,7 +16,6 @@ import contextlib
 import glob
 import os
 import socket
-import tempfile
 import uuid
 from collections.abc import Iterator
 from typing import Final
@@ -30,7 +29,7 @@ from lockstep.errors import (
 )
 from lockstep.registry.audit import Actor
 from lockstep.registry.store import Registry
-from lockstep.volume.pages import sync_directory
+from lockstep.volume.files import made, rename, sync_directory
 
 _OTHERS: Final = ("intent/*.intent", "held/*.held", "filling/*.missing", "run/*.lock", "run/*.keys", "run/*.borrowed")
 
@@ -73,33 +72,30 @@ class RegistryPlace:
 
         The file is registry.db.moved afterwards. Raises registry errors, RegistryNotEmpty, StateDirUnusable.
         """
-        with self._database(url) as database, _told(self._state), _made(self._url_path, f"{url}\n") as made:
+        with self._database(url) as database, _told(self._state), made(self._url_path, f"{url}\n") as place:
 
             def settle() -> None:
-                os.replace(made, self._url_path)
-                sync_directory(self.path)
+                rename(place, self._url_path)
                 if os.path.exists(self.path):
-                    os.rename(self.path, f"{self.path}.moved")
-                    sync_directory(self.path)
+                    rename(self.path, f"{self.path}.moved")
 
             registry.move(database, database.label, settle, actor=actor)
             return database.label
 
     def move_to_file(self, registry: Registry, *, actor: Actor) -> str:
         """Move the registry, which is `registry`, into the state directory; return its path. Raises as the other."""
-        made = f"{self.path}.new"
+        place = f"{self.path}.new"
 
         def settle() -> None:
-            os.replace(made, self.path)
-            sync_directory(self.path)
+            rename(place, self.path)
             os.unlink(self._url_path)
             sync_directory(self.path)
 
         with _told(self._state):
-            for left in (made, f"{made}-journal"):  # by a move that was killed
+            for left in (place, f"{place}-journal"):  # by a move that was killed
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(left)
-            with Registry.open(f"sqlite:///{made}") as file:
+            with Registry.open(f"sqlite:///{place}") as file:
                 registry.move(file, self.path, settle, actor=actor)
         return self.path
 
@@ -138,8 +134,9 @@ class RegistryPlace:
         path = f"{self._state}/id"
         with _told(self._state):
             if not os.path.exists(path):
-                with contextlib.suppress(FileExistsError), _made(path, f"{uuid.uuid4()}\n") as made:
-                    os.link(made, path)
+                with contextlib.suppress(FileExistsError), made(path, f"{uuid.uuid4()}\n") as place:
+                    os.link(place, path)
+                    os.unlink(place)
                 sync_directory(path)
             with open(path, encoding="ascii") as file:
                 return file.read().strip()
@@ -152,18 +149,3 @@ def _told(state: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StateDirUnusable(path=state, reason=error.strerror) from error
-
-
-@contextlib.contextmanager
-def _made(path: str, content: str) -> Iterator[str]:
-    """Have a file with this content, durable and for its owner alone, that may get the name `path` meanwhile."""
-    fd, made = tempfile.mkstemp(prefix=".lockstep-", dir=os.path.dirname(path))
-    try:
-        with open(fd, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(fd)
-        yield made
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(made)

@@ -53,11 +53,12 @@ from lockstep.service.mirror_set import forget_records, refuse_taken
 from lockstep.service.state import State
 from lockstep.service.volume_session import pair_of
 from lockstep.volume import intent, missing
+from lockstep.volume.files import rename, sync_directory
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import Identity, IntentBitmap
 from lockstep.volume.link import ASIDE, FROZEN, IN_SYNC, STILL, SYNCING, WHOLE
 from lockstep.volume.missing import Pair
-from lockstep.volume.pages import sync_directory, union
+from lockstep.volume.pages import union
 from lockstep.volume.restore_record import SUFFIX, remove_record
 
 log = logging.getLogger(__name__)
@@ -313,8 +314,7 @@ def _finish_file(place: str, path: str, size_bytes: int) -> None:
     """Give a new file its name, and one that was there its size."""
     try:
         if place != path:
-            os.rename(place, path)
-            sync_directory(path)
+            rename(place, path)
         elif os.path.isfile(path):
             os.truncate(path, size_bytes)
     except OSError as error:

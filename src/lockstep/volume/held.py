@@ -42,6 +42,7 @@ from struct import Struct
 from typing import Any, Final
 
 from lockstep.volume import pages
+from lockstep.volume.files import sync_directory
 from lockstep.volume.intent import Identity
 from lockstep.volume.pages import PAGE_BITS, PAGE_BYTES, PagedBits
 from lockstep.volume.regions import region_bytes_for
@@ -252,7 +253,7 @@ class HeldRecord:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(f"{path}.new", path)
-        pages.sync_directory(path)
+        sync_directory(path)
 
 
 def _private(path: str, flags: int) -> int:

@@ -48,7 +48,8 @@ from lockstep.disk.lock import lock_exclusive
 from lockstep.disk.probe import inspect, not_made, open_disk
 from lockstep.disk.transfer import read_all, write_all
 from lockstep.errors import DiskFailed, OverlayDamaged, OverlayOfAnother, OverlayUnfit
-from lockstep.volume.pages import BODY_BYTES, CRC, PAGE_BYTES, intact, sealed, sync_directory
+from lockstep.volume.files import sync_directory
+from lockstep.volume.pages import BODY_BYTES, CRC, PAGE_BYTES, intact, sealed
 
 VERSION: Final = 1
 MAGIC: Final = b"LOCKSTEP-OVERLAY"

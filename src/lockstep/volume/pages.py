@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from struct import Struct
 from typing import Final
 
+from lockstep.volume.files import rename, sync_directory
 from lockstep.volume.rounds import Rounds
 
 PAGE_BYTES: Final = 512
@@ -113,8 +114,7 @@ class PagedBits:
         try:
             _write(fd, header + body, 0)
             os.fsync(fd)
-            os.replace(temporary, self._path)
-            sync_directory(self._path)
+            rename(temporary, self._path)
         except BaseException:
             os.close(fd)
             raise
@@ -208,15 +208,6 @@ class PagedBits:
 
     def _page(self, page: int) -> bytes:
         return sealed(bytes(self._bits[page * BODY_BYTES : (page + 1) * BODY_BYTES]))
-
-
-def sync_directory(path: str) -> None:
-    """Make the name `path` durable, or its absence."""
-    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:

@@ -14,16 +14,14 @@ A small file beside the output. Rules:
 JSON, one object; docs/formats.md has its members.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from typing import Final, Self
 
 from lockstep.errors import RestoreRecordInvalid
-from lockstep.volume.pages import sync_directory
+from lockstep.volume.files import made, rename, sync_directory
 
 TYPE: Final = "lockstep-restore"
 VERSION: Final = 1
@@ -71,16 +69,8 @@ class RestoreRecord:
     def save(self, path: str) -> None:
         """Write the record, durably, in place of the one that is there. Raises OSError, and leaves nothing then."""
         content = {"type": TYPE, "version": VERSION, **dataclasses.asdict(self)}
-        fd, temporary = tempfile.mkstemp(prefix=".lockstep-", dir=os.path.dirname(path))
-        with contextlib.ExitStack() as undo:
-            undo.callback(os.unlink, temporary)
-            with open(fd, "w", encoding="ascii") as file:
-                file.write(json.dumps(content) + "\n")
-                file.flush()
-                os.fsync(fd)
-            os.replace(temporary, path)
-            undo.pop_all()
-        sync_directory(path)
+        with made(path, json.dumps(content) + "\n") as temporary:
+            rename(temporary, path)
 
 
 def remove_record(path: str) -> None:
