@@ -81,7 +81,8 @@ def test_who_reads_the_grants_longer_does_not_bring_back_what_was_taken_away(
         looking = asyncio.create_task(background._look())
         await asyncio.to_thread(has_read.wait, 10)
         registry.revoke("vol", "eve", actor=ROOT)
-        syncing = asyncio.create_task(background.sync(Actor("eve", "a test"), include_held=True, compare=False))
+        released = background.sync(Actor("eve", "a test"), include_held=True, compare=False, everything=False)
+        syncing = asyncio.create_task(released)
         await asyncio.wait([syncing], timeout=0.5)  # who was first is still reading
         go.set()
         with pytest.raises(MayNotRelease):
@@ -150,7 +151,7 @@ def test_what_one_mirror_cannot_release_does_not_keep_the_others_from_it(tmp_pat
             tuple,
         )
         with pytest.raises(StateDirUnusable):
-            await background.sync(ROOT, include_held=True, compare=False)
+            await background.sync(ROOT, include_held=True, compare=False, everything=False)
         second.release_held.assert_awaited_once()
         resync.wake.assert_called_once()
         writing = asyncio.create_task(trail.run())

@@ -762,6 +762,24 @@ class TargetResized(DiskError):
     )
 
 
+class TargetUnlike(DiskError):
+    """Data: path, volume, differing, telling."""
+
+    happened = (
+        "The target {path} does not seem to be the disk that {volume} was: in {differing} of {telling} places where it "
+        "was equal to a mirror it differs. Nothing was changed."
+    )
+    cause = (
+        "The name leads to another disk by now (those in /dev/disk/by-id do not), or the target was overwritten while "
+        "nobody served it. Or the mirror was exchanged for another copy of itself."
+    )
+    next_step = (
+        "Have the name lead to the right disk, and serve again. If the target's content is lost, `lockstep "
+        "replace-target {volume} NEWDISK` gives it back. If the target is right as it is, `lockstep sync {volume} "
+        "--all` has the next server copy all of it to the mirrors."
+    )
+
+
 class TargetGone(DiskError):
     """Data: path, volume."""
 

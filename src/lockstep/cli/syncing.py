@@ -11,6 +11,7 @@ from lockstep.cli.output import print_json
 from lockstep.cli.state import StateDir, state_of
 from lockstep.errors import NoMirror, NotServed, StillBehind
 from lockstep.service.control_client import ask_patiently, ask_status
+from lockstep.service.mirror_set import doubt_mirrors
 
 POLL_S: Final = 0.2
 
@@ -27,6 +28,14 @@ def sync(
     checksum: Annotated[
         bool, typer.Option("--checksum", help="Read the mirror first, and write only where it really differs.")
     ] = False,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Also what counts as equal, for the target is right and the mirrors may not be; the volume need not be"
+            " served for this.",
+        ),
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Return when it is done.")] = False,
     as_json: Json = False,
     state_dir: StateDir = None,
@@ -35,12 +44,17 @@ def sync(
     state = state_of(context, state_dir)
     state.require_manager(os.geteuid(), f"sync {name}")
     control = state.control(name)
+    how = {"include_held": include_held, "compare": checksum, "everything": everything}
     try:
-        ask_patiently(control, name, "POST", "/v1/sync", include_held=include_held, compare=checksum)
+        ask_patiently(control, name, "POST", "/v1/sync", **how)
     except NotServed:
         with state.registry() as registry:
             registry.volume(name)  # or there is no such volume to serve
-        raise
+        if include_held or wait or as_json or not everything:
+            raise
+        doubt_mirrors(state, name, compare=checksum)
+        typer.echo(f"{name} is not being served: the next server copies all of it to its mirrors")
+        return
     volume = ask_status(control, name)
     while wait and any(mirror["state"] == "syncing" or mirror["sought"] for mirror in volume["mirrors"]):
         time.sleep(POLL_S)

@@ -100,12 +100,14 @@ class Background:
             self._note_states()
             self._trail.note("stop", SERVER, f"the volume {self._volume_name} is not being served any more")
 
-    async def sync(self, actor: Actor, *, include_held: bool, compare: bool) -> None:
-        """Have everything copied that may be; with `include_held` also what is held, if `actor` may update the mirrors.
+    async def sync(self, actor: Actor, *, include_held: bool, compare: bool, everything: bool) -> None:
+        """Have what differs copied, as far as it may be.
 
-        Mirrors that are away are looked for at once. `compare` leaves alone what is equal already.
+        With `include_held` also what is held, if `actor` may update the mirrors; with `everything` also what counts as
+        equal. `compare` leaves alone what is equal already. Mirrors that are away are looked for at once.
 
-        Raises MayNotRelease, and StateDirUnusable or DiskBusy where what is held from a mirror stays held.
+        Raises MayNotRelease; StateDirUnusable or DiskBusy where what is held from a mirror stays held, or what counts
+        as equal does; and TargetUnfinished where the target is being filled from one.
         """
         if include_held:
             await self._read_grants()  # who has just lost the right releases nothing
@@ -117,11 +119,15 @@ class Background:
         for mirror in self._session.mirrors:
             mirror.link.target_error = None
             try:
+                if everything:
+                    await mirror.mark_all()
                 released += await mirror.release_held() if include_held else 0
             except LockstepError as error:  # the others are brought in sync all the same
                 failure = error
+        all_of_it = ", with everything copied anew" if everything else ""
         held = f", {released} held bytes included" if include_held else ""
-        self._trail.note("sync", actor, f"{actor.user} had the mirrors brought in sync{held}", released_bytes=released)
+        reason = f"{actor.user} had the mirrors brought in sync{all_of_it}{held}"
+        self._trail.note("sync", actor, reason, released_bytes=released)
         self._seek()
         for resync in self._session.resyncs:
             resync.compare = compare or resync.compare  # an adopted mirror goes on being compared

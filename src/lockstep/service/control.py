@@ -1,8 +1,8 @@
 """The control interface of a served volume: HTTP on a unix socket, for root and the owner of the state directory.
 
 GET  /v1/status    the volume as `status --json` prints it
-POST /v1/sync      {"include_held": bool, "compare": bool}: have what differs copied, if wanted what is held too, and
-                   if wanted only where a comparison shows it
+POST /v1/sync      {"include_held": bool, "compare": bool, "everything": bool}: have what differs copied, if wanted what
+                   is held too, if wanted only where a comparison shows it, and if wanted what counts as equal as well
 POST /v1/mirrors   look at once for mirrors that are away
 POST /v1/aside     {"mirror": LUKS UUID, "for": "rekey" or "drill"}: stop following that mirror, in order
 POST /v1/verify    {"repair": bool}: begin to compare the mirrors with the target
@@ -35,8 +35,8 @@ class Commands(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return the volume as `status --json` prints it."""
 
-    async def sync(self, actor: Actor, *, include_held: bool, compare: bool) -> None:
-        """Have what differs copied. Raises MayNotRelease."""
+    async def sync(self, actor: Actor, *, include_held: bool, compare: bool, everything: bool) -> None:
+        """Have what differs copied, or with `everything` all. Raises MayNotRelease, TargetUnfinished."""
 
     def look_for_mirrors(self, actor: Actor) -> None:
         """Look at once for mirrors that are away."""
@@ -81,8 +81,8 @@ async def control_interface(
 
     async def answer_sync(request: web.Request) -> web.Response:
         asked = await request.json()
-        include_held, compare = bool(asked.get("include_held")), bool(asked.get("compare"))
-        await commands.sync(_actor(request), include_held=include_held, compare=compare)
+        how = {each: bool(asked.get(each)) for each in ("include_held", "compare", "everything")}
+        await commands.sync(_actor(request), **how)
         return web.json_response({})
 
     async def look_for_mirrors(request: web.Request) -> web.Response:

@@ -33,6 +33,8 @@ class Opened:
 
     header: luks.Header
     disk: EncryptedDisk
+    unfit: str | None = None
+    """Why it cannot be followed again before something is done about it."""
 
 
 @dataclass
@@ -84,8 +86,8 @@ class MirrorOpener:
             log.error("mirror %s is not followed, the target goes on alone: %s", path, failure)
             return Away(str(failure))
 
-    async def again(self, let_go: Callable[[], EncryptedDisk | None]) -> Opened:
-        """Close the disk as it was open before, if `let_go` gives one, and open it.
+    async def again(self, let_go: Callable[[], EncryptedDisk | None], unfit: Callable[[Opened], str | None]) -> Opened:
+        """Close the disk as it was open before, if `let_go` gives one, and open it; `unfit` then looks at it.
 
         It is not let go before there is a thread that closes it: open, it would be locked against ourselves for ever.
         Raises as `first` does, and OSError.
@@ -93,7 +95,7 @@ class MirrorOpener:
         self._awaited = opened = list[Opened]()
         try:
             self._worker = Workers("lockstep-opener", 1, OPENING_PATIENCE_S)
-            await self._worker.run(self._reopen, let_go(), opened)
+            await self._worker.run(self._reopen, let_go(), unfit, opened)
             return opened.pop()
         except BaseException:
             self._awaited = None
@@ -102,10 +104,18 @@ class MirrorOpener:
         finally:
             self._worker.close()
 
-    def _reopen(self, former: EncryptedDisk | None, opened: list[Opened]) -> None:
+    def _reopen(
+        self, former: EncryptedDisk | None, unfit: Callable[[Opened], str | None], opened: list[Opened]
+    ) -> None:
         if former is not None:
             former.close()
-        opened.append(self._open())
+        found = self._open()
+        try:
+            found.unfit = unfit(found)
+        except BaseException:
+            found.disk.close()
+            raise
+        opened.append(found)
         if self._awaited is not opened:
             _close_left(opened)
 

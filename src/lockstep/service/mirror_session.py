@@ -30,6 +30,7 @@ from dataclasses import replace
 from typing import Final
 
 from lockstep.crypto import luks
+from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.transfer import SHORTER
 from lockstep.errors import (
@@ -50,6 +51,7 @@ from lockstep.volume.intent import IntentBitmap
 from lockstep.volume.link import BEHIND, DEGRADED, FROZEN, IN_SYNC, SYNCING, WHOLE, MirrorLink
 from lockstep.volume.pages import union
 from lockstep.volume.regions import RegionMap
+from lockstep.volume.spot_check import SpotCheck, spot_check
 from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
 
@@ -109,6 +111,7 @@ class MirrorSession:
         regions = RegionMap(volume.size_bytes, loaded.marked, self._held.regions())
         self.link = MirrorLink(mirror.path, mirror.luks_uuid, regions, self._intent, self._held, self)
         self.link.as_left = loaded.fits
+        self._found = found.disk if isinstance(found, Opened) else None  # as it was opened first
         if isinstance(found, Opened):
             self.link.admit(found.disk, self._new_workers())
         else:
@@ -120,6 +123,15 @@ class MirrorSession:
         return self._token.generation
 
     # --- start and end ---
+
+    def check(self) -> SpotCheck:
+        """Compare the mirror with the target in some places, before it is claimed. Blocks."""
+        return self._spot_check(self._found) if self._found is not None else SpotCheck(0, 0)
+
+    def follow_if_like(self, check: SpotCheck) -> None:
+        """Let the mirror be as it is, and the target go on alone, if the two do not belong together."""
+        if unlike := self._unlike(check):
+            self.link.step_aside(unlike)
 
     def claim(self) -> None:
         """From here on this server alone says what differs. Raises StateDirUnusable and what the token may."""
@@ -278,6 +290,25 @@ class MirrorSession:
             raise StateDirUnusable(path=self._state.path, reason=error.strerror or str(error)) from error
         return held_bytes
 
+    async def mark_all(self) -> None:
+        """Have all of it copied, but for what is held.
+
+        Raises StateDirUnusable, TargetUnfinished if the target is being filled from it, and DiskBusy while it is just
+        being claimed.
+        """
+        self._require_claimed()
+        self._require_no_source()
+        self.link.regions.mark_all()
+        try:
+            await self._intent.mark([(0, self._volume.size_bytes)])
+        except OSError as error:
+            raise StateDirUnusable(path=self._state.path, reason=error.strerror or str(error)) from error
+
+    def _require_no_source(self) -> None:
+        if self.link.is_source:
+            volume = self._volume
+            raise TargetUnfinished(path=volume.target_path, volume=volume.name, mirror=self.mirror.path)
+
     def _require_claimed(self) -> None:
         if not self._claimed:
             raise DiskBusy(path=self.mirror.path, users="in use by its server, which is just starting")
@@ -291,9 +322,7 @@ class MirrorSession:
         from it; and MirrorNotDrilled if it could not be used, where that is the purpose.
         """
         self._require_claimed()
-        if self.link.is_source:  # its clients could not read what the target lacks
-            volume = self._volume
-            raise TargetUnfinished(path=volume.target_path, volume=volume.name, mirror=self.mirror.path)
+        self._require_no_source()  # its clients could not read what the target lacks
         if purpose == DRILL and not self.link.consistent:
             raise MirrorNotDrilled(path=self.mirror.path, state=self.link.state)
         left_as = await path.part_from(self.link, _ASIDE[purpose].format(volume=self._volume.name))
@@ -327,14 +356,13 @@ class MirrorSession:
             return False
         former = self._token
         try:
-            opened = await self._opener.again(self.link.let_go)
+            opened = await self._opener.again(self.link.let_go, self._unfit)
         except (LockstepError, OSError) as failure:
             self._tell_once(failure)
             return False
-        unfit = self._unfit(opened)
-        if unfit is not None:
-            log.error("mirror %s is not followed again: %s", self.mirror.path, unfit)
-            self.link.stay_away(unfit)
+        if opened.unfit is not None:
+            log.error("mirror %s is not followed again: %s", self.mirror.path, opened.unfit)
+            self.link.stay_away(opened.unfit)
             opened.disk.close()
             return False
         try:
@@ -356,13 +384,28 @@ class MirrorSession:
             log.warning("mirror %s cannot be followed again yet: %s", self.mirror.path, failure)
 
     def _unfit(self, opened: Opened) -> str | None:
-        """Why a mirror cannot be followed before the volume is served anew, whatever becomes of it; None if it can."""
+        """Why a mirror that is open again cannot be followed; None if it can. Blocks."""
         assert opened.header.token is not None
         if opened.disk.sector_bytes > self.link.sector_bytes:
             return "it has larger sectors than before: serve the volume anew"
         if self.link.is_source and opened.header.token.generation not in self._generations:
             return "it is not as it was left, and the new target lacks what that one has"
-        return None
+        if self.link.is_source or opened.header.token.generation not in self._generations:
+            return None  # all of it counts as different, or the target is not whole
+        return self._unlike(self._spot_check(opened.disk))
+
+    def _spot_check(self, disk: EncryptedDisk) -> SpotCheck:
+        return spot_check(self._target, disk, lambda: union(self.link.regions.differing(), self._intent.marked()))
+
+    def _unlike(self, check: SpotCheck) -> str | None:
+        """What a spot check says against following the mirror."""
+        if not check.differing:
+            return None
+        return (
+            f"in {check.differing} of {check.telling} places at which it was equal to the target it differs: one of the"
+            " two is another disk than before, or was changed while nobody served it. If the target is right,"
+            f" `lockstep sync {self._volume.name} --all` has all of it copied"
+        )
 
     async def _take_back(self, header: luks.Header, *, written_since: bool) -> None:
         """Have it on record, and on the mirror, how the two fit. Raises LockstepError, OSError.

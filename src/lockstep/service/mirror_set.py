@@ -1,4 +1,4 @@
-"""The mirrors of a volume: one more is made or adopted, one is forgotten.
+"""The mirrors of a volume: one more is made or adopted, one is forgotten, all of them are doubted.
 
 A mirror is registered before it is formatted or given our token: so it is claimed, and no disk that has a role already
 is overwritten. If what follows fails, the registration is taken back. If it is interrupted, the disk is no mirror that
@@ -16,7 +16,7 @@ import functools
 import os
 import secrets
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from lockstep.crypto import luks, recovery_key
@@ -25,6 +25,7 @@ from lockstep.disk import patience
 from lockstep.disk.mirror import SECTOR_SIZES, make_mirror, open_mirror, refuse_unfit, whole_sectors
 from lockstep.disk.probe import Disk, inspect, overlap
 from lockstep.errors import (
+    AlreadyServed,
     HeaderDamaged,
     HeaderIsCopy,
     HeaderUnreadable,
@@ -33,6 +34,7 @@ from lockstep.errors import (
     MirrorOfAnotherVolume,
     MirrorsHoldBack,
     NoKeySlots,
+    NoMirror,
     NotLuks2,
     SectorSizeInvalid,
     StateDirUnusable,
@@ -151,11 +153,37 @@ def forget_records(state: State, luks_uuid: str) -> None:
 
     Raises StateDirUnusable.
     """
+    _forget(state, state.records(luks_uuid))
+
+
+def doubt_mirrors(state: State, name: str, *, compare: bool) -> None:
+    """Have the next server of a volume copy everything that is not held, or with `compare` whatever really differs.
+
+    Raises NotManager, AlreadyServed, NoMirror, TargetUnfinished, StateDirUnusable, registry errors.
+    """
+    actor = manager(state, f"sync {name}")
+    with state.registry() as registry, unserved(state, registry, name) as volume:
+        if volume is None:
+            raise AlreadyServed(volume=name)
+        if not volume.mirrors:
+            raise NoMirror(volume=name)
+        for mirror in volume.mirrors:
+            if mirror.id == volume.filled_from:
+                raise TargetUnfinished(path=volume.target_path, volume=name, mirror=mirror.path)
+        for mirror in volume.mirrors:
+            if compare:
+                registry.set_generation(mirror.id, mirror.generation, compare=True)
+            _forget(state, [state.intent(mirror.luks_uuid)])
+        reason = f"{actor.user} had everything copied to the mirrors anew, by the next server"
+        registry.audit("sync", actor=actor, volume=name, reason=reason, details={})
+
+
+def _forget(state: State, records: Sequence[str]) -> None:
     try:
-        for path in state.records(luks_uuid):
+        for path in records:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-        for path in state.records(luks_uuid):
+        for path in records:
             sync_directory(path)
     except OSError as error:
         raise StateDirUnusable(path=state.path, reason=error.strerror or str(error)) from error

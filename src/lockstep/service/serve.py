@@ -1,6 +1,6 @@
 """The life of one served volume: open everything, serve until told to stop, close in order.
 
-open      volume lock, target, mirrors (volume_session.py)
+open      volume lock, target, mirrors (volume_session.py); whether they still belong together
 claim     sockets first: nobody is let in before the mirrors are claimed
 serve     NBD and control sockets; mirrors that are behind are brought in sync meanwhile
 stop      no new requests; those under way are answered; background work ends after the piece it is at
@@ -116,6 +116,7 @@ def serve(
                 state, volume, unlock, gate, workers, patience_s=options.mirror_patience_s, direct=options.direct
             )
         )
+        session.check()
         uvloop.run(_serve(state, registry, session, gate, clerks, listen, on_ready))
 
 

@@ -40,9 +40,12 @@ class ServedVolume:
         described["target"]["error"] = next(filter(None, errors), None)
         return described
 
-    async def sync(self, actor: Actor, *, include_held: bool, compare: bool) -> None:
-        """Have what differs copied. Raises MayNotRelease, StateDirUnusable, DiskBusy."""
-        await self.background.sync(actor, include_held=include_held, compare=compare)
+    async def sync(self, actor: Actor, *, include_held: bool, compare: bool, everything: bool) -> None:
+        """Have what differs copied, or with `everything` all.
+
+        Raises MayNotRelease, StateDirUnusable, DiskBusy, TargetUnfinished.
+        """
+        await self.background.sync(actor, include_held=include_held, compare=compare, everything=everything)
 
     def look_for_mirrors(self, actor: Actor) -> None:
         """Look at once for mirrors that are away."""

@@ -1,6 +1,7 @@
 """A volume's disks, open and joined: what `serve` lets clients at, and what a command works on while nobody serves it.
 
     open      the target, then each mirror: whatever can be refused is refused here, and nothing has changed
+    check     target and mirrors are compared in some places where they have to be equal
     claim     tokens and intent bitmaps are given a new generation, which no other server has
     retire    flush both disks; only what differs stays marked
 
@@ -27,6 +28,7 @@ from lockstep.errors import (
     TargetGone,
     TargetHalfRestored,
     TargetResized,
+    TargetUnlike,
     TargetUnprepared,
 )
 from lockstep.registry.audit import SERVER
@@ -88,6 +90,26 @@ class VolumeSession:
             raise FillingImpossible(path=target.disk.path, volume=record.name, mirror=source.path, reason=reason)
         source.is_source = True
         return filling
+
+    def check(self) -> None:
+        """Let mirrors alone that the target is not like. Raises TargetUnlike where it is like none at all. Blocks.
+
+        A mirror is not overwritten with another disk, nor that disk by clients who take it for theirs.
+        """
+        if self.filling is not None:
+            return
+        checks = [session.check() for session in self.mirrors]
+        telling = [check for check in checks if check.telling]
+        if telling and all(check.strangers for check in telling):
+            worst = max(telling, key=lambda check: check.telling)
+            raise TargetUnlike(
+                path=self.target.disk.path,
+                volume=self.record.name,
+                differing=worst.differing,
+                telling=worst.telling,
+            )
+        for session, check in zip(self.mirrors, checks, strict=True):
+            session.follow_if_like(check)
 
     async def look_after_target(self) -> None:
         """See whether the target is all there, and is found by its path: the next start looks for it there."""

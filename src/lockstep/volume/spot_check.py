@@ -1,0 +1,76 @@
+"""Whether a target and its mirror are still the pair that they were: a look at places where they have to be equal.
+
+Where the intent bitmap has no mark, and nothing is held, the mirror holds what the target holds; unless one of them is
+not the disk that it was. A name like /dev/sdb leads to another disk after the machine's next start, a disk is written
+to while nobody serves it, or is rolled back to a snapshot. Nothing else would tell: a target is its user's to the last
+byte, and a block device does not say when it was written.
+
+So some of it is read. Both ends, since there are partition tables and superblocks, which every mount writes; and pieces
+from anywhere between, others each time.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from lockstep.buffers import page_aligned
+from lockstep.disk.encrypted import EncryptedDisk
+from lockstep.disk.plain import PlainDisk
+from lockstep.disk.runs import same
+from lockstep.volume.link import LARGEST_SECTOR_BYTES
+from lockstep.volume.regions import region_bytes_for
+
+PIECE_BYTES: Final = LARGEST_SECTOR_BYTES  # whole sectors, whichever they are
+END_PIECES: Final = 32
+PIECES_BETWEEN: Final = 64
+_TRIES: Final = 16  # for each of them, until one lies where the two are equal
+
+
+@dataclass(frozen=True)
+class SpotCheck:
+    """What was found. Pieces that are all zeroes on both disks tell nothing, and do not count."""
+
+    telling: int
+    differing: int
+
+    @property
+    def strangers(self) -> bool:
+        """Whether the two seem to have nothing to do with each other."""
+        return 2 * self.differing > self.telling
+
+
+def spot_check(target: PlainDisk, mirror: EncryptedDisk, differing: Callable[[], bytes]) -> SpotCheck:
+    """Compare a mirror with its target in some places. Blocks.
+
+    `differing` returns which regions may differ, a byte each; it is asked again at the end, for there may be writers
+    meanwhile. A disk that cannot be read ends it: what was seen until then counts.
+    """
+    region_bytes, zeroes = region_bytes_for(target.size_bytes), bytes(PIECE_BYTES)
+    ours, theirs = page_aligned(PIECE_BYTES), page_aligned(PIECE_BYTES)
+    telling = []  # (where, whether it differs)
+    for offset in sorted(set(_pieces(target.size_bytes, differing()))):
+        try:
+            target.read(offset, ours)
+            mirror.read(offset, theirs)
+        except OSError:
+            break
+        differs = not same(ours, theirs)
+        if differs or ours != zeroes:
+            telling.append((offset, differs))
+    marked = differing()
+    counts = [differs for offset, differs in telling if not marked[offset // region_bytes]]
+    return SpotCheck(len(counts), sum(counts))
+
+
+def _pieces(size_bytes: int, differing: bytes) -> Iterator[int]:
+    """Offsets of pieces to compare."""
+    count, region_bytes = size_bytes // PIECE_BYTES, region_bytes_for(size_bytes)
+    ends = [*range(min(END_PIECES, count)), *range(max(0, count - END_PIECES), count)]
+    yield from (piece * PIECE_BYTES for piece in ends if not differing[piece * PIECE_BYTES // region_bytes])
+    left = PIECES_BETWEEN
+    for _ in range(_TRIES * PIECES_BETWEEN if count else 0):
+        offset = random.randrange(count) * PIECE_BYTES  # noqa: S311 (it is no secret)
+        if left and not differing[offset // region_bytes]:
+            left -= 1
+            yield offset

@@ -1,0 +1,211 @@
+"""P3, P4, P11: a target that is not the disk that it was is not served as if it were, nor copied over its mirror."""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lockstep.crypto import luks
+from lockstep.crypto.unlock import Unlock
+from lockstep.disk.encrypted import EncryptedDisk
+from lockstep.disk.mirror import open_mirror
+from lockstep.disk.plain import PlainDisk
+from lockstep.disk.probe import inspect
+from lockstep.volume.regions import region_bytes_for
+from lockstep.volume.spot_check import SpotCheck, spot_check
+from tests.lab import MIB, PASSPHRASE, Lab, Volume, needs, wait_until, write
+
+pytestmark = needs("qemu-io")
+
+SIZE_BYTES = 16 * MIB
+
+
+def noise(seed: int, size_bytes: int = SIZE_BYTES) -> bytes:
+    """A disk's content, one for each seed."""
+    return random.Random(seed).randbytes(size_bytes)
+
+
+@pytest.fixture
+def volume(lab: Lab) -> Volume:
+    """A volume in sync, whose server was killed: nothing but its mirror tells what the target is."""
+    volume = lab.volume("vol", SIZE_BYTES, content=noise(1))
+    with volume.served() as served:
+        served.kill()
+    return volume
+
+
+def exchange(volume: Volume, content: bytes) -> Path:
+    """Give the target's name to another disk; returns where the target is now."""
+    elsewhere = volume.target.rename(volume.target.with_name("elsewhere"))
+    volume.target.write_bytes(content)
+    return elsewhere
+
+
+def refusal(volume: Volume) -> str:
+    """What a server says that refuses."""
+    return volume.lab.lockstep("serve", "vol", "--key-file", volume.lab.key).failed(1, "does not seem to be the disk")
+
+
+# --- at the start -----------------------------------------------------------------------------------------
+
+
+def test_another_disk_under_the_targets_name_is_refused_and_both_are_left_alone(volume: Volume) -> None:
+    target = exchange(volume, noise(2))
+    before = volume.mirror.read_bytes()
+    refusal(volume)
+    assert volume.target.read_bytes() == noise(2)
+    assert volume.mirror.read_bytes() == before
+    target.rename(volume.target)
+    with volume.served() as served:
+        assert served.log.read_text().count("copying") == 1  # when it was made
+    volume.assert_equal_disks()
+
+
+def test_a_blank_disk_under_the_targets_name_is_refused(volume: Volume) -> None:
+    exchange(volume, bytes(SIZE_BYTES))
+    refusal(volume)
+
+
+def test_what_the_refusal_advises_where_the_target_is_right(volume: Volume) -> None:
+    exchange(volume, noise(2))
+    refusal(volume)
+    said = volume.lab.lockstep("sync", "vol", "--all").ok()
+    assert "the next server copies all of it" in said
+    with volume.served() as served:
+        assert served.log.read_text().count(f"copying {SIZE_BYTES} bytes") == 2  # and when it was made
+    volume.assert_equal_disks()
+
+
+def test_verify_shows_what_differs_of_what_is_refused(volume: Volume) -> None:
+    exchange(volume, noise(2))
+    volume.lab.lockstep("verify", "vol", "--key-file", volume.lab.key).failed(3, "differ")
+
+
+def test_a_mounted_device_is_served_without_its_mirror_until_all_is_copied(lab: Lab, loop: Callable[..., str]) -> None:
+    """A block device does not say when it was written."""
+    volume = lab.volume("vol", SIZE_BYTES, content=noise(1))
+    target = volume.target
+    device = loop(target)
+    lab.lockstep("remove", "vol").ok()
+    disks = ["--target", device, "--mirror", volume.mirror, "--key-file", lab.key, "--iter-time", "10", "--force"]
+    lab.lockstep("create", "vol", *disks, environment=lab.quick_format()).ok()
+    with volume.served():
+        pass
+    with open(device, "r+b") as behind:  # as a mount does, to the superblock
+        behind.seek(1024)
+        behind.write(bytes(1024))
+        os.fsync(behind.fileno())
+    with volume.served(in_sync=False) as served:
+        assert served.mirror_state() == "degraded"
+        assert "lockstep sync vol --all" in served.mirror()["error"]
+        write(served, "write -P 7 1M 64k")
+        lab.lockstep("sync", "vol", "--all", "--wait").ok()
+        assert served.mirror_state() == "in-sync"
+    volume.assert_equal_disks()
+
+
+def test_a_mirror_that_alone_differs_is_set_aside(lab: Lab) -> None:
+    volume = lab.volume("vol", SIZE_BYTES, content=noise(1))
+    second = lab.home / "second"
+    quick = ["--key-file", lab.key, "--iter-time", "10"]
+    lab.lockstep("mirror", "add", "vol", second, *quick, environment=lab.quick_format()).ok()
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: all(each["state"] == "in-sync" for each in served.now()["mirrors"]), "both in sync")
+    with second.open("r+b") as behind:
+        behind.seek(16 * MIB)
+        behind.write(noise(3))
+    with volume.served(in_sync=False) as served:
+        mine, others = served.now()["mirrors"]
+        assert mine["state"] == "in-sync"
+        assert others["state"] == "degraded"
+        assert "places at which it was equal" in others["error"]
+
+
+# --- when a mirror comes back -----------------------------------------------------------------------------
+
+
+def test_a_mirror_that_was_away_is_not_overwritten_with_another_disk(volume: Volume) -> None:
+    exchange(volume, noise(2))
+    away = volume.mirror.rename(volume.mirror.with_name("away"))
+    before = away.read_bytes()
+    with volume.served(in_sync=False) as served:
+        write(served, "write -P 7 1M 64k")
+        away.rename(volume.mirror)
+        wait_until(lambda: "places at which it was equal" in served.mirror()["error"], "the mirror to be looked at")
+    assert volume.mirror.read_bytes() == before
+
+
+def test_a_mirror_comes_back_though_clients_write_all_the_time(volume: Volume) -> None:
+    away = volume.mirror.rename(volume.mirror.with_name("away"))
+    with volume.served(in_sync=False) as served:
+        write(served, "write -P 7 0 128k", "write -P 8 5M 3M")
+        away.rename(volume.mirror)
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be back")
+    volume.assert_equal_disks()
+
+
+def test_sync_all_is_refused_while_a_new_target_is_filled(volume: Volume) -> None:
+    volume.target.unlink()
+    volume.lab.lockstep("replace-target", "vol", volume.target, "--key-file", volume.lab.key).ok()
+    volume.lab.lockstep("sync", "vol", "--all").failed(1, "still being filled")
+
+
+# --- the check itself -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disks(volume: Volume) -> tuple[PlainDisk, EncryptedDisk]:
+    """The two, open."""
+    target = PlainDisk.claim(inspect(str(volume.target)))
+    header = luks.read_header(str(volume.mirror))
+    mirror = open_mirror(str(volume.mirror), None, header, Unlock(lambda: PASSPHRASE), SIZE_BYTES, writable=True)
+    return target, mirror
+
+
+def marks(*regions: int) -> bytes:
+    """A map of the regions in which they may differ."""
+    found = bytearray(SIZE_BYTES // region_bytes_for(SIZE_BYTES))
+    for region in regions:
+        found[region] = 1
+    return bytes(found)
+
+
+def test_what_is_marked_is_not_compared(disks: tuple[PlainDisk, EncryptedDisk]) -> None:
+    target, mirror = disks
+    target.write(0, bytes(4096))
+    assert spot_check(target, mirror, lambda: marks(0)).differing == 0
+    assert spot_check(target, mirror, marks).differing == 1
+    assert spot_check(target, mirror, lambda: b"\1" * len(marks())) == SpotCheck(0, 0)
+
+
+def test_what_is_written_meanwhile_is_not_held_against_it(disks: tuple[PlainDisk, EncryptedDisk]) -> None:
+    target, mirror = disks
+    target.write(0, bytes(4096))
+    asked = iter([marks(), marks(0)])
+    assert spot_check(target, mirror, lambda: next(asked)).differing == 0
+
+
+def test_pieces_that_hold_nothing_tell_nothing(disks: tuple[PlainDisk, EncryptedDisk]) -> None:
+    target, mirror = disks
+    target.write(0, bytes(SIZE_BYTES))
+    mirror.zero(0, SIZE_BYTES)
+    assert spot_check(target, mirror, marks) == SpotCheck(0, 0)
+    target.write(8192, b"x" * 4096)
+    assert spot_check(target, mirror, marks) == SpotCheck(1, 1)
+
+
+def test_a_disk_that_cannot_be_read_ends_it(
+    disks: tuple[PlainDisk, EncryptedDisk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, mirror = disks
+    left = iter([None, None])
+
+    def read(offset: int, into: memoryview) -> None:
+        if next(left, False) is False:
+            raise OSError(5, "a bad sector")
+        EncryptedDisk.read(mirror, offset, into)
+
+    monkeypatch.setattr(mirror, "read", read)
+    assert spot_check(target, mirror, marks) == SpotCheck(2, 0)
