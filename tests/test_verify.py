@@ -183,9 +183,9 @@ def test_a_mirror_that_is_away_does_not_hide_that_another_differs(volume: Volume
     lab.lockstep("mirror", "add", "vol", second, *key, environment=lab.quick_format()).ok()
     with volume.served(in_sync=False):
         lab.lockstep("sync", "vol", "--wait").ok()
-    damage(Volume(lab, "vol", volume.target, second, None), MIB)
     volume.mirror.rename(lab.home / "away")
     with volume.served(in_sync=False) if served else contextlib.nullcontext():
+        damage(Volume(lab, "vol", volume.target, second, None), MIB)
         done = lab.lockstep("verify", "vol", *key)
     assert (done.code, f"{second} differs from its target in 1 places" in done.err) == (3, True)
     assert f"{volume.mirror}: compared 0 B, and not to the end" in done.out
@@ -202,8 +202,8 @@ def test_what_nobody_may_copy_is_not_said_to_be_repaired(volume: Volume, served:
     with volume.served():
         pass
     volume.lab.lockstep("revoke", "vol", "root").ok()
-    damage(volume, 5)
     with volume.served() if served else contextlib.nullcontext():
+        damage(volume, 5)
         done = volume.lab.lockstep("verify", "vol", "--repair", "--key-file", volume.lab.key)
     done.failed(3, "is behind: what differs is marked")
     assert "were copied" not in done.out
