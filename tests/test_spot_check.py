@@ -120,7 +120,28 @@ def test_a_mirror_that_alone_differs_is_set_aside(lab: Lab) -> None:
         mine, others = served.now()["mirrors"]
         assert mine["state"] == "in-sync"
         assert others["state"] == "degraded"
-        assert "places at which it was equal" in others["error"]
+        assert "places where the two were equal" in others["error"]
+
+
+def test_two_targets_whose_names_were_exchanged_are_told_apart(volume: Volume) -> None:
+    other = volume.lab.volume("other", SIZE_BYTES, content=noise(4))
+    with other.served():
+        pass
+    kept = exchange(volume, b"")
+    other.target.rename(volume.target)
+    kept.rename(other.target)
+    refusal(volume)
+    volume.lab.lockstep("set", "vol", f"target={volume.mirror}").failed(1, "mirror")
+    volume.lab.lockstep("set", "vol", f"target={other.target}").failed(1, "target")
+    for name, there in (("one", other.target), ("two", volume.target)):
+        there.with_name(name).symlink_to(there)
+    volume.lab.lockstep("set", "vol", f"target={there.with_name('one')}").ok()
+    volume.lab.lockstep("set", "other", f"target={there.with_name('two')}").ok()
+    for each, there in ((volume, other.target), (other, volume.target)):
+        with each.served() as served:
+            assert served.mirror_state() == "in-sync"
+            volume.lab.lockstep("set", each.name, f"target={there}").failed(1, "is being served")
+        Volume(volume.lab, each.name, there, each.mirror, None).assert_equal_disks()
 
 
 # --- when a mirror comes back -----------------------------------------------------------------------------
@@ -133,7 +154,7 @@ def test_a_mirror_that_was_away_is_not_overwritten_with_another_disk(volume: Vol
     with volume.served(in_sync=False) as served:
         write(served, "write -P 7 1M 64k")
         away.rename(volume.mirror)
-        wait_until(lambda: "places at which it was equal" in served.mirror()["error"], "the mirror to be looked at")
+        wait_until(lambda: "places where the two were equal" in served.mirror()["error"], "the mirror to be looked at")
     assert volume.mirror.read_bytes() == before
 
 

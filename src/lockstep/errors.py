@@ -111,7 +111,7 @@ class SettingInvalid(UsageError):
     """Data: setting."""
 
     happened = "There is no setting {setting!r}."
-    cause = "It is misspelt: on-denied is hold or refuse, and scrub is a weekly window or off."
+    cause = "It is misspelt: on-denied is hold or refuse, scrub is a weekly window or off, and target is a path."
     next_step = "Write for example `lockstep set NAME on-denied=refuse` or `lockstep set NAME 'scrub=sun 03:00-06:00'`."
 
 
@@ -774,7 +774,7 @@ class TargetUnlike(DiskError):
         "nobody served it. Or the mirror was exchanged for another copy of itself."
     )
     next_step = (
-        "Have the name lead to the right disk, and serve again. If the target's content is lost, `lockstep "
+        "Say where the right disk is: `lockstep set {volume} target=PATH`. If its content is lost, `lockstep "
         "replace-target {volume} NEWDISK` gives it back. If the target is right as it is, `lockstep sync {volume} "
         "--all` has the next server copy all of it to the mirrors."
     )
@@ -786,8 +786,9 @@ class TargetGone(DiskError):
     happened = "The target {path} of {volume} is not there."
     cause = "The disk is not connected, its file was moved or removed, or it died."
     next_step = (
-        "Connect it and run this again. If it is lost, give the volume a new one, which is restored from the mirror "
-        "while the volume is served: `lockstep replace-target {volume} NEWDISK`."
+        "Connect it and run this again. If it has another name by now: `lockstep set {volume} target=PATH`. If it is "
+        "lost, give the volume a new one, which is restored from the mirror while the volume is served: `lockstep "
+        "replace-target {volume} NEWDISK`."
     )
 
 

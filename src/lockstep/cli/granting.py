@@ -1,6 +1,7 @@
 """grant, revoke, grants, whocan, set: who may update a volume's mirrors, when, and what becomes of the rest."""
 
 import contextlib
+import os
 import time
 from datetime import datetime
 from typing import Annotated, Any, Final
@@ -20,6 +21,7 @@ from lockstep.registry import windows
 from lockstep.registry.access import ANYBODY, Grant, decide
 from lockstep.registry.windows import Schedule
 from lockstep.service.managing import manager
+from lockstep.service.volumes import move_target
 
 HALF_A_YEAR_S: Final = 182 * 86400
 
@@ -131,7 +133,8 @@ def set_(
         typer.Argument(
             metavar="SETTING",
             help="on-denied=hold or on-denied=refuse: what becomes of denied updates. scrub='sun 03:00-06:00': compare "
-            "the mirrors with the target in this window of each week; scrub=off.",
+            "the mirrors with the target in this window of each week; scrub=off. target=PATH: where the target is by "
+            "now, of a volume that is not served.",
         ),
     ],
     timezone: Annotated[
@@ -140,12 +143,16 @@ def set_(
     ] = None,
     state_dir: StateDir = None,
 ) -> None:
-    """Change a setting of a volume; while it is served, too."""
+    """Change a setting of a volume; while it is served, too, but for the target."""
     state = state_of(context, state_dir)
     actor = manager(state, f"change the settings of {name}")
     key, _, value = setting.partition("=")
-    if key == "on-denied" and timezone is not None:
+    if key in ("on-denied", "target") and timezone is not None:
         raise TimezoneUnwanted(setting=key)
+    if key == "target" and value:
+        move_target(state, name, value)
+        typer.echo(f"{name}: target={os.path.abspath(value)}")
+        return
     with state.registry() as registry:
         if key == "on-denied" and value in ("hold", "refuse"):
             registry.set_on_denied(name, "hold" if value == "hold" else "refuse", actor=actor)

@@ -381,6 +381,21 @@ class Registry:
             details = {"path": path, "former": former, "mirror": source}
             _append(connection, "target-replaced", actor, name, reason, details)
 
+    def move_target(self, name: str, path: str, *, actor: Actor) -> None:
+        """Have a volume look for its target at `path`.
+
+        Raises VolumeUnknown, RegistryPathInvalid, TargetTaken, MirrorTaken, HeaderTaken.
+        """
+        _check_path(path)
+        with self._transaction(write=True) as connection:
+            volume = _find(connection, name)
+            former = volume.target_path
+            if path != former:
+                _refuse_taken(connection, path)
+            _set(connection, volume, target_path=path)
+            reason = f"{actor.user} set target={path}"
+            _append(connection, "target-moved", actor, name, reason, {"path": path, "former": former})
+
     def target_filled(self, name: str, *, actor: Actor) -> None:
         """Note that a new target holds everything. Raises VolumeUnknown."""
         with self._transaction(write=True) as connection:

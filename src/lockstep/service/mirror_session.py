@@ -361,7 +361,8 @@ class MirrorSession:
             self._tell_once(failure)
             return False
         if opened.unfit is not None:
-            log.error("mirror %s is not followed again: %s", self.mirror.path, opened.unfit)
+            if opened.unfit != self.link.error:
+                log.error("mirror %s is not followed again: %s", self.mirror.path, opened.unfit)
             self.link.stay_away(opened.unfit)
             opened.disk.close()
             return False
@@ -390,8 +391,8 @@ class MirrorSession:
             return "it has larger sectors than before: serve the volume anew"
         if self.link.is_source and opened.header.token.generation not in self._generations:
             return "it is not as it was left, and the new target lacks what that one has"
-        if self.link.is_source or opened.header.token.generation not in self._generations:
-            return None  # all of it counts as different, or the target is not whole
+        if self.link.is_source or self._disowned or opened.header.token.generation not in self._generations:
+            return None  # the target is not whole, or everything counts as different
         return self._unlike(self._spot_check(opened.disk))
 
     def _spot_check(self, disk: EncryptedDisk) -> SpotCheck:
@@ -402,9 +403,9 @@ class MirrorSession:
         if not check.differing:
             return None
         return (
-            f"in {check.differing} of {check.telling} places at which it was equal to the target it differs: one of the"
-            " two is another disk than before, or was changed while nobody served it. If the target is right,"
-            f" `lockstep sync {self._volume.name} --all` has all of it copied"
+            "it differs from the target in places where the two were equal: one of them is another disk than before, or"
+            " was changed while nobody served it. If the target is right, have all of it copied:"
+            f" lockstep sync {self._volume.name} --all"
         )
 
     async def _take_back(self, header: luks.Header, *, written_since: bool) -> None:

@@ -128,14 +128,17 @@ def require_sector(plan: MirrorPlan) -> None:
         raise SectorSizeInvalid(sector_bytes=plan.sector_bytes, allowed=", ".join(map(str, SECTOR_SIZES)))
 
 
-def refuse_taken(registry: Registry, paths: list[str], *, but: str | None = None) -> None:
-    """Refuse a disk that has a role already under another name; the registry itself compares names.
+def refuse_taken(
+    registry: Registry, paths: list[str], *, but: str | None = None, refused: tuple[mirrors.Role, ...] = mirrors.ROLES
+) -> None:
+    """Refuse a disk that has one of these roles already under another name; the registry itself compares names.
 
     `but` is a path whose role does not count. Raises TargetTaken and its like, and DiskSilent where a disk with a role
     does not answer: it might be the one that is given.
     """
     wanted = [inspect(path) for path in paths if os.path.exists(path)]
-    roles = [(path, taken, volume) for volume in registry.volumes() for path, taken in mirrors.roles(volume)]
+    known = [(path, taken, volume) for volume in registry.volumes() for path, taken in mirrors.roles(volume)]
+    roles = [each for each in known if each[1] in refused]
     answers = patience.ask({path: functools.partial(_is_one_of, path, wanted) for path, _, _ in roles if path != but})
     for path, taken, volume in roles:
         if path != but and path not in answers:

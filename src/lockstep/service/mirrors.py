@@ -26,6 +26,7 @@ from lockstep.errors import (
     NotLuks2,
     NoToken,
     RegistryError,
+    TargetResized,
     TargetTaken,
 )
 from lockstep.registry.store import MirrorRecord, VolumeRecord
@@ -37,6 +38,8 @@ OTHER_KEY: Final = "it holds another volume key"
 
 Role = type[RegistryError]
 """What a disk is to a volume, as the error that says so."""
+
+ROLES: Final[tuple[Role, ...]] = (TargetTaken, MirrorTaken, HeaderTaken)
 
 
 def header_path(mirror: MirrorRecord) -> str:
@@ -137,9 +140,18 @@ def roles(volume: VolumeRecord) -> Iterator[tuple[str, Role]]:
             yield mirror.header_path, HeaderTaken
 
 
-def refuse_as_output(
-    volumes: Iterable[VolumeRecord], path: str, refused: tuple[Role, ...] = (TargetTaken, MirrorTaken, HeaderTaken)
-) -> None:
+def require_size(disk: Disk, record: VolumeRecord) -> None:
+    """Refuse what cannot be the volume's target: only a device may have more room than that needs.
+
+    Raises TargetResized.
+    """
+    if disk.size_bytes < record.size_bytes or (disk.size_bytes > record.size_bytes and not disk.is_block):
+        raise TargetResized(
+            path=disk.path, volume=record.name, size_bytes=disk.size_bytes, expected_bytes=record.size_bytes
+        )
+
+
+def refuse_as_output(volumes: Iterable[VolumeRecord], path: str, refused: tuple[Role, ...] = ROLES) -> None:
     """Refuse to write anew what has one of these roles: by its name if it is not there, else under every name.
 
     A disk of the registry that cannot be looked at, or does not answer, is known by its name alone: it must not keep

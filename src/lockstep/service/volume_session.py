@@ -27,12 +27,12 @@ from lockstep.errors import (
     StateDirUnusable,
     TargetGone,
     TargetHalfRestored,
-    TargetResized,
     TargetUnlike,
     TargetUnprepared,
 )
 from lockstep.registry.audit import SERVER
 from lockstep.registry.store import VolumeRecord
+from lockstep.service import mirrors
 from lockstep.service.mirror_opening import MirrorOpener
 from lockstep.service.mirror_session import MirrorSession
 from lockstep.service.state import State
@@ -239,10 +239,7 @@ def _open_target(state: State, record: VolumeRecord, *, direct: bool) -> PlainDi
         if record.mirrors:
             raise TargetGone(path=record.target_path, volume=record.name) from error
         raise
-    if disk.size_bytes < record.size_bytes or (disk.size_bytes > record.size_bytes and not disk.is_block):
-        raise TargetResized(
-            path=disk.path, volume=record.name, size_bytes=disk.size_bytes, expected_bytes=record.size_bytes
-        )
+    mirrors.require_size(disk, record)
     refuse_busy(disk)
     if record.filled_from is None:
         for unfinished in (disk.path + SUFFIX, disk.real_path + SUFFIX):

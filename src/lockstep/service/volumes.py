@@ -8,9 +8,18 @@ import contextlib
 import os
 
 from lockstep.disk.probe import Disk, inspect, overlap
-from lockstep.errors import HeaderIsDisk, MirrorIsTarget, StillAttached, StillServed, TargetEmpty
+from lockstep.errors import (
+    HeaderIsDisk,
+    HeaderTaken,
+    MirrorIsTarget,
+    MirrorTaken,
+    StillAttached,
+    StillServed,
+    TargetEmpty,
+    TargetUnfinished,
+)
 from lockstep.registry.store import OnDenied, VolumeRecord
-from lockstep.service import attach, borrowing
+from lockstep.service import attach, borrowing, mirrors
 from lockstep.service.managing import manager, unserved
 from lockstep.service.memory import protect_memory
 from lockstep.service.mirror_set import MirrorPlan, forget_records, make_registered, refuse_taken, require_sector
@@ -58,6 +67,25 @@ def _refuse_target(target: Disk, mirror: MirrorPlan) -> None:
     header = mirror.header
     if header is not None and os.path.exists(header) and (how := overlap(target, inspect(header))):
         raise HeaderIsDisk(path=os.path.abspath(header), disk=target.path, how=how)
+
+
+def move_target(state: State, name: str, path: str) -> None:
+    """Have a volume look for its target at `path`; its next server sees whether that is the disk that it was.
+
+    It may be what another volume calls its target: names are exchanged as easily as they move.
+
+    Raises NotManager, StillServed, TargetUnfinished, TargetResized, MirrorTaken and its like, registry and disk errors.
+    """
+    actor = manager(state, f"change the settings of {name}")
+    with state.registry() as registry, unserved(state, registry, name) as volume:
+        if volume is None:
+            raise StillServed(volume=name, action="told another name of its target")
+        for mirror in volume.mirrors:
+            if mirror.id == volume.filled_from:
+                raise TargetUnfinished(path=volume.target_path, volume=name, mirror=mirror.path)
+        mirrors.require_size(inspect(path), volume)
+        refuse_taken(registry, [path], refused=(MirrorTaken, HeaderTaken))
+        registry.move_target(name, os.path.abspath(path), actor=actor)
 
 
 def remove_volume(state: State, name: str) -> VolumeRecord:
