@@ -68,6 +68,11 @@ def test_a_blank_disk_under_the_targets_name_is_refused(volume: Volume) -> None:
     refusal(volume)
 
 
+def test_a_target_that_was_restored_in_part_is_refused(volume: Volume) -> None:
+    exchange(volume, noise(1)[: 15 * MIB] + bytes(MIB))
+    refusal(volume)
+
+
 def test_what_the_refusal_advises_where_the_target_is_right(volume: Volume) -> None:
     exchange(volume, noise(2))
     refusal(volume)

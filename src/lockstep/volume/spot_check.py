@@ -36,8 +36,11 @@ class SpotCheck:
 
     @property
     def strangers(self) -> bool:
-        """Whether the two seem to have nothing to do with each other."""
-        return 2 * self.differing > self.telling
+        """Whether the target seems to be another disk, or to have a part of the right one only, as of half a restore.
+
+        What a mount changes is far less, and what is at one end of the disk makes a quarter.
+        """
+        return 4 * self.differing >= self.telling
 
 
 def spot_check(target: PlainDisk, mirror: EncryptedDisk, differing: Callable[[], bytes]) -> SpotCheck:
