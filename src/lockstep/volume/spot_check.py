@@ -9,8 +9,9 @@ So some of it is read. Both ends, since there are partition tables and superbloc
 from anywhere between, others each time.
 """
 
+import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,7 +25,7 @@ from lockstep.volume.regions import region_bytes_for
 PIECE_BYTES: Final = LARGEST_SECTOR_BYTES  # whole sectors, whichever they are
 END_PIECES: Final = 32
 PIECES_BETWEEN: Final = 64
-_TRIES: Final = 16  # for each of them, until one lies where the two are equal
+_TRIES: Final = 16 * PIECES_BETWEEN  # until so many of them lie where the two are equal
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def spot_check(target: PlainDisk, mirror: EncryptedDisk, differing: Callable[[],
     region_bytes, zeroes = region_bytes_for(target.size_bytes), bytes(PIECE_BYTES)
     ours, theirs = page_aligned(PIECE_BYTES), page_aligned(PIECE_BYTES)
     telling = []  # (where, whether it differs)
-    for offset in sorted(set(_pieces(target.size_bytes, differing()))):
+    for offset in _pieces(target.size_bytes, differing()):
         try:
             target.read(offset, ours)
             mirror.read(offset, theirs)
@@ -66,14 +67,14 @@ def spot_check(target: PlainDisk, mirror: EncryptedDisk, differing: Callable[[],
     return SpotCheck(len(counts), sum(counts))
 
 
-def _pieces(size_bytes: int, differing: bytes) -> Iterator[int]:
-    """Offsets of pieces to compare."""
+def _pieces(size_bytes: int, differing: bytes) -> list[int]:
+    """Offsets of pieces that have to be equal, in order."""
     count, region_bytes = size_bytes // PIECE_BYTES, region_bytes_for(size_bytes)
-    ends = [*range(min(END_PIECES, count)), *range(max(0, count - END_PIECES), count)]
-    yield from (piece * PIECE_BYTES for piece in ends if not differing[piece * PIECE_BYTES // region_bytes])
-    left = PIECES_BETWEEN
-    for _ in range(_TRIES * PIECES_BETWEEN if count else 0):
-        offset = random.randrange(count) * PIECE_BYTES  # noqa: S311 (it is no secret)
-        if left and not differing[offset // region_bytes]:
-            left -= 1
-            yield offset
+    ends = (*range(min(END_PIECES, count)), *range(max(0, count - END_PIECES), count))
+    anywhere = (random.randrange(count) for _ in range(_TRIES if count else 0))  # noqa: S311 (it is no secret)
+
+    def equal(piece: int) -> bool:
+        return not differing[piece * PIECE_BYTES // region_bytes]
+
+    chosen = {*filter(equal, ends), *itertools.islice(filter(equal, anywhere), PIECES_BETWEEN)}
+    return sorted(piece * PIECE_BYTES for piece in chosen)
