@@ -5,6 +5,7 @@ it is the copy that waits and not the test.
 """
 
 import contextlib
+import os
 import random
 import re
 import shutil
@@ -286,7 +287,7 @@ def test_another_disk_in_the_mirrors_place_is_refused(lab: Lab) -> None:
 def test_a_stop_while_the_header_is_being_updated_is_still_a_stop_in_order(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The token is rewritten when the state changes; a stop at that very moment must wait for it."""
+    """The token is rewritten when the state changes; a stop at that very moment must wait for it, as must Ctrl-C."""
     volume = lab.volume("vol", SIZE_BYTES, content=random_content())
     importing, go_on = lab.home / "importing", lab.home / "go-on"
     program = lab.home / "slow-bin" / "cryptsetup"
@@ -295,7 +296,8 @@ def test_a_stop_while_the_header_is_being_updated_is_still_a_stop_in_order(
     assert real is not None
     program.write_text(
         "#!/bin/sh\n"
-        f'if [ "$1" = token ] && [ -e "{lab.home}/slow" ]; then touch "{importing}"; '
+        f'if [ "$1" = token ] && [ -e "{lab.home}/slow" ]; then ps -o pgid= -p $$ > "{importing}.new"; '
+        f'mv "{importing}.new" "{importing}"; '
         f'while [ ! -e "{go_on}" ]; do sleep 0.01; done; fi\nexec "{real}" "$@"\n'
     )
     program.chmod(0o755)
@@ -305,6 +307,7 @@ def test_a_stop_while_the_header_is_being_updated_is_still_a_stop_in_order(
         wait_until(importing.exists, "the server to note in the header that the mirror is in sync")
         served.process.send_signal(signal.SIGTERM)
         wait_until(lambda: "stopping" in served.log.read_text(), "the server to take notice")
+        assert int(importing.read_text()) != os.getpgid(served.process.pid)
         go_on.touch()
         assert served.process.wait(PATIENCE_S) == 0, served.log.read_text()
     assert served_is_equal_at_rest(volume), served.log.read_text()

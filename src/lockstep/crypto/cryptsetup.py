@@ -51,7 +51,8 @@ def run(
 ) -> Completed:
     """Run `cryptsetup COMMAND ARGUMENTS PATH AFTER` to its end; the exit code is the caller's to judge.
 
-    It inherits the descriptors `fds`. CryptsetupMissing, CryptsetupNotStarted, CryptsetupHung. A process that even
+    It inherits the descriptors `fds`, and gets no Ctrl-C of ours: a server goes on to close its mirrors after that, and
+    who is interrupted kills it. CryptsetupMissing, CryptsetupNotStarted, CryptsetupHung. A process that even
     SIGKILL cannot end (a disk that never answers) keeps the caller waiting for the kernel.
     """
     # Absolute, so that no path can be taken for an option.
@@ -66,6 +67,7 @@ def run(
                 env=_environment(),
                 timeout=TIMEOUT_S,
                 pass_fds=fds,
+                process_group=0,
                 check=False,
             )
         except subprocess.TimeoutExpired:
