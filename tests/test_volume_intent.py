@@ -1,8 +1,10 @@
 """The write-intent bitmap: whatever it lets through is marked on disk, whenever the power goes."""
 
 import asyncio
+import errno
 import os
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -204,3 +206,34 @@ def test_steady_work_in_a_hot_set_writes_nothing(tmp_path: Path) -> None:
 
     asyncio.run(play())
     bitmap.close()
+
+
+def test_a_mark_is_told_what_the_medium_failed_though_the_header_is_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells one sync of a file what it could not write out, and the next one that all is well."""
+    begun, told = threading.Event(), threading.Event()
+
+    def fdatasync(_fd: int) -> None:
+        first = not begun.is_set()
+        begun.set()
+        if first:
+            told.wait(0.2)  # for another who syncs meanwhile
+        if not told.is_set():
+            told.set()
+            raise OSError(errno.EIO, "the medium failed")
+
+    async def marking() -> None:
+        bitmap = IntentBitmap(str(tmp_path / "bitmap"), IDENTITY, asyncio.to_thread)
+        bitmap.claim(1, 1, bytes(COUNT))
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+        mark = asyncio.create_task(bitmap.mark([(0, 1)]))
+        await asyncio.to_thread(begun.wait)
+        advance = asyncio.create_task(asyncio.to_thread(bitmap.advance, 1, 2))
+        with pytest.raises(OSError, match="the medium failed"):
+            await mark
+        assert not bitmap.covers(0, 1)
+        await advance
+        bitmap.close()
+
+    asyncio.run(marking())

@@ -13,6 +13,7 @@ Whoever waits for a bit to be durable shares one write and one sync with all oth
 import contextlib
 import errno
 import os
+import threading
 import zlib
 from collections.abc import Awaitable, Callable, Iterable
 from struct import Struct
@@ -101,6 +102,9 @@ class PagedBits:
         self._marks: set[int] = set()  # bits that become durable with them
         self._rounds = Rounds(self._write_changes)
         self._fd = -1
+        # Who writes and syncs is alone with the file: the kernel tells only one of two syncs what it could not write
+        # out; and a page that is changed while it is written out may be torn on the medium until the next sync.
+        self._alone = threading.Lock()
 
     # --- life ---
 
@@ -118,14 +122,16 @@ class PagedBits:
         except BaseException:
             os.close(fd)
             raise
-        self.close()
-        self._fd = fd
+        with self._alone:
+            self.close()
+            self._fd = fd
         self.durable[:] = states
 
     def write_header(self, header: bytes) -> None:
         """Replace the header, durably."""
-        _write(self._fd, header, 0)
-        os.fdatasync(self._fd)
+        with self._alone:
+            _write(self._fd, header, 0)
+            os.fdatasync(self._fd)
 
     def discard(self) -> None:
         """Take the file away, durably."""
@@ -202,9 +208,10 @@ class PagedBits:
                 self.durable[number] = 1
 
     def _write_pages(self, pages: dict[int, bytes]) -> None:
-        for page, content in pages.items():
-            _write(self._fd, content, PAGE_BYTES * (1 + page))
-        os.fdatasync(self._fd)
+        with self._alone:
+            for page, content in pages.items():
+                _write(self._fd, content, PAGE_BYTES * (1 + page))
+            os.fdatasync(self._fd)
 
     def _page(self, page: int) -> bytes:
         return sealed(bytes(self._bits[page * BODY_BYTES : (page + 1) * BODY_BYTES]))
