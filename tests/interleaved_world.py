@@ -646,6 +646,9 @@ class Headers:
         platter = self._platter(path)
         platter.token, platter.silenced = token, False
         platter.older = platter.older and token.state != IN_SYNC
+        if "second header" in platter.fails:  # the first copy of it is written, and counts
+            platter.fails.discard("second header")
+            raise DiskUnreadable(path=path, reason="it is broken")
 
 
 # --- what is on record ---

@@ -311,6 +311,7 @@ class Scene(World):
             if mirror.error is None:
                 self.platters[number].rekeyed = False
                 self.unfit.discard(number)
+                self.disowned.discard(number)
         return True
 
     async def _busy(self) -> None:
@@ -536,7 +537,7 @@ class Scene(World):
         number = self.chance.randrange(len(self.platters))
         platter, fault = self.platters[number], self.chance.choice(("gone", "stuck", "once", "once"))
         if fault == "once":
-            fault = self.chance.choice(("writing", "flushing", "reading", "header"))
+            fault = self.chance.choice(("writing", "flushing", "reading", "header", "second header"))
             platter.fails.add(fault)
         elif fault == "gone":
             platter.gone = True
@@ -565,7 +566,7 @@ class Scene(World):
             return
         self.coming_back.add(number)
         try:
-            if session._at_rest and not session._disowned and self.fate.often(0.3):
+            if session._at_rest and not self._was_disowned(number) and self.fate.often(0.3):
                 self._put_image(number)
             if await session.come_back():
                 if self.target_lacks_something and number == self.source and number in self.replaced_by:
@@ -574,6 +575,7 @@ class Scene(World):
                 self.aside_since.pop(number, None)
                 self.platters[number].rekeyed = False
                 self.unfit.discard(number)
+                self.disowned.discard(number)
                 self.resyncs[number].wake()
             else:
                 self._put_back(number, disowned=session._disowned)
@@ -636,8 +638,14 @@ class Scene(World):
         """A mirror is given another key: what a header from before makes of it is noise."""
         platter = self.platters[number]
         platter.borrowed = platter.rekeyed = True
+        if number in self.replaced_by:  # that is a copy of it, and the others have the key that it had
+            return
         noise = self.chance.randbytes(len(platter.medium.now))
         self.images = [(at, noise if at == number else content, token) for at, content, token in self.images]
+
+    def _was_disowned(self, number: int) -> bool:
+        """Whether the bitmap of a mirror may have stayed, and fit an older copy: the mirror got another generation."""
+        return number in self.disowned or self.sessions[number]._disowned
 
     # --- images of mirrors ---
 
@@ -658,7 +666,7 @@ class Scene(World):
             self._take_image(number)
         for _ in range(self.chance.randrange(40)):
             await asyncio.sleep(0)
-        if self.links[number].error is None and not self.sessions[number]._disowned:
+        if self.links[number].error is None and not self._was_disowned(number):
             self._miss_source(number)
             self._put_image(number)
             self.near_end = self.near_end or self.fate.often(0.3)
@@ -1134,7 +1142,7 @@ class Scene(World):
         self.coming_back = set()
         self.aside_since = {}
         # Of these the bitmap may have stayed, which fits an older copy: the mirror itself got another generation.
-        self.disowned = {number for number, session in enumerate(self.sessions) if session._disowned}
+        self.disowned |= {number for number, session in enumerate(self.sessions) if session._disowned}
         self.unfit |= self.disowned
         self.sessions = []
         del self.volume, self.path, self.links, self.resyncs, self.tasks, self.doing

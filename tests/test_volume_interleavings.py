@@ -175,3 +175,21 @@ def test_marks_stay_where_a_mirror_is_dropped_while_it_is_closed(tmp_path: Path)
         assert found.marked[0]
 
     _at_work(tmp_path, dropped)
+
+
+def test_a_generation_whose_writing_failed_late_may_be_the_one_that_the_mirror_has(tmp_path: Path) -> None:
+    """The first copy of a header counts, though the second one could not be written: it is no other mirror for that."""
+
+    async def failing(scene: Scene) -> None:
+        session, link, platter = scene.sessions[0], scene.links[0], scene.platters[0]
+        identity = Identity(scene.volume_id, link.uuid, scene.size_bytes)
+        for fault in ("second header", "header"):
+            platter.fails.add(fault)
+            with pytest.raises(OSError, match="broken"):
+                await session.advance()
+            found = intent.load(scene.state.intent(link.uuid), identity, platter.token.generation, None)
+            assert found.fits, "the power may be cut at this moment"
+        await session.advance()
+        assert (link.error, session.generation) == (None, platter.token.generation)
+
+    _at_work(tmp_path, failing)

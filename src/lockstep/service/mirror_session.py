@@ -26,6 +26,7 @@ import errno
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -160,6 +161,7 @@ class MirrorSession:
             if self.link.error is not None:  # it cannot be given another; nor by now, if it was dropped meanwhile
                 self._intent.claim(*self._generations, kept, written_ns)
                 return
+            self._see_generation()
             following = self._following()
             self._intent.claim(self._token.generation, following, kept)
             self._write_token(following, self.link.token_state)
@@ -219,11 +221,18 @@ class MirrorSession:
             await self._advance()
 
     async def _advance(self) -> None:
+        await self._ask_scribe(self._see_generation)
         generation, following = self._token.generation, self._following()
         await self._in_worker(self._intent.advance, generation, following)
         self._generations = (generation, following)
+        await self._ask_scribe(self._write_generation, following)
+        await self._in_worker(self._intent.settle, following)
+        self._generations = (following, following)
+
+    async def _ask_scribe(self, work: Callable[..., None], *args: int) -> None:
+        """Have something done about the header. Raises OSError; a mirror that is another one by now is dropped."""
         try:
-            await self._scribe.run(self._write_generation, following)
+            await self._scribe.run(work, *args)
         except LockstepError as error:
             failure = _as_disk_error(error)
             if isinstance(error, DiskChanged):
@@ -232,8 +241,6 @@ class MirrorSession:
         except TimeoutError as failure:
             self.link.drop("updating the header of", failure)
             raise
-        await self._in_worker(self._intent.settle, following)
-        self._generations = (following, following)
 
     async def disown(self) -> None:
         """Have the next start copy everything: without a bitmap, or else with a generation that it does not fit."""
@@ -251,6 +258,12 @@ class MirrorSession:
         if self._token.state != state:
             self._write_token(self._token.generation, state)
 
+    def _see_generation(self) -> None:
+        """See which generation the header has: of one that could not be written its first copy may be, and counts."""
+        now, soon = self._generations
+        if now != soon:
+            self._token = self._require_same_mirror()
+
     def _write_generation(self, generation: int) -> None:
         self._write_token(generation, self._token.state)  # as it is by now: a state may have been waiting to be written
 
@@ -265,8 +278,8 @@ class MirrorSession:
         luks.write_token(self._opener.header_path, token, token_id=self._token_id)
         self._token = token
 
-    def _require_same_mirror(self) -> None:
-        """Raise DiskChanged unless the paths lead to the mirror that was opened, and its header is as it was left.
+    def _require_same_mirror(self) -> luks.Token:
+        """Return what the header says; DiskChanged unless the paths lead to the mirror as it was opened, and left.
 
         A copy of it would be given a generation that vouches for what it does not hold.
         """
@@ -276,6 +289,7 @@ class MirrorSession:
         known = (self._token.generation, *self._generations)
         if found.uuid != self.mirror.luks_uuid or found.token is None or found.token.generation not in known:
             raise DiskChanged(path=self._opener.header_path)
+        return found.token
 
     async def release_held(self) -> int:
         """Have everything that is held copied; return how much that is, in bytes.
