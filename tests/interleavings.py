@@ -133,7 +133,6 @@ class Scene(World):
         self.flushed_before: float = 0  # what was answered by then is durable
         # When mirrors came to stand still: (that began, it was over). What was answered by the one is on them.
         self.still_since: dict[int, tuple[float, float]] = {}
-        self.releasing: list[tuple[int, bytes]] = []
         self.verifying: set[int] = set()
         self.full: set[str] = set()
         flaky = {"records": ("intent", "held"), "filling": ("missing",)}.get(self.kind, ())
@@ -213,7 +212,7 @@ class Scene(World):
 
     def _watch(self, number: int, mirror: MirrorLink) -> None:
         """Note when a mirror comes to stand still, and what is released from it."""
-        real_hold, real_record, real_release = mirror.hold, mirror.held.hold, mirror.release
+        real_hold, real_record, real_release = mirror.hold, mirror.held.hold, mirror.regions.release
         if mirror.held.frozen_since_s is not None:
             self.still_since[number] = -1, -1
         began: dict[asyncio.Task[Any] | None, float] = {}
@@ -227,30 +226,20 @@ class Scene(World):
                 self.still_since[number] = began[asyncio.current_task()], self.fate.tick()
             await real_record(start, end, user, kind, equal=equal)
 
-        async def release(released: bytes) -> None:
-            self._check_release(number, mirror, released)
-            entry = number, released
-            self.releasing.append(entry)
-            try:
-                await real_release(released)
-            finally:
-                self.releasing.remove(entry)
-                self._unbar(released)
+        def release(released: bytes) -> None:
+            real_release(released)
+            self._unbar(released, by_itself=asyncio.current_task() is self.tasks[number])
 
         mirror.hold, mirror.held.hold = hold, record  # type: ignore[method-assign]
-        mirror.release = release  # type: ignore[method-assign, assignment]
+        mirror.regions.release = release  # type: ignore[method-assign, assignment]
 
-    def _check_release(self, number: int, mirror: MirrorLink, released: bytes) -> None:
-        if asyncio.current_task() is not self.tasks[number]:
-            return
-        for each, barred in self.barred.items():
-            request = self.requests[each]
-            there = request.rulings == {Ruling.UNTIL_RELEASED} and request.ends < NEVER
-            if there and any(released[region] for region in barred):
-                self.fate.violated(f"what {request} holds is released by itself")
-
-    def _unbar(self, released: bytes) -> None:
+    def _unbar(self, released: bytes, *, by_itself: bool) -> None:
         for number, barred in list(self.barred.items()):
+            request = self.requests[number]
+            if by_itself and request.rulings == {Ruling.UNTIL_RELEASED}:
+                if request.ends < NEVER and any(released[region] for region in barred):
+                    self.fate.violated(f"what {request} holds is released by itself")
+                continue
             barred.difference_update(region for region in list(barred) if released[region])
             if not barred:
                 del self.barred[number]
@@ -523,7 +512,7 @@ class Scene(World):
             each.target_error = None
             if include_held:
                 with contextlib.suppress(OSError):
-                    await each.release(each.held.regions())
+                    await each.release(each.held.regions)
         for resyncing in self.resyncs:
             resyncing.wake()
 
@@ -1032,8 +1021,6 @@ class Scene(World):
         self.target.medium.cut(self.chance)
         for platter in (*self.platters, *self.replaced_by.values()):
             platter.medium.cut(self.chance)
-        for _, released in self.releasing:
-            self._unbar(released)
         self._check_after_cut()
         self.expect_held = dict(self.barred)  # what is held stays held, says `_check_held` when the next life begins
         old = self.home
@@ -1213,7 +1200,7 @@ class Scene(World):
         filling = self.filling
         await self._in_time(self._in_sync(lambda _: filling.done()), "the filling of the new target")
         for each in self.links:
-            await self._in_time(each.release(each.held.regions()), "a release")
+            await self._in_time(each.release(each.held.regions), "a release")
         await self._in_time(self._in_sync(lambda each: each.state == IN_SYNC and not each.held.writers), "a resync")
         if any(self._still_spoilt(number) for number in range(len(self.links))):
             for number in range(len(self.links)):

@@ -208,7 +208,7 @@ def test_the_mirror_is_what_permitted_updates_made_of_it_and_the_target_what_all
         stage.crash()
         await stage.catch_up()
         assert stage.on_mirror() == mirror, "a crash has carried over what is held"
-        await stage.link.release(stage.held.regions())
+        await stage.link.release(stage.held.regions)
         await stage.catch_up()
         assert stage.on_mirror() == target == stage.on_target()
         assert stage.link.state == "in-sync"
@@ -285,6 +285,52 @@ def test_nothing_is_copied_while_nobody_may_update_the_mirror() -> None:
         await stage.catch_up()
         assert stage.on_mirror() == stage.on_target()
         assert stage.link.state == "in-sync"
+
+    play(scene)
+
+
+@pytest.mark.parametrize(
+    ("user", "meanwhile"), [("mallory", Ruling.UPDATE), ("bob", Ruling.UNTIL_WINDOW)], ids=["no-right", "closing"]
+)
+def test_what_is_written_while_a_release_is_put_on_record_is_not_released_with_it(user: str, meanwhile: Ruling) -> None:
+    """Bob's window opens; before his region is marked, mallory writes there as well, or the window closes again."""
+
+    async def scene(stage: Stage) -> None:
+        stage.gate.rulings = {"bob": Ruling.UNTIL_WINDOW, "mallory": Ruling.UNTIL_RELEASED}
+        await stage.write("bob", REGION, b"b" * 4096)
+        real, before = stage.link.intent.mark, stage.on_mirror()
+
+        async def mark(extents: list[tuple[int, int]]) -> None:
+            await real(extents)
+            stage.gate.rulings["bob"] = meanwhile
+            await stage.write(user, REGION, b"noise")
+
+        stage.gate.rulings["bob"] = Ruling.UPDATE
+        stage.link.intent.mark = mark  # type: ignore[method-assign, assignment]
+        await stage.catch_up()
+        assert stage.on_target()[REGION:].startswith(b"noise")
+        assert stage.on_mirror() == before
+        assert list(positions(stage.held.regions())) == [1]
+
+    play(scene)
+
+
+def test_who_loses_the_right_while_a_release_is_put_on_record_releases_nothing() -> None:
+    async def scene(stage: Stage) -> None:
+        stage.gate.rulings = {"mallory": Ruling.UNTIL_RELEASED}
+        await stage.write("mallory", 0, b"noise")
+        before, asked = stage.on_mirror(), iter([stage.held.regions()])
+
+        def which() -> bytes:
+            for answer in asked:
+                return answer
+            raise PermissionError
+
+        with pytest.raises(PermissionError):
+            await stage.link.release(which)
+        await stage.catch_up()
+        assert stage.on_mirror() == before
+        assert stage.link.regions.held_bytes == REGION
 
     play(scene)
 

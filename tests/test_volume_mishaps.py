@@ -363,7 +363,7 @@ def test_nothing_is_asked_of_a_mirror_behind_its_end_where_another_has_larger_se
             await path.write("someone", data, run_of(size_bytes - 150, 100), 1, durable=False)
             await path.zero("someone", size_bytes - 20, 20, durable=False, allocate=False)
         assert (link.error, os.stat(link.path).st_size) == (None, size_bytes)
-        await link.release(link.held.regions())
+        await link.release(link.held.regions)
         await Resync(path, link, cast(Gate, world.gate), world.workers).copy()
         assert (link.state, world.differing()) == (IN_SYNC, set())
         world.target.read_job = failing(OSError(errno.EIO, "bad sector"))  # type: ignore[method-assign]
@@ -616,7 +616,7 @@ def test_what_was_released_stays_marked_until_both_disks_have_it(tmp_path: Path,
         world.gate.ruling = Ruling.UNTIL_RELEASED
         await world.write(2 * MIB)
         world.gate.ruling = UPDATE
-        await link.release(link.held.regions())
+        await link.release(link.held.regions)
         real = disk.flush_job
         if which == "mirror":
 
@@ -646,7 +646,7 @@ def test_what_was_released_is_forgotten_as_soon_as_the_record_can_be_written(tmp
         world.gate.ruling = Ruling.UNTIL_RELEASED
         await world.write(0)
         world.gate.ruling = UPDATE
-        await link.release(link.held.regions())
+        await link.release(link.held.regions)
         owner, name = (link.held, fault) if fault == "_write_writers" else (link.held._pages, "_write_pages")
         setattr(owner, name, failing(OSError(errno.ENOSPC, "full"))())
         await resync.copy()
@@ -669,7 +669,7 @@ def test_what_cannot_be_put_on_record_is_not_held_beside_what_is(tmp_path: Path)
             await world.write(0, DATA + DATA)
         del link.held._pages._write_pages
         assert link.regions.held_bytes == REGION_BYTES
-        await link.release(link.held.regions())
+        await link.release(link.held.regions)
         await Resync(world.path, link, cast(Gate, world.gate), world.workers).copy()
         assert link.state == IN_SYNC
 
@@ -709,7 +709,7 @@ def test_who_cannot_be_put_on_record_beside_others_holds_nothing_back(tmp_path: 
             await link.hold(0, 512, "eve", OUTSIDE_WINDOW)
         del link.held._write_writers
         assert link.held.users(OUTSIDE_WINDOW) == ["bob"]
-        await link.release(link.held.regions())
+        await link.release(link.held.regions)
         await Resync(world.path, link, cast(Gate, world.gate), world.workers).copy()
         assert (link.state, link.held.writers) == (IN_SYNC, {})
 
@@ -1029,7 +1029,7 @@ def test_a_mirror_that_is_back_is_not_given_what_was_merged_while_it_was_away(tm
         mirror = memoryview(bytearray(512))
         disk.read(0, mirror)
         assert bytes(mirror) == DATA[:512]
-        await link.release(link.held.regions())
+        await link.release(link.held.regions)
         await Resync(world.path, link, cast(Gate, world.gate), world.workers).copy()
         assert (link.state, world.differing()) == (IN_SYNC, set())
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
@@ -111,9 +112,7 @@ class Background:
         """
         if include_held:
             await self._read_grants()  # who has just lost the right releases nothing
-            if self._gate(actor.user) is not UPDATE:
-                reason = self._trail.error or self._gate.verdict(actor.user).reason
-                raise MayNotRelease(user=actor.user, volume=self._volume_name, reason=reason)
+            self._require_release(actor)
         released, failure = 0, None
         self._path.durability_lost = None  # somebody looked at the target, and says that it is right
         for mirror in self._session.mirrors:
@@ -121,7 +120,8 @@ class Background:
             try:
                 if everything:
                     await mirror.mark_all()
-                released += await mirror.release_held() if include_held else 0
+                if include_held:
+                    released += await mirror.release_held(functools.partial(self._require_release, actor))
             except LockstepError as error:  # the others are brought in sync all the same
                 failure = error
         all_of_it = ", with everything copied anew" if everything else ""
@@ -134,6 +134,11 @@ class Background:
             resync.wake()
         if failure is not None:
             raise failure
+
+    def _require_release(self, actor: Actor) -> None:
+        if self._gate(actor.user) is not UPDATE:
+            reason = self._trail.error or self._gate.verdict(actor.user).reason
+            raise MayNotRelease(user=actor.user, volume=self._volume_name, reason=reason)
 
     def look_for_mirrors(self, actor: Actor) -> None:
         """Look at once for mirrors that are away."""

@@ -291,15 +291,21 @@ class MirrorSession:
             raise DiskChanged(path=self._opener.header_path)
         return found.token
 
-    async def release_held(self) -> int:
+    async def release_held(self, require_right: Callable[[], None]) -> int:
         """Have everything that is held copied; return how much that is, in bytes.
 
-        Raises StateDirUnusable, and DiskBusy while the mirror is just being claimed.
+        Raises what `require_right` does at the moment of the release, StateDirUnusable, and DiskBusy while the mirror
+        is just being claimed.
         """
         self._require_claimed()
         held_bytes = self.link.regions.held_bytes
+
+        def held() -> bytes:
+            require_right()
+            return self.link.held.regions()
+
         try:
-            await self.link.release(self.link.held.regions())
+            await self.link.release(held)
         except OSError as error:
             raise StateDirUnusable(path=self._state.path, reason=error.strerror or str(error)) from error
         return held_bytes

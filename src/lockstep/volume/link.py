@@ -278,16 +278,18 @@ class MirrorLink:
                 await self.announce(BEHIND)
                 await self.held.thaw()
 
-    async def release(self, regions: bytes) -> None:
-        """Have these regions, a byte each, copied, as far as they are held. Raises OSError.
+    async def release(self, which: Callable[[], bytes]) -> None:
+        """Have copied what `which` says, a byte for each region, as far as it is held. Raises OSError.
 
-        They are marked first, like any that is written: the record of what is held forgets them before both disks have
-        been flushed.
+        The regions are marked first, like any that is written: the record of what is held forgets them before both
+        disks have been flushed. Meanwhile somebody may have written there who may not update the mirror, or whoever
+        released them may no more: so `which` is asked again.
         """
+        regions = which()
         await self._thaw()
         step = self.regions.region_bytes
         await self.intent.mark([(first * step, after * step) for first, after in stretches(regions)])
-        self.regions.release(regions)
+        self.regions.release(without(regions, without(regions, which())))
         self.waiting = False
 
     async def forget_released(self) -> None:

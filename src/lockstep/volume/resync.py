@@ -126,12 +126,15 @@ class Resync:
 
     async def _release_what_may_be(self) -> None:
         """Have the regions copied that were held until windows opened which are open now."""
+        if self._link.regions.held_bytes and self._releasable():
+            await self._link.release(self._releasable)
+
+    def _releasable(self) -> bytes:
+        """The regions, a byte each, that only closed windows have held, all of which are open now; else nothing."""
         held = self._link.held
         users = held.users(OUTSIDE_WINDOW)
-        if users and all(self._gate(user) is UPDATE for user in users):
-            free = held.only_outside_window()
-            if free and self._link.regions.held_bytes:
-                await self._link.release(free)
+        free = users and all(self._gate(user) is UPDATE for user in users)
+        return held.only_outside_window() if free else b""
 
     async def _copy_regions(self, progress: SyncProgress, number: int, until_s: float) -> None:
         """Copy stretches of dirty regions until there are none, or the turn ends.
