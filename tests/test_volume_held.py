@@ -11,6 +11,7 @@ import tempfile
 import time
 import timeit
 import uuid
+from array import array
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -331,6 +332,25 @@ def test_who_loses_the_right_while_a_release_is_put_on_record_releases_nothing()
         await stage.catch_up()
         assert stage.on_mirror() == before
         assert stage.link.regions.held_bytes == REGION
+
+    play(scene)
+
+
+def test_a_window_that_closes_while_the_target_is_read_counts_for_what_is_copied() -> None:
+    async def scene(stage: Stage) -> None:
+        before, real = stage.on_mirror(), stage.target.read_job
+        stage.link.regions.mark(0, SIZE)
+        await stage.path._in_worker(stage.target.write, 5, memoryview(b"changed"))
+
+        def read_job(data: memoryview, run: "array[int]", count: int) -> Callable[[], None]:
+            stage.gate.open = False  # it takes the disk a while
+            return real(data, run, count)
+
+        stage.target.read_job = read_job  # type: ignore[method-assign]
+        await stage.catch_up()
+        assert stage.on_mirror() == before
+        assert stage.link.regions.dirty_bytes == SIZE
+        assert stage.link.state == "behind"
 
     play(scene)
 

@@ -198,6 +198,8 @@ class Resync:
             return False
         if self.compare:
             run = await self._without_equal(run, data, theirs)
+        if not self._permitted():  # a window has closed while the disks were read
+            return False
         count = len(run) // WORDS
         if count:
             await link.settle(link.begin_update(data, run, count, durable=False), run, count)
