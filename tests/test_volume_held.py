@@ -342,15 +342,40 @@ def test_a_window_that_closes_while_the_target_is_read_counts_for_what_is_copied
         stage.link.regions.mark(0, SIZE)
         await stage.path._in_worker(stage.target.write, 5, memoryview(b"changed"))
 
-        def read_job(data: memoryview, run: "array[int]", count: int) -> Callable[[], None]:
+        def read_job(into: memoryview, run: "array[int]", count: int) -> Callable[[], None]:
             stage.gate.open = False  # it takes the disk a while
-            return real(data, run, count)
+            return real(into, run, count)
 
         stage.target.read_job = read_job  # type: ignore[method-assign]
         await stage.catch_up()
         assert stage.on_mirror() == before
         assert stage.link.regions.dirty_bytes == SIZE
         assert stage.link.state == "behind"
+
+    play(scene)
+
+
+@pytest.mark.parametrize("failed", ["mirror", "target"])
+def test_a_frozen_mirror_stays_so_when_a_window_opens_while_nothing_can_be_copied(failed: str) -> None:
+    """The window opens and closes while the mirror is away, or while the target fails: nothing has been written."""
+
+    async def scene(stage: Stage) -> None:
+        stage.gate.rulings = {"bob": Ruling.UNTIL_WINDOW}
+        await stage.write("bob", 0, b"b" * 4096)
+        if failed == "mirror":
+            stage.link.drop("reading", OSError(5, "Input/output error"))
+        else:
+            stage.link.target_failed(OSError(5, "Input/output error"), (REGION, 512))
+        stage.gate.rulings["bob"] = Ruling.UPDATE
+        await stage.catch_up()
+        stage.gate.rulings["bob"] = Ruling.UNTIL_WINDOW
+        stage.link.error = None
+        assert (stage.link.token_state, stage.link.consistent) == ("frozen", True)
+        assert stage.link.regions.held_bytes == REGION
+        stage.link.target_error = None
+        stage.gate.rulings["bob"] = Ruling.UPDATE
+        await stage.catch_up()
+        assert not stage.link.regions.held_bytes
 
     play(scene)
 

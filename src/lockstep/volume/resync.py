@@ -125,8 +125,11 @@ class Resync:
             self._gently = self._gently and link.error is not None
 
     async def _release_what_may_be(self) -> None:
-        """Have the regions copied that were held until windows opened which are open now."""
-        if self._link.regions.held_bytes and self._releasable():
+        """Have the regions copied that were held until windows opened which are open now.
+
+        Not while they could not be copied: a mirror that is frozen stays so as long as nothing is written to it.
+        """
+        if not self._failed and self._link.regions.held_bytes and self._releasable():
             await self._link.release(self._releasable)
 
     def _releasable(self) -> bytes:
@@ -219,10 +222,14 @@ class Resync:
         return differing
 
     def _may_go_on(self) -> bool:
-        failed = self._link.error is not None or self._link.target_error is not None
-        if self._path.filling is not None:
-            failed = failed or self._path.filling.error is not None
-        return not self._stopping.is_set() and not failed and self._permitted()
+        return not self._stopping.is_set() and not self._failed and self._permitted()
+
+    @property
+    def _failed(self) -> bool:
+        """Whether one of the disks is not there, or not to be trusted."""
+        filling = self._path.filling
+        unfilled = filling is not None and filling.error is not None
+        return unfilled or self._link.error is not None or self._link.target_error is not None
 
     def _permitted(self) -> bool:
         return self._gate.anyone() and self._link.held.frozen_since_s is None
