@@ -199,6 +199,9 @@ class Scene(World):
         bitmap = IntentBitmap(str(self.home / f"{self.uuids[number]}.intent"), identity, self.workers.run)
         bitmap.claim(1, 1, bytes(-(-self.size_bytes // REGION_BYTES)))
         bitmap.close()
+        held = HeldRecord(str(self.home / self.uuids[number]), identity, self.workers.run, expected=False)
+        held.claim()
+        held.close()
 
     def _check_recognised(self, number: int, mirror: MirrorLink) -> None:
         """After a start: what the records say of a mirror as a whole."""

@@ -57,6 +57,27 @@ def test_what_a_hijacked_account_writes_never_reaches_the_mirror_by_itself(lab: 
     assert volume.target.read_bytes() == noise.read_bytes()
 
 
+def test_a_mirror_that_was_away_is_not_in_sync_when_the_record_of_what_is_held_is_lost(lab: Lab) -> None:
+    """It cannot tell of anything that is held; but a mirror that was served has such a record."""
+    volume = lab.volume("vol", SIZE)
+    noise, away = lab.home / "noise", volume.mirror.with_suffix(".away")
+    noise.write_bytes(random.Random(2).randbytes(SIZE))
+    with volume.served() as served:
+        volume.mirror.rename(away)
+        wait_until(lambda: served.mirror_state() == "degraded", "the mirror to be missed")
+        overwrite(served, "mallory", noise)
+        served.kill()
+    for record in (lab.state / "held").iterdir():
+        record.unlink()
+    assert "something is held" in lab.lockstep("mirror", "add", "vol", lab.home / "other", "--key-file", lab.key).err
+    with volume.served(in_sync=False) as served:
+        assert served.mirror()["held_bytes"] == SIZE
+        away.rename(volume.mirror)
+        lab.lockstep("sync", "vol", "--wait").failed(3, "is behind")
+        served.stop()
+    assert not any(volume.decrypted())
+
+
 def what_mallory_did(lab: Lab) -> set[str]:
     rows = lab.lockstep("audit", "vol", "--user", "mallory", "--json").ok().splitlines()
     return {json.loads(row)["event"] for row in rows}

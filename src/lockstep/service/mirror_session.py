@@ -106,7 +106,7 @@ class MirrorSession:
         self._token_id = header.token_id if header else None
         self._intent = IntentBitmap(path, identity, workers.run)
         tells = token is not None and token.state in (BEHIND, FROZEN)
-        self._held = HeldRecord(state.held(mirror.luks_uuid), identity, workers.run, expected=tells)
+        self._held = HeldRecord(state.held(mirror.luks_uuid), identity, workers.run, expected=tells or loaded.fits)
         if not loaded.fits:
             self._held.frozen_since_s = None  # it is another mirror than the one that was frozen
         regions = RegionMap(volume.size_bytes, loaded.marked, self._held.regions())

@@ -296,7 +296,8 @@ def _sought(state: State, volume: VolumeRecord, path: str) -> Added:
 def _refuse_where_held(state: State, volume: VolumeRecord) -> None:
     for mirror in volume.mirrors:
         identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
-        held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=False)
+        known = intent.load(state.intent(mirror.luks_uuid), identity, None, None).fits
+        held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=known)
         if positions(held.regions()):
             raise MirrorsHoldBack(volume=volume.name, mirror=mirror.path)
 

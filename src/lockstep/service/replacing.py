@@ -222,14 +222,13 @@ def _lacking(
 ) -> bytes:
     """Where a mirror may lack something that the old target had, by what is on record; as `intent.load` is asked."""
     identity = _identity(volume, mirror)
-    held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=False).regions()
-    return union(_marked(state, volume, mirror, generation, written_ns), held)
+    loaded = intent.load(state.intent(mirror.luks_uuid), identity, generation, written_ns)
+    held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=loaded.fits)
+    return union(loaded.marked, held.regions())
 
 
-def _marked(
-    state: State, volume: VolumeRecord, mirror: MirrorRecord, generation: int | None, written_ns: int | None = None
-) -> bytearray:
-    return intent.load(state.intent(mirror.luks_uuid), _identity(volume, mirror), generation, written_ns).marked
+def _marked(state: State, volume: VolumeRecord, mirror: MirrorRecord, generation: int | None) -> bytearray:
+    return intent.load(state.intent(mirror.luks_uuid), _identity(volume, mirror), generation, None).marked
 
 
 def _refuse_what_is_better(state: State, volume: VolumeRecord, source: _Source, path: str) -> None:
@@ -259,14 +258,11 @@ def _take_for_true(state: State, volume: VolumeRecord, source: _Source) -> int:
     """Have it on record that nothing differs from this mirror, and nothing is held; return its new generation."""
     mirror, token = source.mirror, source.token
     generation = token.generation + 1 + secrets.randbits(31)
-    intent_path, *held_paths = state.records(mirror.luks_uuid)
     identity = _identity(volume, mirror)
-    bitmap = IntentBitmap(intent_path, identity, asyncio.to_thread)
+    held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=False)
+    bitmap = IntentBitmap(state.intent(mirror.luks_uuid), identity, asyncio.to_thread)
     try:
-        for path in held_paths:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            sync_directory(path)
+        held.clear()
         bitmap.claim(token.generation, generation, bytes(Pair(volume.id, mirror.id, volume.size_bytes).regions))
         ours = replace(token, generation=generation, state=IN_SYNC)
         luks.write_token(mirrors.header_path(mirror), ours, token_id=source.header.token_id)
@@ -275,6 +271,7 @@ def _take_for_true(state: State, volume: VolumeRecord, source: _Source) -> int:
         raise StateDirUnusable(path=state.path, reason=error.strerror or str(error)) from error
     finally:
         bitmap.close()
+        held.close()
     return generation
 
 

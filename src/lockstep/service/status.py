@@ -153,12 +153,12 @@ def _mirror_at_rest(
 ) -> dict[str, Any]:
     """A mirror that nobody follows: what its header, its intent bitmap and the record of what is held say together."""
     identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
-    held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=False)
     header, error = seen.get(mirror.luks_uuid) or (None, str(patience.silent(mirror.path, mirror.header_path)))
     if header is None:
-        loaded = intent.Loaded(bytearray(b"\1" * len(held.regions())), fits=False)
+        loaded = intent.Loaded(bytearray(b"\1" * identity.regions), fits=False)
     else:
         loaded = intent.load(state.intent(mirror.luks_uuid), identity, header.token.generation, written_ns)
+    held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=loaded.fits)
     if not loaded.fits:
         held.frozen_since_s = None
     regions = RegionMap(volume.size_bytes, loaded.marked, held.regions())

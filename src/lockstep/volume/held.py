@@ -9,7 +9,8 @@ A write by a user who may not update the mirror goes to the target alone; the mi
    and flushed: a crash on the way leaves it held.
 4. The record is about the target and its users. So it holds whichever generation the mirror has.
 5. In doubt, a region waits for the release: if a page is damaged, its regions do; if the record is gone though the
-   mirror's token tells of one, or does not fit, all do. Never an error, and never silent.
+   mirror's token tells of one, or though there is an intent bitmap that fits (which no mirror has without this record),
+   or does not fit, all do. Never an error, and never silent.
 
 The mirror is *frozen* if it was equal to the target when the first of these writes came, and has not been written
 since: then it is the disk as it was at that moment.
@@ -61,12 +62,12 @@ _HEADER: Final = Struct("<I16s16s16sQQ")
 
 
 class HeldRecord:
-    """What is held from one mirror. Calls come from the loop's thread, but for `claim` and `close`, which block."""
+    """What is held from one mirror. Calls come from the loop's thread, but for those of its life, which block."""
 
     def __init__(
         self, path: str, identity: Identity, in_worker: Callable[..., Awaitable[None]], *, expected: bool
     ) -> None:
-        """Read the record at `path` (without the suffixes); `expected` says that the mirror tells of one.
+        """Read the record at `path` (without the suffixes); `expected` says that there has to be one.
 
         `in_worker` runs a blocking function with its arguments.
         """
@@ -92,6 +93,12 @@ class HeldRecord:
         self._pages.create(_header(self._identity), self._pages.durable)
         self._write_writers(self._content())
         self._known = set(self.writers)
+
+    def clear(self) -> None:
+        """Have nothing held from here on, in place of what was read, and claim that. Raises OSError."""
+        self._pages.durable[:] = bytes(len(self._pages.durable))
+        self.writers, self.frozen_since_s = {}, None
+        self.claim()
 
     def close(self) -> None:
         """Close the file."""

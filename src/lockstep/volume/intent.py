@@ -68,6 +68,11 @@ class Identity:
     luks_uuid: str
     size_bytes: int
 
+    @property
+    def regions(self) -> int:
+        """How many regions there are."""
+        return -(-self.size_bytes // region_bytes_for(self.size_bytes))
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -84,7 +89,7 @@ def load(path: str, identity: Identity, generation: int | None, written_ns: int 
     It has to fit the mirror's `generation`, and if it was closed in order, when the target was last written. None
     stands for whichever it is: the mirror is away, or the target is.
     """
-    count = -(-identity.size_bytes // region_bytes_for(identity.size_bytes))
+    count = identity.regions
     try:
         with open(path, "rb") as file:
             content = file.read()
