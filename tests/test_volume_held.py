@@ -273,6 +273,34 @@ def test_a_mirror_whose_record_says_frozen_is_so_until_the_record_says_otherwise
     play(scene)
 
 
+def test_of_two_who_thaw_a_mirror_the_one_that_fails_does_not_spoil_it_for_the_other() -> None:
+    """One for a write, the other because another copy of the mirror has come back."""
+
+    async def scene(stage: Stage) -> None:
+        stage.gate.rulings = {"bob": Ruling.UNTIL_WINDOW}
+        await stage.write("bob", 0, b"b" * 4096)
+        real, first = stage.held._in_worker, asyncio.Event()
+
+        async def full(*_: object) -> None:
+            stage.held._in_worker = real
+            await first.wait()
+            raise OSError(28, "No space left on device")
+
+        stage.held._in_worker = full
+        thaws = [asyncio.ensure_future(stage.held.thaw())]
+        while stage.held._in_worker is full:
+            await asyncio.sleep(0)
+        thaws.append(asyncio.ensure_future(stage.held.thaw()))
+        await asyncio.sleep(0)
+        first.set()
+        outcomes = await asyncio.gather(*thaws, return_exceptions=True)
+        assert [type(each) for each in outcomes] == [OSError, type(None)]
+        stage.crash()
+        assert stage.held.frozen_since_s is None
+
+    play(scene)
+
+
 def test_nothing_is_copied_while_nobody_may_update_the_mirror() -> None:
     async def scene(stage: Stage) -> None:
         stage.link.regions.mark(0, SIZE)

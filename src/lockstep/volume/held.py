@@ -73,7 +73,8 @@ class HeldRecord:
         """
         self.writers: dict[tuple[str, str], float] = {}  # (user, kind) -> since when, in s since 1970
         self.frozen_since_s: float | None = None  # s since 1970
-        self._thawing = self._outdated = False  # the files may tell of what is held no more
+        self._thawing = 0  # how many want it on record that the mirror is frozen no more
+        self._outdated = False  # the files may tell of what is held no more
         self._path = path
         self._identity = identity
         self._in_worker = in_worker
@@ -164,11 +165,11 @@ class HeldRecord:
     async def thaw(self) -> None:
         """Note, durably, that the mirror is about to be written, and so no more frozen. Raises OSError."""
         if self.frozen_since_s is not None:
-            self._thawing = True
+            self._thawing += 1
             try:
                 await self._saves.join()
             finally:
-                self._thawing = False
+                self._thawing -= 1
             self.frozen_since_s = None  # not before: until then, nobody may write the mirror
 
     async def forget(self, regions: bytes) -> None:
