@@ -250,6 +250,22 @@ def test_a_mounted_device_and_its_file_are_in_use(
 
 
 @needs_loop
+def test_a_mounted_device_is_in_use_through_another_loop_device(
+    image: Callable[..., str], loop: Callable[..., str], mount: Callable[[str], str]
+) -> None:
+    path = image()
+    run("mkfs.ext4", "-q", path)
+    device = loop(path)
+    twin, above = probe.inspect(loop(path)), probe.inspect(loop(device))
+    assert probe.users_of(twin) == probe.users_of(above) == ()
+    point = mount(device)
+    for disk in (twin, above):
+        assert probe.users_of(disk) == (f"its data is on {device}, mounted at {point}",)
+        with pytest.raises(DiskBusy):
+            probe.refuse_busy(disk)
+
+
+@needs_loop
 def test_what_others_mount_may_have_any_name(
     image: Callable[..., str], loop: Callable[..., str], mount: Callable[..., str]
 ) -> None:
@@ -522,6 +538,33 @@ def test_a_writer_of_a_block_device_is_noticed_through_another_node(
     lock.lock_shared(reader, disk)
     os.close(reader)
     os.close(fd)
+
+
+@needs_loop
+def test_two_loop_devices_over_one_file_are_one_disk(
+    image: Callable[..., str], loop: Callable[..., str], locker: Callable[[str, str], int]
+) -> None:
+    path = image()
+    one, other = (probe.inspect(loop(path)) for _ in range(2))
+    assert probe.overlap(one, other) == f"{one.path} is a loop device over the same as {other.path}"
+    locker(one.path, "exclusive")
+    fd = probe.open_disk(other, writable=True)
+    with pytest.raises(DiskLocked) as refused:
+        lock.lock_exclusive(fd, other)
+    assert_refused(refused.value, DiskLocked, other.path, one.path)
+    os.close(fd)
+
+
+@needs_loop
+def test_two_loop_devices_over_parts_of_one_file_are_two_disks(
+    image: Callable[..., str], loop: Callable[..., str]
+) -> None:
+    path = image()
+    first = probe.inspect(loop(path, "--sizelimit", "64K"))
+    rest, all_of_it = probe.inspect(loop(path, "--offset", "64K")), probe.inspect(loop(path))
+    assert probe.overlap(first, rest) is None
+    assert probe.overlap(all_of_it, rest)
+    assert probe.overlap(first, all_of_it)
 
 
 def test_readers_share_and_other_descriptors_do_not_drop_the_lock(

@@ -22,9 +22,10 @@ each permission n that it uses, on byte 200 + n for each that it does not let ot
 A lock ends with the last copy of the descriptor, also when the process is killed.
 
 A loop device has another inode than its file, and so has other locks. Whoever has taken his lock on a block device
-therefore looks at what lies below it, down to the first file (probe.stored_in), for a lock that contradicts his own;
-one of his own process does not count. The other way round, a file over which a loop device lies is refused by
-probe.users_of. The two miss each other only where the loop device is made between that look and the lock of the file.
+therefore looks at what lies below it, down to the first file, and at other loop devices over that (probe.stored_in),
+for a lock that contradicts his own; one of his own process does not count. The other way round, a file over which a
+loop device lies is refused by probe.users_of. The two miss each other only where the loop device is made between that
+look and the lock of the file.
 
 Not covered: another node for the same block device (`mknod`, or a container's), whose inode is another one; there the
 kernel's O_EXCL is the guard (probe.open_disk, refuse_claimed), though not for a reader against a writer who comes

@@ -15,8 +15,9 @@ Storage lies on storage. One step down leads from
     a device-mapper or md disk  to  its members                 /sys/dev/block/M:m/slaves
     a file                      to  the device of its file system
 
-and two disks overlap exactly when one of them is reached from the other. Two partitions of one disk, or
-two files in one file system, share what is below them and yet are different storage. What this cannot see:
+and two disks overlap exactly when one of them is reached from the other, or from a loop device that has some
+of the same bytes. Two partitions of one disk, or two files in one file system, share what is below them and yet
+are different storage. What this cannot see:
 one disk behind two paths of a multipath, a file on a file system without one device of its own (btrfs,
 network file systems), and two network names for one remote disk.
 
@@ -268,7 +269,10 @@ def _chunks(fd: int, start: int, length: int) -> Iterator[bytes]:
 
 
 def users_of(disk: Disk) -> tuple[str, ...]:
-    """Who uses the disk now, as phrases that complete "the disk is ...". Its partitions and its whole disk count."""
+    """Who uses the disk now, as phrases that complete "the disk is in use: ...".
+
+    Its partitions, its whole disk, and what it is stored in count, down to the first file.
+    """
     phrases = list(_direct_uses(_node(disk)))
     if disk.is_block:
         for name, partition in _partitions(disk.device):
@@ -276,6 +280,8 @@ def users_of(disk: Disk) -> tuple[str, ...]:
         if whole := _whole_disk(disk.device):
             name = os.path.basename(_block_path(whole))
             phrases += [f"its disk {name} is {use}" for use in _direct_uses((whole, 0))]
+        for lower in (device for device, inode in _stored_in(disk) if not inode):
+            phrases += [f"its data is on {_block_path(lower)}, mounted at {where}" for where in _mount_points(lower)]
     return tuple(dict.fromkeys(phrases))
 
 
@@ -411,19 +417,34 @@ def _way_down(start: Node, goal: Node) -> tuple[str, ...] | None:
             if below not in seen:
                 seen.add(below)
                 ways.append((below, (*steps, relation)))
+        if goal in _twins(node):
+            return (*steps, "a loop device over the same as")
     return None
 
 
 def stored_in(disk: Disk) -> Iterator[str]:
     """The paths of what a block device lies on, down to the first file on each way; none of what cannot be opened."""
-    nodes = [_node(disk)]
-    for device, inode in nodes:  # grows while it is walked: breadth first
-        found = () if inode else _beneath((device, inode))
-        for lower in (node for _, node in found if node not in nodes):
-            nodes.append(lower)
-            path = (_sysfs_text(device, "loop/backing_file") or "") if lower[1] else _block_path(lower[0])
-            if _identity_of(path) == lower:
-                yield path
+    for lower, upper in _stored_in(disk).items():
+        path = (_sysfs_text(upper, "loop/backing_file") or "") if lower[1] else _block_path(lower[0])
+        if _identity_of(path) == lower:
+            yield path
+
+
+def _stored_in(disk: Disk) -> dict[Node, int]:
+    """What a block device lies on, down to the first file on each way, and for each the device that led there.
+
+    The twins of loop devices count, and what these lie on does not: it may be more than is shared.
+    """
+    found: dict[Node, int] = {}
+    uppers = [disk.device] if disk.is_block else []
+    for device in uppers:  # grows while it is walked: breadth first
+        for _, lower in _beneath((device, 0)):
+            if lower not in found and not lower[1]:
+                uppers.append(lower[0])
+            found.setdefault(lower, device)
+        for twin in _twins((device, 0)):
+            found.setdefault(twin, device)
+    return found
 
 
 def _beneath(node: Node) -> Iterator[tuple[str, Node]]:
@@ -509,6 +530,26 @@ def _loops() -> Iterator[tuple[int, Node]]:
             below = _loop_backing(device)
             if below:
                 yield device, below
+
+
+def _twins(node: Node) -> Iterator[Node]:
+    """The other loop devices that have some of a loop device's bytes."""
+    device, inode = node
+    below = None if inode else _loop_backing(device)
+    if below is None:
+        return
+    start, end = _loop_range(device)
+    for twin, its_below in _loops():
+        if its_below == below and twin != device:
+            its_start, its_end = _loop_range(twin)
+            if its_start < end and start < its_end:
+                yield twin, 0
+
+
+def _loop_range(device: int) -> tuple[int, int]:
+    """Which bytes a loop device has of what it lies on: [start, end)."""
+    start = int(_sysfs_text(device, "loop/offset") or 0)
+    return start, start + 512 * int(_sysfs_text(device, "size") or 0)
 
 
 def _loop_backing(device: int) -> Node | None:
