@@ -124,6 +124,26 @@ def test_an_older_copy_of_a_frozen_mirror_is_not_called_frozen_after_a_crash(lab
     volume.restore(lab.home / "output").failed(1, "incomplete")
 
 
+@pytest.mark.skipif(not is_root(), reason="root acts on behalf of users here")
+def test_a_copy_from_before_the_mirror_froze_is_not_called_frozen(lab: Lab) -> None:
+    """It was made while the mirror was served, and lacks what was written until that froze: it was the disk before."""
+    volume = lab.volume("vol", SIZE_BYTES)
+    copy = volume.mirror.with_name("copy")
+    with volume.served() as served:
+        write(served, "write -P 3 8M 1M")
+        shutil.copyfile(volume.mirror, copy)
+        write(served, "write -P 4 8M 1M")
+        run("qemu-io", "-f", "raw", "-c", "write -P 5 4M 1M", served.uri.replace("///vol", "///vol%40mallory"))
+        wait_until(lambda: state_of(volume) == "frozen", "the mirror to say that it is frozen")
+        copy.rename(volume.mirror)
+        await_degraded(served, "leads to another file by now")
+        wait_until(lambda: served.mirror_state() == "behind", "the copy to be followed, with all but what is held")
+        assert not served.mirror()["consistent"]
+        assert not served.mirror()["dirty_bytes"]
+    assert volume.decrypted()[8 * MIB : 9 * MIB] == b"\x04" * MIB
+    volume.restore(lab.home / "output").failed(1, "incomplete")
+
+
 def test_what_was_written_over_the_mirror_is_found_when_its_header_is_due(lab: Lab) -> None:
     volume = lab.volume("vol", SIZE_BYTES)
     old = older_copy(volume)

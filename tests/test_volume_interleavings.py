@@ -141,14 +141,14 @@ def test_a_frozen_mirror_that_comes_back_says_that_it_is_frozen_before_it_is_the
 
     async def returning(scene: Scene) -> None:
         session, link, platter = scene.sessions[0], scene.links[0], scene.platters[0]
-        before = platter.token
         scene.gate.change("ada", Ruling.UNTIL_RELEASED)
         await scene.path.write("ada", memoryview(bytes(512)), run_of(0, 512), 1, durable=False)
-        platter.gone = True
+        before, platter.gone = platter.token, True
         link.drop("writing", OSError("gone"))
         while not session._at_rest:
             await asyncio.sleep(0)
         assert platter.token == before, "it could say nothing while it was away"
+        assert before.state == IN_SYNC
         platter.gone = False
         assert await _said_on_return(session) == [FROZEN, FROZEN]
 

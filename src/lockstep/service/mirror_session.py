@@ -7,7 +7,7 @@ copies of one mirror that went different ways never come to the same generation.
     start   bitmap of the token's generation?  the marked regions are dirty; else all are; but what is held is held
     claim   bitmap: generation g, following h, dirty regions;  token: h;  bitmap: settled
     serve   token: state, whenever it changes; "in-sync" only after a flush
-            before marks are cleared: a new generation, in the same three steps
+            before marks are cleared, and before the mirror freezes: a new generation, in the same three steps
     return  of a mirror that failed, was away, or was re-keyed: as at the start, with a new generation: no header with
             the old key, nor the one that it was, is ever taken for it, and what was begun from it meanwhile, an overlay
             or half a restore, fits it no more

@@ -256,8 +256,9 @@ class MirrorLink:
             async with self._freezing:  # others wait until it is on record whether the mirror was equal
                 if self.state == IN_SYNC:
                     self.regions.hold(start, end - start)
+                    renewed = await self._renewed()
                     await self.flush()
-                    await self.held.hold(start, end, user, kind, equal=self.error is None)
+                    await self.held.hold(start, end, user, kind, equal=renewed and self.error is None)
             self.regions.hold(start, end - start)
             await self.held.hold(start, end, user, kind, equal=False)
         except OSError:
@@ -267,6 +268,15 @@ class MirrorLink:
                     self.regions.let_go(region * step, 1)
             raise
         self.regions.hold(start, end - start)  # somebody else's may have failed
+
+    async def _renewed(self) -> bool:
+        """Have no copy of the mirror from before be taken for the frozen one; whether that was possible."""
+        try:
+            await self._keeper.advance()
+        except OSError as failure:
+            log.warning("mirror %s cannot be given a new generation, and is not frozen: %s", self.path, failure)
+            return False
+        return True
 
     async def _thaw(self) -> None:
         """Have it on the mirror, and on record, that it is frozen no more: before anything is written to it.
