@@ -566,6 +566,40 @@ def test_a_target_that_is_half_restored_is_not_served(tmp_path: Path) -> None:
         pass
 
 
+def test_a_target_that_is_half_restored_by_its_other_name_is_not_served_either(tmp_path: Path) -> None:
+    """Nor is it said to be better than the mirror, nor still half restored when it is being filled."""
+    lab = ForkLab(tmp_path)
+    volume = lab.volume("vol", SIZE_BYTES, content=content())
+    volume.copy_by_hand()
+    real = volume.target.rename(tmp_path / "real")
+    volume.target.symlink_to(real)
+    there = There(tmp_path, volume.mirror)
+    there.output, there.record = real, Path(f"{real}.restoring")
+    there.interrupt(3 * MIB, "--force")
+    unfinished = TargetHalfRestored(path=volume.target, volume="vol", record=there.record)
+    assert_error(lab.lockstep("serve", "vol", "--key-file", there.key), unfinished)
+    lab.lockstep("replace-target", "vol", volume.target, "--key-file", there.key, "--force").ok()
+    assert not there.record.exists()
+
+
+def test_a_new_target_that_was_half_restored_meanwhile_is_not_served(tmp_path: Path) -> None:
+    """What it had been filled with is gone, and the record of what it lacks does not know that."""
+    lab = ForkLab(tmp_path)
+    volume = lab.volume("vol", SIZE_BYTES, content=content())
+    volume.copy_by_hand()
+    volume.target.unlink()
+    lab.lockstep("replace-target", "vol", volume.target, "--key-file", lab.key).ok()
+    there = There(tmp_path, volume.mirror)
+    there.output, there.record = volume.target, Path(f"{volume.target}.restoring")
+    there.interrupt(3 * MIB, "--force")
+    unfinished = TargetHalfRestored(path=volume.target, volume="vol", record=there.record)
+    assert_error(lab.lockstep("serve", "vol", "--key-file", there.key), unfinished)
+    there.resume().ok()
+    with volume.served():
+        pass
+    assert volume.target.read_bytes() == content()
+
+
 def test_two_at_a_time(there: There) -> None:
     there.interrupt()
     read_end, write_end = os.pipe()

@@ -59,7 +59,7 @@ from lockstep.volume.intent import Identity, IntentBitmap
 from lockstep.volume.link import ASIDE, FROZEN, IN_SYNC, STILL, SYNCING, WHOLE
 from lockstep.volume.missing import Pair
 from lockstep.volume.pages import union
-from lockstep.volume.restore_record import SUFFIX, remove_record
+from lockstep.volume.restore_record import records_beside, remove_record
 
 log = logging.getLogger(__name__)
 
@@ -154,12 +154,12 @@ def _forget_earlier(state: State, volume: VolumeRecord) -> None:
 
 
 def _forget_restore(path: str) -> None:
-    """Remove the record of a restore to the new target: it is filled otherwise now."""
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            remove_record(path + SUFFIX)
-    except OSError as error:
-        raise DiskFailed(path=path + SUFFIX, doing="Removing", reason=error.strerror or str(error)) from error
+    """Remove the records of restores to the new target: it is filled otherwise now."""
+    for record in records_beside(path):
+        try:
+            remove_record(record)
+        except OSError as error:
+            raise DiskFailed(path=record, doing="Removing", reason=error.strerror or str(error)) from error
 
 
 # --- which mirror ---
@@ -238,7 +238,7 @@ def _refuse_what_is_better(state: State, volume: VolumeRecord, source: _Source, 
     except DiskError:
         return
     unprepared = volume.filled_from and missing.load(state.missing(volume.id), pair_of(volume)) is None
-    restored = os.path.lexists(volume.target_path + SUFFIX)  # half of it, from a mirror
+    restored = records_beside(volume.target_path)  # half of it, from a mirror
     exchanged = _same(path, volume.target_path) and not _content(disk)  # a new disk has the old one's name
     if disk.size_bytes < volume.size_bytes or unprepared or restored or exchanged:
         return

@@ -41,7 +41,7 @@ from lockstep.volume.filling import Filling, NewTarget
 from lockstep.volume.gate import Gate
 from lockstep.volume.missing import Pair
 from lockstep.volume.read_path import ReadPath
-from lockstep.volume.restore_record import SUFFIX
+from lockstep.volume.restore_record import records_beside
 from lockstep.volume.resync import Resync
 from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
@@ -241,14 +241,15 @@ def _open_target(state: State, record: VolumeRecord, *, direct: bool) -> PlainDi
         raise
     mirrors.require_size(disk, record)
     refuse_busy(disk)
-    if record.filled_from is None:
-        for unfinished in (disk.path + SUFFIX, disk.real_path + SUFFIX):
-            if os.path.lexists(unfinished):
-                raise TargetHalfRestored(path=disk.path, volume=record.name, record=unfinished)
-        return PlainDisk.claim(disk, record.size_bytes, direct=direct)
-    lacks = missing.load(state.missing(record.id), pair_of(record))
+    lacks = None
+    if record.filled_from is not None:
+        lacks = missing.load(state.missing(record.id), pair_of(record))
+        if lacks is None:
+            raise TargetUnprepared(path=disk.path, volume=record.name)
+    for unfinished in records_beside(disk.path):
+        raise TargetHalfRestored(path=disk.path, volume=record.name, record=unfinished)
     if lacks is None:
-        raise TargetUnprepared(path=disk.path, volume=record.name)
+        return PlainDisk.claim(disk, record.size_bytes, direct=direct)
     target = NewTarget.claim(disk, record.size_bytes, direct=direct)
     target.missing = lacks
     return target

@@ -73,6 +73,12 @@ class RestoreRecord:
             rename(temporary, path)
 
 
+def records_beside(path: str) -> list[str]:
+    """The records of unfinished restores to a disk, whose name may be a link: by either name."""
+    names = dict.fromkeys(name + SUFFIX for name in (path, os.path.realpath(path)))
+    return [name for name in names if os.path.lexists(name)]
+
+
 def remove_record(path: str) -> None:
     """Take the record away, durably."""
     os.unlink(path)
