@@ -39,8 +39,10 @@ from lockstep.errors import (
     WrongPassphrase,
 )
 from lockstep.nbd.identity import account
+from lockstep.registry.audit import SERVER
 from lockstep.registry.store import Registry
 from lockstep.service import control_client
+from lockstep.service.trail import LOST
 from tests.forks import ForkLab, become_lockstep
 from tests.lab import (
     MIB,
@@ -493,10 +495,32 @@ def test_the_mirror_that_lacks_least_is_taken_whatever_they_say_of_themselves(tm
     away.rename(second)
     intent = lab.state / "intent"
     intent.rename(tmp_path / "intent")  # so that the records tell nothing
+    with Registry.open(f"sqlite:///{lab.state}/registry.db") as registry:  # nor does the trail
+        registry.audit(LOST, actor=SERVER, volume="vol", reason="", details={})
     assert_error(replaced(volume, new), MirrorsAlike(volume="vol", mirrors=f"{volume.mirror}, {second}"))
     assert not new.exists()
     intent.rmdir()
     (tmp_path / "intent").rename(intent)
+    assert f"all of it still on {second}" in replaced(volume, new).ok()
+    assert Volume(lab, "vol", new, second, None).decrypted() == written
+
+
+def test_the_mirror_that_was_followed_last_is_taken_after_a_crash(tmp_path: Path) -> None:
+    """What was written lately is marked for both, and both say that they are in sync; the trail knows which is not."""
+    lab = ForkLab(tmp_path)
+    volume, second, new, away = lab.volume("vol", 4 * MIB, content=noise(4 * MIB)), *map(tmp_path.joinpath, "snw")
+    add(volume, second).ok()
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: in_sync(served), "both mirrors to be in sync")
+        run("qemu-io", "-f", "raw", "-c", "write -P 6 0 1M", "-c", "flush", served.uri)
+        volume.mirror.rename(away)
+        lost = f"mirror {volume.mirror} is degraded"
+        wait_until(lambda: lost in lab.lockstep("audit", "vol").ok(), "the first to be dropped, on record")
+        run("qemu-io", "-f", "raw", "-c", "write -P 7 0 1M", "-c", "flush", served.uri)
+        served.kill()
+    written = volume.target.read_bytes()
+    volume.target.unlink()
+    away.rename(volume.mirror)
     assert f"all of it still on {second}" in replaced(volume, new).ok()
     assert Volume(lab, "vol", new, second, None).decrypted() == written
 

@@ -16,7 +16,7 @@ from lockstep.registry.store import Registry, VolumeRecord
 from lockstep.service.clients import Clients
 from lockstep.service.gate import VolumeGate
 from lockstep.service.mirror_session import MirrorSession
-from lockstep.service.trail import Trail
+from lockstep.service.trail import MIRROR, SERVED, Trail
 from lockstep.service.verification import Verification
 from lockstep.service.volume_session import VolumeSession
 from lockstep.volume.gate import UPDATE
@@ -73,7 +73,7 @@ class Background:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run everything until the block ends; then each task stops after the step that it is at."""
-        self._trail.note("serve", SERVER, f"the volume {self._volume_name} is being served")
+        self._trail.note(SERVED, SERVER, f"the volume {self._volume_name} is being served")
         work = [
             self._repeat(self._announce, TOKEN_INTERVAL_S),
             self._repeat(self._session.look_after_target, TOKEN_INTERVAL_S),
@@ -264,9 +264,10 @@ class Background:
                 self._states[link] = state
                 because = f": {link.error or link.target_error}" if link.error or link.target_error else ""
                 self._trail.note(
-                    "mirror",
+                    MIRROR,
                     SERVER,
                     f"mirror {link.path} is {state}{because}",
+                    luks_uuid=link.uuid,
                     state=state,
                     dirty_bytes=link.regions.dirty_bytes,
                     held_bytes=link.regions.held_bytes,

@@ -45,18 +45,19 @@ from lockstep.errors import (
     StillServed,
     TargetStillThere,
 )
-from lockstep.registry.store import MirrorRecord, VolumeRecord
+from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
 from lockstep.service import borrowing, mirrors
 from lockstep.service.managing import manager, unserved
 from lockstep.service.memory import protect_memory
 from lockstep.service.mirror_set import forget_records, refuse_taken
 from lockstep.service.state import State
+from lockstep.service.trail import LOST, MIRROR, SERVED
 from lockstep.service.volume_session import pair_of
 from lockstep.volume import intent, missing
 from lockstep.volume.files import rename, sync_directory
 from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import Identity, IntentBitmap
-from lockstep.volume.link import ASIDE, FROZEN, IN_SYNC, STILL, SYNCING, WHOLE
+from lockstep.volume.link import ASIDE, DEGRADED, FROZEN, IN_SYNC, STILL, SYNCING, WHOLE
 from lockstep.volume.missing import Pair
 from lockstep.volume.pages import union
 from lockstep.volume.restore_record import records_beside, remove_record
@@ -105,7 +106,7 @@ def replace_target(
             raise StillServed(volume=name, action="given another target")
         path = os.path.abspath(path)
         refuse_taken(registry, [path], but=volume.target_path if _same(path, volume.target_path) else None)
-        source = _source(state, volume, mirror_path, incomplete=incomplete)
+        source = _source(state, registry, volume, mirror_path, incomplete=incomplete)
         stack.enter_context(borrowing.nobodys(state, [source.mirror]))
         for other in volume.mirrors:
             if other.id != source.mirror.id:
@@ -165,7 +166,7 @@ def _forget_restore(path: str) -> None:
 # --- which mirror ---
 
 
-def _source(state: State, volume: VolumeRecord, path: str | None, *, incomplete: bool) -> _Source:
+def _source(state: State, registry: Registry, volume: VolumeRecord, path: str | None, *, incomplete: bool) -> _Source:
     """Return the mirror to fill from: the one at `path`, else the one that lacks least; or say why none will do.
 
     What a mirror says of itself is not enough: one that vanished while the volume was served says `in-sync` for ever.
@@ -185,12 +186,27 @@ def _source(state: State, volume: VolumeRecord, path: str | None, *, incomplete:
     least = min(lacks)
     alike = [each for each, count in zip(found, lacks, strict=True) if count == least]
     if len(alike) > 1 and any(1 in _marked(state, volume, each.mirror, each.token.generation) for each in alike):
-        raise MirrorsAlike(volume=volume.name, mirrors=", ".join(each.mirror.path for each in alike))
+        alike = _followed_last(registry, volume, alike)
+        if len(alike) > 1:
+            raise MirrorsAlike(volume=volume.name, mirrors=", ".join(each.mirror.path for each in alike))
     for mirror, reason in failures:
         if _lacking(state, volume, mirror, None).count(1) < least:
             raise MirrorMissed(path=mirror.path, volume=volume.name, other=alike[0].mirror.path, reason=str(reason))
     ranks = {IN_SYNC: 0, ASIDE: 1, FROZEN: 2}
     return min(alike, key=lambda each: ranks.get(each.token.state, len(ranks)))
+
+
+def _followed_last(registry: Registry, volume: VolumeRecord, sources: list[_Source]) -> list[_Source]:
+    """Those that the last server was following when another was lost, by the audit trail; all, if it does not tell."""
+    states: dict[str, str] = {}
+    for row in registry.audit_rows(volume=volume.name, events=(SERVED, MIRROR, LOST)):
+        if row.event != MIRROR:
+            states.clear()
+        elif "luks_uuid" in row.details:
+            states[row.details["luks_uuid"]] = row.details["state"]
+    known = [states.get(each.mirror.luks_uuid) for each in sources]
+    followed = [each for each, said in zip(sources, known, strict=True) if said != DEGRADED]
+    return sources if None in known else followed or sources
 
 
 def _usable(state: State, volume: VolumeRecord, mirror: MirrorRecord, *, incomplete: bool) -> _Source:

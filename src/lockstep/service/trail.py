@@ -25,6 +25,9 @@ SETTLE_S: Final = 10.0
 UNWRITABLE: Final = "the audit trail cannot be written"
 MAX_WAITING: Final = 10_000
 
+SERVED, MIRROR, LOST = "serve", "mirror", "events-lost"
+"""Events of the audit trail: from the first on, and after the last, it tells anew in which state each mirror is."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Row:
@@ -94,7 +97,7 @@ class Trail:
             if self._lost:
                 lost, self._lost = self._lost, 0
                 reason = f"{lost} events came faster than they could be written, and are not in the trail"
-                self.note("events-lost", Actor("lockstep", "server"), reason, count=lost)
+                self.note(LOST, Actor("lockstep", "server"), reason, count=lost)
             else:
                 self._written.set()
 
