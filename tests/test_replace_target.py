@@ -718,3 +718,14 @@ def test_refusals_change_nothing(tmp_path: Path) -> None:
         await_restored(served)
     assert new.read_bytes() == noise(4 * MIB)
     on(volume, new).assert_equal_disks()
+
+
+def test_who_removes_the_volume_meanwhile_is_told_that_the_new_target_is_not_whole(tmp_path: Path) -> None:
+    """A volume that is made of it anew would copy what it lacks to a mirror that is adopted."""
+    lab = ForkLab(tmp_path)
+    volume, new = lab.volume("vol", 4 * MIB, content=noise(4 * MIB)), tmp_path / "new"
+    volume.copy_by_hand()
+    volume.target.unlink()
+    replaced(volume, new).ok()
+    said = lab.lockstep("remove", "vol").ok()
+    assert f"{new} does not have everything: what it lacks is on {volume.mirror} alone." in said
