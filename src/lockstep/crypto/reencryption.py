@@ -245,7 +245,10 @@ def _with_one_key(path: str, metadata: dict[str, Any], *, new: bool) -> bytes:
     text = json.dumps(
         {
             "keyslots": {number: metadata["keyslots"][number] for number in digest["keyslots"]},
-            "tokens": metadata["tokens"],
+            "tokens": {
+                number: token | {"keyslots": [slot for slot in token["keyslots"] if slot in digest["keyslots"]]}
+                for number, token in metadata["tokens"].items()  # cryptsetup takes none that names a slot that is gone
+            },
             "segments": {"0": plain},
             "digests": {"0": digest | {"segments": ["0"]}},
             "config": {name: value for name, value in metadata["config"].items() if name != "requirements"},
