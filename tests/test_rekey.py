@@ -247,6 +247,53 @@ def test_an_old_header_opens_nothing_and_is_never_taken_for_the_mirror(lab: Lab)
     assert slots != volume.mirror.read_bytes()[: 16 * MIB]
 
 
+@pytest.mark.parametrize("is_served", [False, True], ids=["at rest", "served"])
+def test_an_old_header_is_not_taken_for_the_mirrors_own_while_it_is_not_finished(lab: Lab, is_served: bool) -> None:
+    """A copy from just before fits in everything else, and the passphrase opens it."""
+    volume = lab.volume(size_bytes=MIB, content=os.urandom(MIB), header=True)
+    assert volume.header is not None
+    old = lab.home / "old-header"
+    with contextlib.ExitStack() as stack:
+        served = stack.enter_context(volume.served())
+        if not is_served:
+            served.stop()
+        lab.lockstep("header", "backup", "vol", old).ok()
+        with interrupted(lab) as (slow, began, _go):
+            rekey = Rekey(volume, environment=slow)
+            wait_until(began.exists, "the data's turn")
+            rekey.kill()
+        options = ["--resume-only", "--force-offline-reencrypt", "--batch-mode", f"--key-file={lab.key}"]
+        run("cryptsetup", "reencrypt", *options, f"--header={volume.header}", str(volume.mirror))
+        shutil.copyfile(old, volume.header)
+        if is_served:
+            lab.lockstep("sync", "vol").ok()
+            wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be in sync")
+        else:
+            stack.enter_context(volume.served())
+    forget_volume_keys()
+    volume.assert_equal_disks()
+
+
+def test_one_whose_other_keys_have_tokens_is_readable_and_goes_on(lab: Lab) -> None:
+    """As recovery keys do; they are gone in the end, and so is what else names their slots."""
+    content = os.urandom(MIB)
+    volume = lab.volume(size_bytes=MIB, content=content)
+    volume.copy_by_hand()
+    lab.lockstep("key", "add", "vol", "--key-file", lab.key, "--recovery").ok()
+    token = json.dumps({"type": "luks2-keyring", "keyslots": ["0"], "key_description": "nowhere"})
+    run("cryptsetup", "token", "import", "--json-file=-", str(volume.mirror), stdin=token.encode())
+    with interrupted(lab) as (slow, began, _go):
+        rekey = Rekey(volume, "--drop-other-keys", environment=slow)
+        wait_until(began.exists, "the data's turn")
+        rekey.kill()
+    volume.restore(lab.home / "output").ok()
+    assert (lab.home / "output").read_bytes() == content
+    lab.lockstep("key", "rekey", "vol", "--key-file", "-", stdin=b"wrong").failed(1, f"No key slot of {volume.mirror}")
+    lab.lockstep("key", "rekey", "vol", "--key-file", lab.key).ok()
+    forget_volume_keys()
+    volume.assert_equal_disks()
+
+
 @pytest.mark.parametrize(
     ("kind", "tail_bytes"),
     [("inline", 1), ("detached", 512), pytest.param("device", 513, marks=needs("losetup", root=True))],

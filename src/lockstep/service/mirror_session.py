@@ -8,9 +8,10 @@ copies of one mirror that went different ways never come to the same generation.
     claim   bitmap: generation g, following h, dirty regions;  token: h;  bitmap: settled
     serve   token: state, whenever it changes; "in-sync" only after a flush
             before marks are cleared, and before the mirror freezes: a new generation, in the same three steps
-    return  of a mirror that failed, was away, or was re-keyed: as at the start, with a new generation: no header with
-            the old key, nor the one that it was, is ever taken for it, and what was begun from it meanwhile, an overlay
-            or half a restore, fits it no more
+    aside   to be re-keyed: with a new generation, so that no header with the old key is ever taken for its own
+    return  of a mirror that failed, was away, or was re-keyed: as at the start, with a new generation: the one that it
+            was is never taken for it, and what was begun from it meanwhile, an overlay or half a restore, fits it no
+            more
     retire  the same as claim, after both disks were flushed; only what differs is still marked when it is settled
 
 A power cut between any two of these leaves a pair that still fits. A mirror that was swapped, copied back or written
@@ -350,11 +351,13 @@ class MirrorSession:
             await self._come_to_rest()
             if self._token_id is not None:
                 await self._scribe.run(self._write_state, left_as)
-        except LockstepError as failure:  # it can be used all the same, whatever it says
-            log.warning("the header of mirror %s could not be updated: %s", self.mirror.path, failure)
+                if purpose == REKEY:  # a copy of its header from before would fit, and open noise
+                    await self.advance()
         except TimeoutError:
             self.link.stay_away("it did not answer when it was to be let go")
             raise DiskBusy(path=self.mirror.path, users="in use by its server, which waits for it") from None
+        except (LockstepError, OSError) as failure:  # it can be used all the same, whatever it says
+            log.warning("the header of mirror %s could not be updated: %s", self.mirror.path, failure)
         disk = self.link.let_go()
         if disk is not None:
             disk.close()

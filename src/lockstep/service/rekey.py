@@ -1,9 +1,10 @@
 """A new volume key for a mirror: its data is re-encrypted in place, while the volume goes on being served.
 
-    begin    the mirror is let go by its server, and locked; on record in the audit trail; a new key in the header
+    begin    the mirror is let go by its server, and locked; on record in the audit trail; a new generation, so that no
+             header with the old key fits the intent bitmap; a new key in the header
     go on    cryptsetup re-encrypts zone after zone (lockstep/crypto/reencryption.py)
-    end      a new generation, so that no header with the old key fits the intent bitmap; the server takes the mirror
-             back, and copies what was written meanwhile; a new passphrase, if one was given; on record
+    end      the server takes the mirror back, and copies what was written meanwhile; a new passphrase, if one was
+             given; on record
 
 Rules:
 
@@ -19,32 +20,25 @@ Rules:
 Not handled: other passphrases. Their key slots hold the old key, and are gone in the end.
 """
 
-import asyncio
 import contextlib
 import mmap
 import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
 
 from lockstep.crypto import keyslots, luks, reencryption
-from lockstep.crypto.unlock import Unlock
 from lockstep.disk.mirror import claim_for_rekeying, whole_sectors
 from lockstep.disk.probe import inspect
-from lockstep.errors import DiskFailed, LockstepError, NotServed, RekeyDropsKeys, TargetUnfinished
+from lockstep.errors import DiskFailed, NotServed, RekeyDropsKeys, StateDirUnusable, TargetUnfinished
 from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
 from lockstep.service import borrowing
-from lockstep.service.gate import VolumeGate
 from lockstep.service.managing import MirrorWork, working_on
 from lockstep.service.state import State
-from lockstep.service.volume_session import open_volume
-from lockstep.volume.workers import Workers
+from lockstep.volume import intent
 
 BEGUN, REKEYED = "rekey-begun", "rekeyed"
 """Events of the audit trail."""
-
-WORKERS: Final = 4
 
 Ask = Callable[[], bytes]
 
@@ -93,7 +87,7 @@ def rekey(
             resumed = former is not None
             if reencryption.under_way(work.header) or former in (None, reencryption.key_mark(work.header)):
                 _reencrypt(work, lock, iter_time_ms, resumed=resumed, drop_others=drop_others, on_progress=on_progress)
-        behind = _hand_back(work, new)
+        behind = _hand_back(work)
         slot = _change_passphrase(work, new, iter_time_ms)
         work.note(REKEYED, "gave a new volume key to", slot=slot)
     return Rekeyed(work.mirror, slot, resumed, behind)
@@ -136,17 +130,17 @@ def _reencrypt(
     drop_others: bool,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    fresh = not reencryption.under_way(work.header)
-    segment = luks.read_header(work.header).segment if fresh else reencryption.read(work.header).segment
+    header = None if reencryption.under_way(work.header) else luks.read_header(work.header)
+    segment = header.segment if header else reencryption.read(work.header).segment
     passphrase = work.passphrase()
-    if fresh:
+    if header:
         _only_slot(work, drop_others=drop_others)  # so that what is refused never bothers the server
         borrowing.ask(work.state, work.volume.name, work.mirror, borrowing.REKEY)
     with contextlib.ExitStack() as stack:
         claimed = claim_for_rekeying(work.mirror.path, segment, work.volume.size_bytes)
         stack.callback(os.close, claimed)
         volume, fds = _volume(work, segment), (lock, claimed)
-        if fresh:
+        if header:
             with work.state.key_lock(work.mirror.luks_uuid):
                 slot = _only_slot(work, drop_others=drop_others)  # again: one may have been added until now
                 if not resumed:
@@ -156,6 +150,7 @@ def _reencrypt(
                         volume_key=reencryption.key_mark(work.header),
                         slot=slot,
                     )
+                _renew(work, header)
                 reencryption.begin(volume, passphrase, slot, iter_time_ms=iter_time_ms, fds=fds)
         reencryption.go_on(volume, passphrase, on_progress=on_progress, fds=fds)
 
@@ -178,6 +173,34 @@ def _volume(work: _Work, segment: luks.Segment) -> reencryption.Volume:
     return reencryption.Volume(work.mirror.path, work.header, size_bytes, resilience)
 
 
+def _renew(work: _Work, former: luks.Header) -> None:
+    """See that the mirror has another generation than in the header `former`, and so than in any copy of that.
+
+    With one that fits, a header that is put back would be taken for the mirror's own, and what it opens is noise soon.
+    A server gave another one when it let the mirror go; where it could not, everything is copied in the end. Where
+    there is no server, the bitmap is given it as well. Raises StateDirUnusable, registry errors and header errors.
+    """
+    header = luks.read_header(work.header)
+    token, uuid = header.token, work.mirror.luks_uuid
+    if token is None or former.token is None or token.generation != former.token.generation:
+        return
+    generation = max(token.generation, work.mirror.generation) + 1 + secrets.randbits(31)
+
+    def give() -> None:
+        luks.write_token(work.header, replace(token, generation=generation), token_id=header.token_id)
+
+    with work.state.volume_lock(work.volume.name) as unserved:
+        if unserved:
+            identity = intent.Identity(work.volume.id, uuid, work.volume.size_bytes)
+            try:
+                intent.renew(work.state.intent(uuid), identity, token.generation, generation, give)
+            except OSError as error:
+                raise StateDirUnusable(path=work.state.path, reason=error.strerror or str(error)) from error
+        else:
+            give()
+    work.registry.set_generation(work.mirror.id, generation)
+
+
 def _only_slot(work: _Work, *, drop_others: bool) -> int:
     """The slot that the passphrase opens. Raises WrongPassphrase, and RekeyDropsKeys if there are others."""
     slot = keyslots.require_opened_by(work.header, work.passphrase())
@@ -191,40 +214,15 @@ def _only_slot(work: _Work, *, drop_others: bool) -> int:
 # --- the end ---
 
 
-def _hand_back(work: _Work, new: Ask | None) -> str | None:
-    """Give the mirror a new generation; return why its server, if there is one, has not taken it back."""
+def _hand_back(work: _Work) -> str | None:
+    """Return why the mirror's server, if there is one, has not taken it back."""
     with work.state.volume_lock(work.volume.name) as unserved:
         if unserved:
-            _renew(work, new)
             return None
     try:
         return borrowing.give_back(work.state, work.volume.name, work.mirror)
     except NotServed as error:
         return str(error)
-
-
-def _renew(work: _Work, new: Ask | None) -> None:
-    """Give mirror and bitmap a new generation, as a server does; if the target is lost or new, to the mirror alone."""
-    passphrases = [ask for ask in (work.passphrase, new) if ask is not None]
-    opening = next((ask for ask in passphrases if keyslots.opened_by(work.header, ask()) is not None), work.passphrase)
-    present = work.registry.volume(work.volume.name)
-    record = replace(present, mirrors=(work.mirror,))
-    workers = Workers("lockstep-worker", WORKERS)
-    try:
-        _refuse_filling(present)
-        gate = VolumeGate(record.name, record.on_denied, work.registry.grants(record.name))
-        with open_volume(work.state, record, Unlock(opening), gate, workers) as session:
-            session.claim()
-            asyncio.run(session.retire())
-    except LockstepError:
-        header = luks.read_header(work.header)
-        if header.token is None:
-            raise
-        generation = header.token.generation + 1 + secrets.randbits(31)
-        luks.write_token(work.header, replace(header.token, generation=generation), token_id=header.token_id)
-        work.registry.set_generation(work.mirror.id, generation)
-    finally:
-        workers.close()
 
 
 def _change_passphrase(work: _Work, new: Ask | None, iter_time_ms: int | None) -> int:

@@ -33,7 +33,9 @@ On disk, the bits follow the header in pages as `pages.py` has them, one for eac
 A page whose checksum is wrong (damaged, or torn in spite of its size) marks all of its regions.
 """
 
+import contextlib
 import logging
+import os
 import uuid
 from array import array
 from collections.abc import Awaitable, Callable, Iterable
@@ -105,6 +107,26 @@ def load(path: str, identity: Identity, generation: int | None, written_ns: int 
     for number in damaged:
         log.warning("page %d of the intent bitmap %s is damaged: it counts as marked", number, path)
     return Loaded(marked, fits=True, generations=generations)
+
+
+def renew(path: str, identity: Identity, generation: int, following: int, give: Callable[[], None]) -> None:
+    """Call `give`, which gives a mirror that nobody serves `following` in place of `generation`.
+
+    If the bitmap at `path` fits it, it still does afterwards, and at every moment meanwhile. Raises OSError.
+    """
+    with contextlib.ExitStack() as stack:
+        fd = None
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+        head = os.pread(fd, PAGE_BYTES, 0) if fd is not None else b""
+        if fd is None or _fitting(head, identity, generation, None) is None:
+            give()
+            return
+        *_, written_ns = _GENERATIONS.unpack_from(head, _GENERATIONS_AT)
+        pages.write_header(fd, _header(identity, generation, following, written_ns))
+        give()
+        pages.write_header(fd, _header(identity, following, following, written_ns))
 
 
 class IntentBitmap:

@@ -130,8 +130,7 @@ class PagedBits:
     def write_header(self, header: bytes) -> None:
         """Replace the header, durably."""
         with self._alone:
-            _write(self._fd, header, 0)
-            os.fdatasync(self._fd)
+            write_header(self._fd, header)
 
     def discard(self) -> None:
         """Take the file away, durably."""
@@ -215,6 +214,12 @@ class PagedBits:
 
     def _page(self, page: int) -> bytes:
         return sealed(bytes(self._bits[page * BODY_BYTES : (page + 1) * BODY_BYTES]))
+
+
+def write_header(fd: int, header: bytes) -> None:
+    """Replace the header of a file of such pages, durably. Raises OSError."""
+    _write(fd, header, 0)
+    os.fdatasync(fd)
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:
