@@ -12,6 +12,7 @@ import pytest
 from lockstep.crypto import luks, unlock
 from lockstep.errors import NoTokenUnlocks
 from tests.forks import ForkLab
+from tests.keys import NEW, opens
 from tests.lab import MIB, PASSPHRASE, Lab, Volume, run, wait_until
 
 ADD_KEY, KEYCTL = 248, 250  # system calls of x86-64
@@ -97,6 +98,19 @@ def test_a_token_does_not_stand_in_for_a_wrong_passphrase(lab: Lab, keyring: Key
     options = ("--key-file", "-", "--new-key-file", lab.key)
     lab.lockstep("key", "add", "vol", *options, stdin=b"wrong").failed(1, "No key slot")
     lab.lockstep("serve", "vol", "--key-file", "-", stdin=b"wrong").failed(1, "No key slot")
+
+
+def test_a_token_does_not_stand_in_for_the_slot_that_a_passphrase_opens(lab: Lab, keyring: Keyring) -> None:
+    volume = lab.volume(size_bytes=MIB)
+    path = enrolled(volume, keyring)
+    lab.lockstep("key", "rekey", "vol", "--key-file", "-", stdin=b"wrong").failed(1, "No key slot")
+    add = ("key", "add", "vol", "--key-file", lab.key, "--new-key-file", "-")
+    lab.lockstep(*add, stdin=NEW).ok()
+    removed = lab.lockstep("key", "remove", "vol", "--key-file", "-", stdin=NEW).ok()
+    assert "another key slot" not in removed, "it is the token that opens that one"
+    lab.lockstep(*add, stdin=NEW).ok()
+    lab.lockstep("key", "rekey", "vol", "--key-file", "-", "--drop-other-keys", stdin=NEW).ok()
+    assert [opens(Path(path), each) for each in (PASSPHRASE, NEW)] == [False, True]
 
 
 def test_a_systemd_credential(lab: Lab) -> None:

@@ -49,6 +49,8 @@ _SLOT_BYTES: Final = 258048  # of a 512-bit volume key, as cryptsetup lays slots
 
 _REENCRYPTION: Final = "reencrypt"  # the type of a slot that holds no key: how far a re-keying is
 _RECOVERY_TOKENS: Final = (RECOVERY_TOKEN_TYPE, "systemd-recovery")
+# `open` asks the machine's tokens first, whatever passphrase it is given; those of this type open nothing.
+_NO_TOKEN: Final = f"--token-type={luks.TOKEN_TYPE}"
 # Says where a passphrase may be found, which somebody knows.
 _KEYRING_TOKEN: Final = "luks2-keyring"  # noqa: S105 - the name of a kind
 _COSTS: Final = {"time": "iterations", "iterations": "iterations", "memory": "memory_kib", "cpus": "threads"}
@@ -113,7 +115,8 @@ def opened_by(path: str, passphrase: Buffer) -> int | None:
     """The slot that `passphrase` opens; None if it opens none. EmptyPassphrase, NoKeySlots, CryptsetupFailed."""
     luks.refuse_empty(passphrase)
     action = "try a passphrase of"
-    done = cryptsetup.run(action, path, "open", "--test-passphrase", "--verbose", "--key-file=-", stdin=passphrase)
+    arguments = ("--test-passphrase", "--verbose", "--key-file=-", _NO_TOKEN)
+    done = cryptsetup.run(action, path, "open", *arguments, stdin=passphrase)
     if cryptsetup.rejected(done) and luks.read_header(path).keyslots:
         return None
     if done.returncode != 0:
