@@ -129,7 +129,7 @@ def test_only_managers_may() -> None:
         commands: list[Callable[[], object]] = [
             lambda: keys.list_keys(state, "vol", None),
             lambda: keys.add_key(state, "vol", None, never, never, None),
-            lambda: keys.add_recovery_key(state, "vol", None, never, None),
+            lambda: keys.add_recovery_key(state, "vol", None, never, None, tell=lambda _: None),
             lambda: keys.remove_key(state, "vol", None, never, None),
             lambda: keys.change_key(state, "vol", None, never, never, None),
             lambda: headers.back_up_header(state, "vol", None, "output", force=False),

@@ -51,15 +51,13 @@ def add(
     state = state_of(context, state_dir)
     if recovery:
         refuse_together("--recovery", *(["--new-key-file"] if new_key_file else []))
-        done = keys.add_recovery_key(state, name, mirror, _existing(key_file, name), iter_time)
-    else:
-        old, new = _both(key_file, new_key_file, name)
-        done = keys.add_key(state, name, mirror, old, new, iter_time)
+        tell = functools.partial(_print_recovery_key, name, as_json=as_json)
+        keys.add_recovery_key(state, name, mirror, _existing(key_file, name), iter_time, tell=tell)
+        return
+    old, new = _both(key_file, new_key_file, name)
+    done = keys.add_key(state, name, mirror, old, new, iter_time)
     if as_json:
-        key = {"recovery_key": done.recovery_key} if done.recovery_key else {}
-        print_json(_done_as_json(done) | key)
-    elif done.recovery_key:
-        _print_recovery_key(name, done.mirror, done.slot, done.recovery_key)
+        print_json(_done_as_json(done))
     else:
         typer.echo(f"Added a passphrase of {done.mirror.path}, in key slot {done.slot}.")
 
@@ -191,11 +189,14 @@ def _both(key_file: str | None, new_key_file: str | None, name: str) -> tuple[Ca
     return _existing(key_file, name), new
 
 
-def _print_recovery_key(name: str, mirror: MirrorRecord, slot: int, key: str) -> None:
+def _print_recovery_key(name: str, done: keys.Done, *, as_json: bool) -> None:
+    if as_json:
+        print_json(_done_as_json(done) | {"recovery_key": done.recovery_key})
+        return
     typer.echo(f"Recovery key of the Lockstep volume {name}")
-    typer.echo(f"mirror {mirror.path}, LUKS UUID {mirror.luks_uuid}, key slot {slot}")
+    typer.echo(f"mirror {done.mirror.path}, LUKS UUID {done.mirror.luks_uuid}, key slot {done.slot}")
     typer.echo("")
-    typer.echo(f"    {key}")
+    typer.echo(f"    {done.recovery_key}")
     typer.echo("")
     typer.echo("Whoever has it can read the mirror. It is not kept anywhere: print it, or write it down, now.")
     typer.echo("It is a passphrase like any other: type it exactly so, hyphens included, where")

@@ -30,7 +30,7 @@ class Done:
     mirror: MirrorRecord
     slot: int
     old_slot: int | None = None  # of a passphrase that was changed
-    recovery_key: str | None = None
+    recovery_key: str = ""
     still_opens: bool = False  # a passphrase that was removed opens another slot
 
 
@@ -62,15 +62,21 @@ def add_key(
 
 
 def add_recovery_key(
-    state: State, name: str, mirror_path: str | None, passphrase: Ask, iter_time_ms: int | None
-) -> Done:
-    """Add a recovery key, which is told here and never again."""
+    state: State,
+    name: str,
+    mirror_path: str | None,
+    passphrase: Ask,
+    iter_time_ms: int | None,
+    *,
+    tell: Callable[[Done], None],
+) -> None:
+    """Add a recovery key, which `tell` is given, and nobody ever again; if that fails, it is taken away."""
     with _changing(state, name, mirror_path, "add a recovery key to", passphrase) as work:
         made = recovery_key.new()
         slot = keyslots.add(work.header, passphrase(), made.encode(), iter_time_ms=iter_time_ms, recovery=True)
         with _undone(work, passphrase, slot):
             work.note(ADDED, f"added a recovery key (key slot {slot}) of", slot=slot, kind=keyslots.RECOVERY_KEY)
-    return Done(work.mirror, slot, recovery_key=made)
+            tell(Done(work.mirror, slot, recovery_key=made))
 
 
 def remove_key(state: State, name: str, mirror_path: str | None, passphrase: Ask, slot: int | None) -> Done:
@@ -119,4 +125,6 @@ def _undone(work: MirrorWork, passphrase: Ask, slot: int) -> Iterator[None]:
         yield
     except BaseException:
         keyslots.remove(work.header, passphrase(), slot)
+        with contextlib.suppress(LockstepError):
+            work.note(REMOVED, f"removed key slot {slot} of", slot=slot)
         raise
