@@ -81,6 +81,21 @@ def test_a_passphrase_in_two_slots_is_told_of(lab: Lab) -> None:
     assert opens(key.header, PASSPHRASE)
 
 
+def test_a_passphrase_in_two_slots_that_is_changed_is_told_of(lab: Lab) -> None:
+    """As somebody has one who added it again, not knowing whether that was done when it was killed."""
+    key = Keys(lab)
+    change = functools.partial(key, "change", "--key-file", key.new, "--new-key-file", "-", "--json")
+    for _ in range(2):
+        keyslots.add(str(key.header), PASSPHRASE, NEW, iter_time_ms=1)
+    assert json.loads(change(stdin=b"3rd").ok())["still_opens"]
+    assert opens(key.header, NEW)
+    assert not json.loads(change(stdin=b"4th").ok())["still_opens"]
+    assert not opens(key.header, NEW)
+    keyslots.add(str(key.header), PASSPHRASE, PASSPHRASE, iter_time_ms=1)
+    said = key("change", "--key-file", lab.key, "--new-key-file", key.new).ok()
+    assert "The old one opens another key slot too" in said
+
+
 def test_a_wrong_passphrase_changes_nothing(lab: Lab) -> None:
     key = Keys(lab)
     before = key.header.read_bytes()

@@ -103,9 +103,11 @@ def change(
     old, new = _both(key_file, new_key_file, name)
     done = keys.change_key(state_of(context, state_dir), name, mirror, old, new, iter_time)
     if as_json:
-        print_json(_done_as_json(done) | {"old_slot": done.old_slot})
+        print_json(_done_as_json(done) | {"old_slot": done.old_slot, "still_opens": done.still_opens})
         return
     typer.echo(f"Changed a passphrase of {done.mirror.path}: key slot {done.old_slot} is now key slot {done.slot}.")
+    if done.still_opens:
+        typer.echo("The old one opens another key slot too, which is still there: lockstep key remove")
     typer.echo("A copy of the header from before still opens with the old one.")
 
 

@@ -31,7 +31,7 @@ class Done:
     slot: int
     old_slot: int | None = None  # of a passphrase that was changed
     recovery_key: str = ""
-    still_opens: bool = False  # a passphrase that was removed opens another slot
+    still_opens: bool = False  # a passphrase that was removed, or changed, opens another slot
 
 
 def list_keys(state: State, name: str, mirror_path: str | None) -> list[tuple[MirrorRecord, tuple[KeySlot, ...]]]:
@@ -95,7 +95,8 @@ def change_key(
     with _changing(state, name, mirror_path, "change a key of", passphrase, new) as work:
         old, slot = keyslots.change(work.header, passphrase(), new(), iter_time_ms=iter_time_ms)
         work.note(CHANGED, f"changed a passphrase (key slot {old}, now {slot}) of", slot=slot, old_slot=old)
-    return Done(work.mirror, slot, old_slot=old)
+        still_opens = keyslots.opened_by(work.header, passphrase()) is not None
+    return Done(work.mirror, slot, old_slot=old, still_opens=still_opens)
 
 
 @contextlib.contextmanager
