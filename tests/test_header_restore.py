@@ -190,6 +190,26 @@ def test_other_passphrases_take_force_and_the_state_stays_true(lab: Lab) -> None
     assert (mirror["state"], mirror["dirty_bytes"]) == ("behind", MIB)
 
 
+def test_a_key_slot_of_no_data_does_not_make_a_copy_one_of_another_key(lab: Lab) -> None:
+    """As a re-keying leaves one that was killed when it had just begun, in the header or in a copy."""
+    volume = lab.volume(size_bytes=MIB)
+    with volume.served():
+        pass
+    clean, other = lab.home / "clean", lab.home / "other"
+    lab.lockstep("header", "backup", "vol", clean).ok()
+    options = ("--unbound", "--key-size=512", "--batch-mode", f"--key-file={lab.key}")
+    run("cryptsetup", "luksAddKey", *options, str(volume.mirror), str(lab.key))
+    lab.lockstep("header", "backup", "vol", other).ok()
+    for copy in (clean, other):
+        lab.lockstep(
+            "restore", volume.mirror, lab.home / f"{copy.name}-data", "--header", copy, "--key-file", lab.key
+        ).ok()
+    lab.lockstep("header", "restore", "vol", clean).failed(1, "key slot 1 would be lost", "--force")
+    lab.lockstep("header", "restore", "vol", clean, "--force").ok()
+    lab.lockstep("header", "restore", "vol", other, "--force").ok()
+    assert len(luks.read_header(str(volume.mirror)).keyslots) == 2
+
+
 CRYPTSETUP_THAT_FAILS = """#!/bin/sh
 case "$*" in *--dump-json-metadata*{path}) {fails};; esac
 exec {real} "$@"

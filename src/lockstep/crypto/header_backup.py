@@ -86,7 +86,8 @@ class Content:
         """Raises what `luks.read_metadata` raises."""
         metadata = luks.read_metadata(path)
         slots = {int(number): stored for number, stored in metadata["keyslots"].items()}
-        digests = sorted((each["salt"], each["digest"]) for each in metadata["digests"].values())
+        of_data = [each for each in metadata["digests"].values() if each["segments"]]  # others are of unbound slots
+        digests = sorted((each["salt"], each["digest"]) for each in of_data)
         return cls(slots, tuple(digests), metadata["segments"])
 
     def slots_not_in(self, other: Content) -> tuple[int, ...]:
