@@ -4,6 +4,7 @@ Referees: stock cryptsetup opens and finishes what was begun, dissect.fve reads 
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from typing import IO, Any
 
 import pytest
 
-from lockstep.crypto import luks, recovery_key, reencryption
+from lockstep.crypto import cryptsetup, luks, recovery_key, reencryption
 from lockstep.disk.mirror import claim_for_rekeying
 from lockstep.service import rekey as rekeying
 from lockstep.service.state import State
@@ -31,6 +32,21 @@ KILLS = int(os.environ.get("REKEY_KILLS", "4"))
 # Stands in cryptsetup's place while the data is re-encrypted: it waits for a file, having done nothing.
 _PATIENT_CRYPTSETUP = """#!/bin/sh
 case "$*" in *--resume-only*) touch "{began}"; while [ ! -e "{go}" ]; do sleep 0.02; done;; esac
+exec "{real}" "$@"
+"""
+
+
+# With KILL it is killed as soon as it writes a zone. Without, to restore that takes it longer than a header may.
+_SLOW_CRYPTSETUP = """#!/bin/sh
+case "$KILL $*" in
+*1*--resume-only*)
+    exec 3<&0
+    "{real}" "$@" <&3 &
+    until [ ! -e /proc/$!/exe ] || head -c 32768 "{header}" | grep -q in-reencryption; do :; done
+    kill -9 $!
+    exit 1;;
+*" repair "*) sleep 2.5;;
+esac
 exec "{real}" "$@"
 """
 
@@ -202,6 +218,24 @@ def state_of(header: str) -> str:
     if reencryption.under_way(header):
         return "zone" if reencryption.read(header).zone else "between"
     return "not begun" if opens(Path(header), PASSPHRASE) else "over"
+
+
+def test_a_zone_is_restored_however_long_that_takes(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have a GiB, behind a slow line; what is killed for being slow would never get any further."""
+    volume = lab.volume(size_bytes=SIZE_BYTES, content=os.urandom(SIZE_BYTES))
+    volume.copy_by_hand()
+    program = lab.home / "slow" / "cryptsetup"
+    program.parent.mkdir()
+    program.write_text(_SLOW_CRYPTSETUP.format(real=shutil.which("cryptsetup"), header=volume.mirror))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    rekey = functools.partial(lab.lockstep, "key", "rekey", "vol", "--key-file", lab.key, environment={"KILL": "1"})
+    wait_until(lambda: bool(rekey()) and state_of(str(volume.mirror)) == "zone", "a kill that does not come too late")
+    monkeypatch.setattr(cryptsetup, "TIMEOUT_S", 2)
+    found = reencryption.Volume(str(volume.mirror), str(volume.mirror), SIZE_BYTES, reencryption.JOURNAL)
+    reencryption.go_on(found, PASSPHRASE, on_progress=lambda _done, _all: None, fds=())
+    forget_volume_keys()
+    volume.assert_equal_disks()
 
 
 def test_what_stock_cryptsetup_finishes_is_taken(lab: Lab) -> None:

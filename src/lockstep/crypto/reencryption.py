@@ -87,7 +87,8 @@ def go_on(volume: Volume, passphrase: Buffer, *, on_progress: Callable[[int, int
     if read(volume.header).zone is not None:
         arguments = (*volume.place, "--key-file=-")
         action = "restore the zone that was being re-keyed of"
-        done = cryptsetup.run(action, volume.device, "repair", *arguments, stdin=passphrase, fds=fds)
+        # A zone may have a GiB: on a slow disk, or behind a slow line, that takes longer than a header.
+        done = cryptsetup.follow(volume.device, "repair", *arguments, stdin=passphrase, told=lambda _: None, fds=fds)
         _refuse(volume, passphrase, action, done)
     if not under_way(volume.header):
         return
