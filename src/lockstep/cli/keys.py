@@ -148,6 +148,8 @@ def rekey_(
         print_json(_done_as_json(done) | {"resumed": done.resumed, "behind": done.behind})
         return
     typer.echo(f"{done.mirror.path} has a new volume key, in key slot {done.slot}. Headers from before open nothing.")
+    if done.resumed:
+        typer.echo("That was begun before, and has come to its end. For another key than that one run this again.")
     typer.echo(f"Make a copy of the header of today: lockstep header backup {name} OUTPUT")
     if done.behind:
         typer.echo(f"The server has not taken the mirror back, and does so when it is started anew: {done.behind}")
