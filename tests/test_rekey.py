@@ -155,8 +155,9 @@ def test_clients_go_on_and_the_mirror_gets_what_it_misses(lab: Lab) -> None:
             assert again.mirror_state() == "degraded"
             run("qemu-io", "-f", "raw", "-c", "write -P 3 8M 64k", "-c", "flush", again.uri)
             go.touch()
-            rekey = Rekey(volume, "--new-key-file", lab.home / "new", environment=slow)
-            assert "Headers from before open nothing" in rekey.ok()
+            said = Rekey(volume, "--new-key-file", lab.home / "new", environment=slow).ok()
+            assert "Headers from before open nothing" in said
+            assert "That was begun before" in said, "whoever wants yet another key does not have it"
             wait_until(lambda: again.mirror_state() == "in-sync", "the mirror to be back")
             copied = again.log.read_text().rpartition("is back; ")[2].split()[0]
             assert 0 < int(copied) < 4 * MIB, "what was written meanwhile, and no more"
@@ -398,6 +399,23 @@ def test_either_copy_of_the_header_is_enough_for_an_unfinished_one(lab: Lab) -> 
         finally:
             run("losetup", "--detach", device)
         assert output.read_bytes() == volume.target.read_bytes()
+
+
+@needs("losetup", root=True)
+def test_an_unfinished_one_that_somebody_else_may_be_writing_is_not_restored(lab: Lab) -> None:
+    """Stock cryptsetup goes on with it as well, and there is no lock that tells."""
+    volume = lab.volume(size_bytes=MIB, content=os.urandom(MIB))
+    volume.copy_by_hand()
+    with interrupted(lab) as (slow, began, _go):
+        rekey = Rekey(volume, environment=slow)
+        wait_until(began.exists, "the data's turn")
+        rekey.kill()
+    device = run("losetup", "--find", "--show", str(volume.mirror)).strip()
+    try:
+        volume.restore(lab.home / "output").failed(1, "in use", device)
+    finally:
+        run("losetup", "--detach", device)
+    volume.restore(lab.home / "output").ok()
 
 
 def test_what_is_refused_changes_nothing(lab: Lab) -> None:

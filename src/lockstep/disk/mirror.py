@@ -155,6 +155,7 @@ def open_unfinished(
     if unlock.passphrase is None:
         raise RekeyUnfinished(path=where)  # no token has the new key
     disk, data_bytes = large_enough(path, header.segment, size_bytes)
+    refuse_busy(disk)  # stock cryptsetup goes on with one as well
     passphrase = unlock.passphrase()
     with contextlib.ExitStack() as undo:
         fd = open_disk(disk, writable=False)
