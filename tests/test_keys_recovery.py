@@ -116,9 +116,9 @@ def test_a_recovery_key_that_cannot_be_put_into_the_audit_trail_opens_nothing(la
 def test_a_recovery_key_that_nobody_could_be_told_opens_nothing(lab: Lab) -> None:
     """It would count as one that somebody has, and let the last one be removed that somebody really has."""
     keys = Keys(lab)
-    command = [sys.executable, "-m", "lockstep", "--state-dir", lab.state, "key", "add", "vol", "--recovery"]
+    command = [sys.executable, "-m", "lockstep", "--state-dir", str(lab.state), "key", "add", "vol", "--recovery"]
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([*command, "--key-file", lab.key], stdout=full, stderr=subprocess.PIPE, check=False)
+        done = subprocess.run([*command, "--key-file", str(lab.key)], stdout=full, stderr=subprocess.PIPE, check=False)
     assert b"Standard output cannot be written" in done.stderr
     assert [slot["slot"] for slot in keys.slots()] == [0]
     assert keys.events() == [("key-added", 1), ("key-removed", 1)]
