@@ -413,6 +413,10 @@ class TlsSocket:
             self._tls.write(data[at : at + (1 << 16)])
             self._flush()
 
+    def hold_back(self, data: bytes) -> None:
+        """Send this together with what is sent next."""
+        self._tls.write(data)
+
     def recv(self, length: int) -> bytes:
         while True:
             try:

@@ -403,6 +403,16 @@ def test_a_half_close_is_answered_first(site: Site, how: str) -> None:
         assert client.assert_closed() == b""
 
 
+def test_a_half_close_that_comes_with_more_requests_than_are_taken_at_once_is_answered_first(site: Site) -> None:
+    with site.client() as client:
+        requests = [client.request(nbd.FLUSH) for _ in range(300)]
+        client.tls.hold_back(b"".join(each.wire() for each in requests))
+        client.tls.end()
+        replies = client.replies()
+        assert [replies[each.cookie].error for each in requests] == [0] * 300
+        assert client.assert_closed() == b""
+
+
 def test_a_connection_that_is_cut_within_a_write_changes_nothing(site: Site) -> None:
     before = site.volume.target.read_bytes()
     for length, sent in ((4096, 4000), (LARGEST, 20 * MIB)):

@@ -220,10 +220,10 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
                 return
             if count:
                 self._connection.buffer_updated(count)
-            if self._ended:
-                self._connection.eof_received()
             if count < len(buffer):
-                return
+                break
+        if self._ended and self._reading:  # not before all that came with it is taken
+            self._connection.eof_received()
 
     def _decrypt_into(self, buffer: memoryview) -> int:
         """Fill the buffer as far as what has arrived goes; notes the client's close_notify."""
