@@ -189,6 +189,28 @@ def test_idle_and_stubborn_clients_do_not_keep_it_from_stopping(lab: Lab) -> Non
     assert volume.target.read_bytes()[:4] != b"half"
 
 
+_IMPATIENT = """
+from lockstep.cli.main import main
+from lockstep.service import control
+control.STALL_S = 0.3
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"POST /v1/sync HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{", bytes(100_000)],
+    ids=["half a request", "what has an answer that nobody takes"],
+)
+def test_who_stalls_at_the_control_socket_does_not_keep_it_from_stopping(lab: Lab, said: bytes) -> None:
+    volume = lab.volume("vol", MIB)
+    with volume.served(program=_IMPATIENT) as server, socket.socket(socket.AF_UNIX) as manager:
+        manager.connect(str(lab.state / "run" / "vol.control"))
+        manager.sendall(said)
+        server.process.terminate()
+        assert server.process.wait(20) == 0
+
+
 def test_a_stop_during_the_first_copy(lab: Lab) -> None:
     """What is copied by then stays copied; what is not is known, and the mirror does not pass for a copy."""
     volume = lab.volume("vol", 256 * MIB)

@@ -14,6 +14,7 @@ The socket's mode lets only its owner connect; the peer is checked all the same.
 "data": its fields}, so that the client can raise it again.
 """
 
+import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -27,6 +28,7 @@ from lockstep.registry.audit import Actor
 from lockstep.service.borrowing import DRILL, REKEY
 
 PROGRESS_S: Final = 0.2
+STALL_S: Final = 5.0  # for a peer to send all of a request, and at the end to take an answer
 
 
 class Commands(Protocol):
@@ -60,8 +62,10 @@ async def control_interface(
 ) -> AsyncIterator[None]:
     """Answer on the socket at `path`, whose volume's lock the caller holds.
 
-    `require_manager` is given a peer's uid and what it is about to do, and raises NotManager. Raises SocketUnusable.
+    `require_manager` is given a peer's uid and what it is about to do, and raises NotManager. At the end, what is being
+    carried out is waited for, and no peer that stalls. Raises SocketUnusable.
     """
+    under_way: set[asyncio.Future[web.StreamResponse]] = set()
 
     @web.middleware
     async def guarded(
@@ -72,7 +76,12 @@ async def control_interface(
         assert peer.uid is not None
         try:
             require_manager(peer.uid, "manage the volume")
-            return await handler(request)
+            async with asyncio.timeout(STALL_S):
+                await request.read()
+            command = asyncio.ensure_future(handler(request))
+            under_way.add(command)
+            command.add_done_callback(under_way.discard)
+            return await command
         except LockstepError as error:
             return web.json_response({"error": type(error).__name__, "data": error.data}, status=409)
 
@@ -113,13 +122,13 @@ async def control_interface(
     application.router.add_post("/v1/verify", begin_verify)
     application.router.add_get("/v1/verify", answer_verify)
     application.router.add_delete("/v1/verify", end_verify)
-    runner = web.AppRunner(application, access_log=None)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=STALL_S)
     await runner.setup()
     await _listen(runner, path)
     try:
         yield
     finally:
-        await runner.cleanup()
+        await _stop(runner, under_way)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
 
@@ -135,6 +144,14 @@ async def _listen(runner: web.AppRunner, path: str) -> None:
         raise SocketUnusable(path=path, reason=error.strerror or str(error)) from error
     finally:
         os.umask(previous)
+
+
+async def _stop(runner: web.AppRunner, under_way: set[asyncio.Future[web.StreamResponse]]) -> None:
+    for site in list(runner.sites):
+        await site.stop()
+    if under_way:
+        await asyncio.wait(under_way)
+    await runner.cleanup()
 
 
 def _actor(request: web.Request) -> Actor:
