@@ -4,6 +4,7 @@ import os
 import pwd
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from lockstep.crypto import luks
@@ -92,3 +93,34 @@ def test_a_file_that_the_owner_linked_here_is_not_given_to_them(lab: Lab) -> Non
     keys.symlink_to(absent)
     lab.lockstep("key", "remove", "vol", "--key-file", lab.key).failed(1, str(lab.state), "cannot be used")
     assert not absent.exists()
+
+
+_AS_NOBODY = """
+import os, sqlalchemy.dialects.sqlite
+from lockstep.cli import serving, status  # what is imported later may be out of nobody's reach
+from lockstep.cli.main import main
+os.setgroups([])
+os.setgid({gid})
+os.setuid({uid})
+main()
+"""
+
+
+@needs("qemu-io", root=True)
+def test_a_server_of_roots_that_was_killed_does_not_keep_the_owner_out() -> None:
+    with tempfile.TemporaryDirectory() as home:  # that others can reach
+        os.chmod(home, 0o755)
+        lab = Lab(Path(home))
+        volume = lab.volume("vol", MIB)
+        for path in (lab.home, *lab.home.rglob("*")):
+            os.chown(path, NOBODY, -1)
+        program = _AS_NOBODY.format(uid=NOBODY, gid=pwd.getpwnam("nobody").pw_gid)
+
+        with volume.served() as served:
+            command = [sys.executable, "-c", program, "--state-dir", str(lab.state), "status", "vol"]
+            asked = subprocess.run(command, capture_output=True, check=False, timeout=60, text=True)
+            assert served.uri in asked.stdout, asked.stderr
+            served.kill()
+        with volume.served(program=program) as served:
+            write(served, "write -P 7 0 64k")
+        volume.assert_equal_disks()

@@ -176,10 +176,12 @@ async def _serve(
     warnings = listen.tls.warnings if listen.tls else tuple
     background = Background(session, gate, clients, trail, verification, registry, clerks.run, warnings)
     server = NbdServer(VolumeExport(session), max_connections=_connections(), watcher=clients)
+    clear_stale_socket(listen.socket, ours=listen.socket == state.socket(name))
     async with _listening(server, listen, name) as uris:
         commands = ServedVolume(session, server, gate, trail, background, verification, uris[0])
         # In this order: what the control interface is still carrying out at the end goes on record too.
         async with trail.written(), control_interface(state.control(name), commands, state.require_manager):
+            state.hand_over()  # the control socket is the owner's as well
             await session.workers.run(session.claim)
             await server.accept()
             async with background.running():
@@ -193,7 +195,6 @@ async def _serve(
 @contextlib.asynccontextmanager
 async def _listening(server: NbdServer, listen: Listen, name: str) -> AsyncIterator[list[str]]:
     """Claim the sockets; nobody is let in before the server accepts."""
-    clear_stale_socket(listen.socket)
     uris = [f"nbd+unix:///{name}?socket={quote(os.fsencode(listen.socket))}"]
     try:
         await server.listen_unix(listen.socket, listen.group)

@@ -29,6 +29,7 @@ from lockstep.service.registry_place import RegistryPlace
 
 ENVIRONMENT: Final = "LOCKSTEP_STATE_DIR"
 SYSTEM_DIRECTORY: Final = "/var/lib/lockstep"
+CONTROL: Final = ".control"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class State:
 
     def control(self, name: str) -> str:
         """The control socket of a volume."""
-        return f"{self.run_dir}/{name}.control"
+        return f"{self.run_dir}/{name}{CONTROL}"
 
     def intent(self, luks_uuid: str) -> str:
         """The intent bitmap of a mirror."""
@@ -186,7 +187,7 @@ class State:
 
 
 def _give(path: str, owner: os.stat_result) -> None:
-    """Hand over a file, or a directory that is still empty, if it is root's.
+    """Hand over a file, a directory that is still empty, or a control socket, if it is root's.
 
     It is not really opened: to close a descriptor of the registry would drop the locks that SQLite has on it.
     """
@@ -194,7 +195,8 @@ def _give(path: str, owner: os.stat_result) -> None:
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             found, itself = os.fstat(fd), f"/proc/self/fd/{fd}"
-            only_here = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+            control = stat.S_ISSOCK(found.st_mode) and path.endswith(CONTROL)
+            only_here = (stat.S_ISREG(found.st_mode) or control) and found.st_nlink == 1
             fresh = stat.S_ISDIR(found.st_mode) and not os.listdir(itself)
             if found.st_uid == 0 and (only_here or fresh):
                 os.chown(itself, owner.st_uid, owner.st_gid)
