@@ -157,6 +157,17 @@ def test_a_signal_drains(lab: Lab, number: signal.Signals) -> None:
     assert (described["state"], described["dirty_bytes"]) == ("in-sync", 0)
 
 
+def test_told_again_and_again_it_still_ends_in_order(lab: Lab) -> None:
+    volume = lab.volume("vol", MIB)
+    with volume.served() as server:
+        while server.process.poll() is None:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                server.process.send_signal(number)
+            time.sleep(0.003)
+        assert server.process.returncode == 0
+    assert at_rest(lab)["mirrors"][0]["state"] == "in-sync"
+
+
 def test_nohup_keeps_it_when_its_terminal_is_closed(lab: Lab) -> None:
     lab.volume("vol", MIB)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -166,9 +166,8 @@ async def _serve(
     listen: Listen,
     on_ready: Callable[[list[str]], None],
 ) -> None:
-    stop = asyncio.Event()
-    for number in signals.ending():
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    signals.on_each(lambda: loop.is_closed() or loop.call_soon_threadsafe(stop.set))
     name = session.record.name
     trail = Trail(registry, name, gate, clerks.run)
     clients = Clients(gate, trail)
@@ -187,6 +186,7 @@ async def _serve(
             async with background.running():
                 on_ready(uris)
                 await stop.wait()
+                signals.ignore()
                 log.info("stopping")
                 await server.drain()
     await session.retire()
