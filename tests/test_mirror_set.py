@@ -21,6 +21,7 @@ from lockstep.errors import (
     MirrorUnknown,
     NotLuks2,
     StillServed,
+    TargetGone,
     TargetTaken,
     WrongPassphrase,
 )
@@ -241,6 +242,33 @@ def test_a_copy_of_a_mirror_that_is_offered_costs_that_mirror_nothing(lab: Lab) 
     assert_error(add(volume, twin, "--adopt"), error)
     with volume.served() as served:
         assert served.log.read_text().count("copying") == 1, "all of the mirror was copied once more"
+
+
+def test_a_target_that_died_is_not_told_to_be_made_anew_empty(lab: Lab) -> None:
+    volume, former, new = bare(lab), lab.home / "former", lab.home / "new"
+    add(volume, volume.mirror).ok()
+    with volume.served():
+        pass
+    content = volume.target.read_bytes()
+    volume.target.unlink()
+    gone = TargetGone(path=volume.target, volume="vol")
+    assert_error(add(volume, lab.home / "second"), gone)
+    lab.lockstep("mirror", "remove", "vol", volume.mirror).ok()
+    volume.mirror.rename(former)
+    for refused in (
+        add(volume, former, "--adopt"),
+        lab.lockstep("serve", "vol", "--key-file", lab.key),
+    ):
+        assert_error(refused, gone)
+        assert "truncate" not in refused.err
+    assert "copied over the mirror" in gone.advice
+    lab.lockstep("restore", former, new, "--key-file", lab.key).ok()
+    lab.lockstep("remove", "vol").ok()
+    lab.lockstep("create", "vol", "--target", new).ok()
+    add(volume, former, "--adopt").ok()
+    with Volume(lab, "vol", new, former, None).served() as served:
+        assert served.mirror()["state"] == "in-sync"
+    assert new.read_bytes() == content
 
 
 def test_no_mirror_is_added_where_something_is_held(lab: Lab) -> None:

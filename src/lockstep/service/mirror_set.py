@@ -90,7 +90,7 @@ def add_mirror(state: State, name: str, plan: MirrorPlan) -> Added:
         with unserved(state, registry, name) as volume:
             if volume is None:
                 return _sought(state, registry.volume(name), plan.path)
-            target = inspect(volume.target_path)
+            target = mirrors.look_at_target(volume)
             if target.size_bytes < volume.size_bytes:
                 raise TargetResized(
                     path=target.path, volume=name, size_bytes=target.size_bytes, expected_bytes=volume.size_bytes

@@ -13,6 +13,7 @@ from lockstep.disk.probe import Disk, inspect, overlap
 from lockstep.errors import (
     BackupOfAnother,
     DiskError,
+    DiskMissing,
     HeaderDamaged,
     HeaderTaken,
     HeaderUnreadable,
@@ -26,6 +27,7 @@ from lockstep.errors import (
     NotLuks2,
     NoToken,
     RegistryError,
+    TargetGone,
     TargetResized,
     TargetTaken,
 )
@@ -45,6 +47,14 @@ ROLES: Final[tuple[Role, ...]] = (TargetTaken, MirrorTaken, HeaderTaken)
 def header_path(mirror: MirrorRecord) -> str:
     """Where the mirror's LUKS2 header is."""
     return mirror.header_path or mirror.path
+
+
+def look_at_target(volume: VolumeRecord) -> Disk:
+    """Look at a volume's target. Raises TargetGone, and what `inspect` does else."""
+    try:
+        return inspect(volume.target_path)
+    except DiskMissing as error:
+        raise TargetGone(path=volume.target_path, volume=volume.name) from error
 
 
 def chosen(volume: VolumeRecord, path: str | None) -> MirrorRecord:

@@ -18,14 +18,12 @@ from collections.abc import Iterator
 
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk.plain import PlainDisk
-from lockstep.disk.probe import inspect, refuse_busy
+from lockstep.disk.probe import refuse_busy
 from lockstep.errors import (
     DiskFailed,
-    DiskMissing,
     FillingImpossible,
     LockstepError,
     StateDirUnusable,
-    TargetGone,
     TargetHalfRestored,
     TargetUnlike,
     TargetUnprepared,
@@ -233,12 +231,7 @@ def pair_of(record: VolumeRecord) -> Pair:
 
 
 def _open_target(state: State, record: VolumeRecord, *, direct: bool) -> PlainDisk:
-    try:
-        disk = inspect(record.target_path)
-    except DiskMissing as error:
-        if record.mirrors:
-            raise TargetGone(path=record.target_path, volume=record.name) from error
-        raise
+    disk = mirrors.look_at_target(record)
     mirrors.require_size(disk, record)
     refuse_busy(disk)
     lacks = None
