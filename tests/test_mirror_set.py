@@ -284,8 +284,9 @@ def test_no_mirror_is_added_where_something_is_held(lab: Lab) -> None:
     assert not (lab.home / "second").exists()
 
 
+@pytest.mark.parametrize("detached", [False, True], ids=["inline", "detached"])
 @pytest.mark.parametrize("command", ["luksFormat", "token"])
-def test_a_mirror_that_was_only_half_added_is_told_how_to_go_on(lab: Lab, command: str) -> None:
+def test_a_mirror_that_was_only_half_added_is_told_how_to_go_on(lab: Lab, command: str, *, detached: bool) -> None:
     volume, second = lab.volume("vol", MIB), lab.home / "second"
     program = lab.home / "killing" / "cryptsetup"
     program.parent.mkdir()
@@ -294,12 +295,15 @@ def test_a_mirror_that_was_only_half_added_is_told_how_to_go_on(lab: Lab, comman
         f'#!/bin/sh\n[ "$1" = {command} ] && kill -9 $PPID && exit 1\nexec "{lab.home}/bin/cryptsetup" "$@"\n'
     )
     program.chmod(0o755)
-    add = ("mirror", "add", "vol", second, "--key-file", lab.key)
+    header = ("--header", lab.home / "second.header") if detached else ()
+    add = ("mirror", "add", "vol", second, "--key-file", lab.key, *header)
     assert lab.lockstep(*add, environment={"PATH": f"{program.parent}:{quick['PATH']}"}).code == -9
     again = f"lockstep mirror remove vol {second}"
     lab.lockstep(*add, environment=quick).failed(1, again)
-    for said in ("was killed", "lockstep mirror remove NAME"):
-        lab.lockstep("serve", "vol", "--key-file", lab.key).failed(1, said)
+    said = lab.lockstep("verify", "vol", "--key-file", lab.key).failed(1, "was killed", "with --force")
+    assert f"`{again.replace('vol', 'NAME')}`" in said.replace("NAME MIRROR`", f"NAME {second}`"), said
+    error = listed(volume)[-1]["error"]
+    assert "no LUKS2 header" in error or "no lockstep token" in error, error
     lab.lockstep(*again.split()[1:]).ok()
     lab.lockstep(*add, "--force", environment=quick).ok()
     with volume.served(in_sync=False):

@@ -259,7 +259,7 @@ def test_a_mirror_that_got_another_uuid(scene: Scene) -> None:
         run("cryptsetup", "luksUUID", "--batch-mode", "--uuid", new, str(mirror))
         owner = f"another mirror of inline (LUKS UUID {new})"
         scene.refuses(MirrorOfAnotherVolume(path=mirror, volume="inline", owner=owner), scene.inline)
-        assert "another disk has taken its place" in scene.lab.lockstep("status", "inline").ok()
+        assert "is not the mirror of inline" in scene.lab.lockstep("status", "inline").ok()
 
 
 def test_a_mirror_that_somebody_formatted_anew(scene: Scene) -> None:

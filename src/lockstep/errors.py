@@ -1108,7 +1108,7 @@ class NotLuks2(LuksError):
     next_step = (
         "Check the path. For a mirror with a detached header, give the header file with --header. A header that was "
         "overwritten comes back from a backup (`lockstep header restore NAME BACKUP`). One that was being made: "
-        "`lockstep mirror remove NAME {path}`, and add it again."
+        "`lockstep mirror remove NAME MIRROR`, and add the mirror again with --force."
     )
 
 

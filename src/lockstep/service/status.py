@@ -13,6 +13,7 @@ from lockstep.disk.mirror import large_enough
 from lockstep.errors import DiskMissing, LockstepError
 from lockstep.registry.access import Verdict
 from lockstep.registry.store import MirrorRecord, VolumeRecord
+from lockstep.service.mirrors import identified
 from lockstep.service.state import State
 from lockstep.volume import intent, missing
 from lockstep.volume.filling import Filling
@@ -141,10 +142,9 @@ def _look_at_mirror(volume: VolumeRecord, mirror: MirrorRecord) -> tuple[luks.He
     try:
         header = luks.read_header(mirror.header_path or mirror.path)
         large_enough(mirror.path, header.segment, volume.size_bytes)
+        identified(volume, mirror, header)
     except LockstepError as failure:
         return None, str(failure)
-    if header.token is None or (header.token.volume_id, header.uuid) != (volume.id, mirror.luks_uuid):
-        return None, "another disk has taken its place"
     return header, None
 
 
