@@ -281,6 +281,15 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     assert not wrong
 
 
+@every_page
+def test_boxes_and_headings_are_shown_as_such(page: Path) -> None:
+    before = ""
+    for line in re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL).splitlines():
+        assert line.startswith("|") or not re.search(r"\S > ", line), "a quotation that was run together: " + line
+        assert not line.startswith("#") or not before, "a heading that text runs into: " + line
+        before = line
+
+
 def test_every_document_is_reached_from_the_readme() -> None:
     linked = re.findall(r"\]\((docs/[\w.]+)\)", text_of(ROOT / "README.md"))
     assert {f"docs/{page.name}" for page in DOCS} <= set(linked)
