@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -152,6 +153,20 @@ class _Comparing:
 
     def stop(self) -> None:
         self._stopping.set()
+
+
+def test_what_was_found_is_told_though_the_audit_trail_takes_no_row(volume: Volume) -> None:
+    with volume.served():
+        pass
+    damage(volume, 3 * MIB)
+    registry = volume.lab.state / "registry.db"
+    with contextlib.closing(sqlite3.connect(registry)) as connection:
+        connection.execute("CREATE TRIGGER full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
+    done = volume.lab.lockstep("verify", "vol", "--key-file", volume.lab.key)
+    assert done.code == 3, done.err
+    assert f"offset {3 * MIB}, 512 bytes" in done.out
+    assert "is not in the audit trail: " in done.err
+    assert "disk is full" in done.err
 
 
 def test_what_a_person_reads(volume: Volume) -> None:
