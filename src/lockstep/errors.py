@@ -340,10 +340,10 @@ class NotPermitted(LockstepError):
 
 
 class NotManager(NotPermitted):
-    """Data: user, action, path."""
+    """Data: user, action, path (of the state directory, or of a server's control socket in it)."""
 
     happened = "{user} may not {action}."
-    cause = "The state directory {path} belongs to somebody else: it takes its owner, or root, to manage volumes."
+    cause = "{path} belongs to somebody else: it takes its owner, or root, to manage volumes."
     next_step = "Run the command with sudo, or use a state directory of your own with --state-dir."
 
 
@@ -497,7 +497,7 @@ class RegistryUnreadable(RegistryError):
 
     happened = "The registry {registry} cannot be used: {reason}."
     cause = "Its directory does not exist, this user may not write there, or the disk below is full or failing."
-    next_step = "Create the directory, run as the user who owns it, or name another with --state-dir."
+    next_step = "Make room there, create the directory, or run as the user who owns it; --state-dir names another one."
 
 
 class RegistryLost(RegistryError):
@@ -789,8 +789,7 @@ class TargetGone(DiskError):
         "Connect it and run this again. If it has another name by now: `lockstep set {volume} target=PATH`. If it is "
         "lost, give the volume a new one, which is restored from the mirror while the volume is served: `lockstep "
         "replace-target {volume} NEWDISK`. Without a mirror on record, restore a former one (`lockstep restore MIRROR "
-        "NEWDISK`), `lockstep remove {volume}`, and create it anew. An empty disk in its place would be copied over the "
-        "mirror."
+        "NEWDISK`), `lockstep remove {volume}`, and create it anew. An empty disk in its place may be copied over it."
     )
 
 
@@ -1524,7 +1523,7 @@ class SocketUnusable(ServiceError):
 
     happened = "The socket {path} cannot be used: {reason}."
     cause = "Its directory is missing or not writable, something else has that name, or the path is over 107 bytes."
-    next_step = "Give another one with --socket, or a shorter --state-dir."
+    next_step = "Take away what nobody uses, give another one with --socket, or a shorter --state-dir."
 
 
 class AddressUnusable(ServiceError):

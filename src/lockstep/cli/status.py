@@ -16,7 +16,7 @@ from lockstep.cli.options import Json
 from lockstep.cli.output import human_bytes, human_moment, human_seconds, print_json
 from lockstep.cli.screen import Listing, console, plain
 from lockstep.cli.state import StateDir, state_of
-from lockstep.errors import NotServed, ServerSilent
+from lockstep.errors import NotManager, NotServed, ServerSilent
 from lockstep.service import headers
 from lockstep.service.control_client import ask_status
 from lockstep.service.state import State
@@ -70,10 +70,10 @@ def gather(state: State, name: str | None) -> dict[str, Any]:
             described[volume.name] = ask_status(state.control(volume.name), volume.name)
         except NotServed:
             resting[volume.name] = None
-        except ServerSilent as silence:
+        except (NotManager, ServerSilent) as unanswered:
             if name is not None:
                 raise
-            resting[volume.name] = str(silence)
+            resting[volume.name] = str(unanswered)
     seen = look_at(volume for volume in volumes if volume.name in resting)
     for volume in volumes:
         if volume.name in resting:

@@ -54,7 +54,7 @@ def ask(
 ) -> dict[str, Any]:
     """Have the server behind the control socket at `path` answer; `body` is sent as JSON.
 
-    Raises NotServed, ServerSilent when it hangs, and the error that it answers with.
+    Raises NotServed, NotManager, ServerSilent when it hangs, and the error that it answers with.
     """
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise NotServed(volume=volume)
@@ -66,7 +66,8 @@ def ask(
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise NotServed(volume=volume) from error
         except PermissionError as error:
-            raise NotManager(user=account(os.geteuid()), action="ask the server", path=os.path.dirname(path)) from error
+            action = f"ask the server of {volume}"
+            raise NotManager(user=account(os.geteuid()), action=action, path=path) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ServerSilent(volume=volume, reason=str(error) or type(error).__name__) from error
     if answer.status == http.HTTPStatus.CONFLICT and isinstance(kind := getattr(errors, content["error"], None), type):

@@ -24,7 +24,9 @@ def clear_stale_socket(path: str, *, ours: bool = False) -> None:
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         code = probe.connect_ex(path)
-    if code != errno.ECONNREFUSED and not (ours and code == errno.EACCES):
+    if code == errno.EACCES and not ours:
+        raise SocketUnusable(path=path, reason="it is another account's, as of a server that was killed")
+    if code not in (errno.ECONNREFUSED, errno.EACCES):
         listening = code in (0, errno.EAGAIN)
         raise SocketUnusable(path=path, reason="another program is listening on it" if listening else os.strerror(code))
     try:
