@@ -1,6 +1,5 @@
 """A state directory of an account other than root's, in which root works too: as attach and drill demand of it."""
 
-import importlib
 import os
 import pwd
 import subprocess
@@ -8,7 +7,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lockstep.cli.main import main
 from lockstep.crypto import luks
 from tests.lab import MIB, Lab, needs, write
 
@@ -43,59 +41,6 @@ def test_what_root_makes_is_the_owners(lab: Lab) -> None:
     key = ("--key-file", lab.key, "--new-key-file", new, "--iter-time", "10")
     lab.lockstep("key", "add", "vol", *key, environment=lab.quick_format()).ok()
     assert set(owners(lab).values()) == {NOBODY}
-
-
-def as_nobody(lab: Lab, *arguments: str) -> tuple[int, str]:
-    """Exit code and standard error of a command of that account's, which cannot read where this program is."""
-    with tempfile.TemporaryFile() as said:
-        pid = os.fork()
-        if not pid:
-            for fd in (1, 2):
-                os.dup2(said.fileno(), fd)
-            code = 99
-            try:
-                os.setgroups([])
-                os.setuid(NOBODY)
-                sys.argv = ["lockstep", "--state-dir", str(lab.state), *arguments]
-                sys.stdout, sys.stderr = (os.fdopen(fd, "w") for fd in (1, 2))
-                main()
-            except SystemExit as ended:
-                code = ended.code if isinstance(ended.code, int) else 0
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        said.seek(0)
-        return code, said.read().decode()
-
-
-@needs("/", root=True)
-def test_a_server_of_roots_is_said_to_be_roots(lab: Lab) -> None:
-    """And it does not keep the owner from seeing how the other volumes stand; nor do the sockets that a kill leaves."""
-    for module in ("status", "serving"):
-        importlib.import_module(f"lockstep.cli.{module}")
-    os.chmod(lab.home, 0o755)
-    volume = lab.volume("vol", MIB)
-    lab.lockstep("create", "other", "--target", lab.disk("other.img", MIB)).ok()
-    with volume.served() as served:
-        give_away(lab)
-        control, nbd = (lab.state / "run" / f"vol.{kind}" for kind in ("control", "sock"))
-        for path in (control, nbd):
-            os.chown(path, 0, 0)
-        code, said = as_nobody(lab, "status", "vol")
-        assert (code, f"{control} belongs to somebody else" in said) == (4, True), said
-        code, said = as_nobody(lab, "status")
-        assert code == 0, said
-        assert "nobody may not ask the server of vol" in said
-        assert "other.img" in said
-        served.kill()
-    os.chown(lab.home / "key", NOBODY, -1)
-    for disk in (volume.target, volume.mirror):
-        os.chown(disk, NOBODY, -1)
-    code, said = as_nobody(lab, "serve", "vol", "--key-file", str(lab.key))
-    assert code == 1, said
-    assert f"{nbd} cannot be used: it is another account's" in said
-    assert "Take away what nobody uses" in said
 
 
 @needs("/", root=True)
