@@ -17,7 +17,7 @@ from lockstep.volume import intent
 from lockstep.volume.gate import UPDATE, Ruling
 from lockstep.volume.intent import Identity
 from lockstep.volume.link import DEGRADED, FROZEN, IN_SYNC, SYNCING
-from tests.interleaved_world import USERS
+from tests.interleaved_world import USERS, Job
 from tests.interleavings import Scene, in_scene, played
 
 SCENES = 160
@@ -193,3 +193,48 @@ def test_a_generation_whose_writing_failed_late_may_be_the_one_that_the_mirror_h
         assert (link.error, session.generation) == (None, platter.token.generation)
 
     _at_work(tmp_path, failing)
+
+
+async def _disowned_within(scene: Scene, awaited: Callable[[], Awaitable[object]]) -> None:
+    """Have something written that cannot be put on record while the mirror is given a new generation."""
+    session = scene.sessions[0]
+    real = session._ask_scribe
+
+    def blocks(job: Job) -> OSError | None:
+        return OSError("no space left") if job.work.__name__ in ("_write_pages", "discard") else None
+
+    async def ask_scribe(work: Callable[..., None], *args: int) -> None:
+        if work == session._write_generation and not scene.doing:
+            scene.fate.blocks = blocks
+            data = memoryview(bytes(512))
+            writing = asyncio.ensure_future(scene.path.write("ada", data, run_of(0, 512), 1, durable=False))
+            await asyncio.wait([writing], timeout=60)
+            scene.doing.add(writing)
+        await real(work, *args)
+
+    session._ask_scribe = ask_scribe  # type: ignore[method-assign]
+    await awaited()
+    await asyncio.gather(*scene.doing)
+    scene.fate.blocks = lambda _: None
+
+
+@pytest.mark.parametrize("when", ["it comes back", "marks are cleared"])
+def test_a_bitmap_that_could_not_be_taken_away_fits_no_more_until_it_has_every_mark(tmp_path: Path, when: str) -> None:
+    async def disowned(scene: Scene) -> None:
+        session, link, platter = scene.sessions[0], scene.links[0], scene.platters[0]
+
+        async def come_back() -> None:
+            while not await session.come_back():
+                await asyncio.sleep(0)
+
+        if when == "it comes back":
+            link.drop("writing", OSError("gone"))
+            await _disowned_within(scene, come_back)
+            await session.advance()  # as before marks are cleared
+        else:
+            await _disowned_within(scene, lambda: asyncio.gather(session.advance(), return_exceptions=True))
+        identity = Identity(scene.volume_id, link.uuid, scene.size_bytes)
+        found = intent.load(scene.state.intent(link.uuid), identity, platter.token.generation, None)
+        assert found.marked[0]
+
+    _at_work(tmp_path, disowned)

@@ -245,15 +245,17 @@ class MirrorSession:
 
     async def disown(self) -> None:
         """Have the next start copy everything: without a bitmap, or else with a generation that it does not fit."""
-        self._disowned = True
-        try:
-            await self._in_worker(self._intent.discard)
-        except OSError as failure:
+        self._disowned = True  # at once: a mirror that is coming back is not followed then
+        async with self._advancing:  # a generation that is under way would be one that the bitmap fits
             try:
-                await self._scribe.run(self._write_token, self._following(), self.link.token_state)
-            except (LockstepError, TimeoutError) as error:
-                raise OSError(failure.errno, f"neither the bitmap nor the mirror can be written: {error}") from error
-            self._intent.ignore()
+                await self._in_worker(self._intent.discard)
+            except OSError as failure:
+                try:
+                    await self._scribe.run(self._write_token, self._following(), self.link.token_state)
+                except (LockstepError, TimeoutError) as error:
+                    said = f"neither the bitmap nor the mirror can be written: {error}"
+                    raise OSError(failure.errno, said) from error
+                self._intent.ignore()
 
     def _write_state(self, state: str) -> None:
         if self._token.state != state:
@@ -445,6 +447,8 @@ class MirrorSession:
         await self._recognise(header.token.generation)
         await self._own_up()  # first: an older copy that says that it is whole must not be the newest
         await self.advance()
+        if self._disowned:
+            raise OSError(errno.ENOSPC, "what was written meanwhile could not be recorded in the state directory")
 
     async def _recognise(self, generation: int) -> None:
         """See whether it is the mirror that the bitmap tells of; if not, everything differs. Raises OSError."""
@@ -453,8 +457,12 @@ class MirrorSession:
         self.link.regions.mark_all()
         await self._held.thaw()  # it is not the one that was frozen; after a crash, the bitmap says that it fits
         if self._disowned:
-            await self._in_worker(self._intent.claim, generation, generation, self._intent.marked())
-            self._disowned = False
+            self._disowned = False  # first: it may be anew while that is written
+            try:
+                await self._in_worker(self._intent.claim, generation, generation, self._intent.marked())
+            except OSError:
+                self._disowned = True
+                raise
         else:
             log.warning("mirror %s is not as it was left: all of it is copied", self.mirror.path)
             await self._intent.mark([(0, self._volume.size_bytes)])  # before the bitmap says that it fits
