@@ -9,6 +9,7 @@ import uuid
 from array import array
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final, cast
 
 import pytest
@@ -295,6 +296,22 @@ def test_marks_stay_where_the_mirror_failed_and_came_back_while_they_were_to_be_
         world.assert_marked()
 
     played(scene, tmp_path)
+
+
+def test_a_mirror_whose_header_cannot_be_written_keeps_no_others_marks(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        broken, well = world.links
+
+        async def advance() -> None:
+            raise OSError(errno.EIO, "bad sector")
+
+        broken._keeper = cast(Keeper, SimpleNamespace(advance=advance))
+        await world.path.tidy()  # from now on nobody has written
+        with pytest.raises(OSError, match="bad sector"):
+            await world.path.tidy()
+        assert (broken.error, 1 in broken.intent.marked(), 1 in well.intent.marked()) == (None, True, False)
+
+    played(scene, tmp_path, mirrors=2)
 
 
 def test_what_is_written_at_once_while_the_mirror_is_away_is_copied_when_it_is_back(tmp_path: Path) -> None:

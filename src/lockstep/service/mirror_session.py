@@ -228,7 +228,7 @@ class MirrorSession:
         self._generations = (generation, following)
         await self._ask_scribe(self._write_generation, following)
         await self._in_worker(self._intent.settle, following)
-        self._generations = (following, following)
+        self._generations, self._last_failure = (following, following), ""
 
     async def _ask_scribe(self, work: Callable[..., None], *args: int) -> None:
         """Have something done about the header. Raises OSError; a mirror that is another one by now is dropped."""
@@ -238,6 +238,9 @@ class MirrorSession:
             failure = _as_disk_error(error)
             if isinstance(error, DiskChanged):
                 self.link.drop("looking after", failure)
+            if self.link.error is None and str(error) != self._last_failure:
+                self._last_failure = str(error)
+                log.warning("the header of mirror %s could not be updated, its marks stay: %s", self.mirror.path, error)
             raise failure from error
         except TimeoutError as failure:
             self.link.drop("updating the header of", failure)

@@ -226,8 +226,8 @@ class WritePath:
     async def tidy(self) -> None:
         """Clear the marks of regions that are equal, and that nobody writes to, after flushing both disks.
 
-        Raises OSError when that fails; the marks then stay. One at a time: a second would forget who wrote since the
-        first began.
+        Raises OSError when that fails; the marks then stay, of the mirror for which it does. One at a time: a second
+        would forget who wrote since the first began.
         """
         async with self._tidying:
             await self._tidy()
@@ -243,8 +243,9 @@ class WritePath:
             return
         admissions = {mirror: mirror.admissions for mirror in self.mirrors}
         await self.flush()
-        for mirror, regions in idle.items():
-            await mirror.forget(regions, admissions[mirror])
+        forgetting = (mirror.forget(regions, admissions[mirror]) for mirror, regions in idle.items())
+        for failure in filter(None, await asyncio.gather(*forgetting, return_exceptions=True)):
+            raise failure  # but each mirror by itself: one whose header fails keeps no other's marks
 
     def _at_rest(self, mirror: MirrorLink, regions: bytes) -> bytes:
         """Those of these regions, a byte each, that are equal on both disks, and to which no write is under way."""
