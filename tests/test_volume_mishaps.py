@@ -994,6 +994,53 @@ def test_a_flush_is_not_answered_before_one_beside_it_has_said_what_was_lost(tmp
     played(scene, tmp_path)
 
 
+@pytest.mark.parametrize("told", ["write", "flush"])
+def test_nothing_is_answered_as_durable_before_what_the_target_failed_beside_it_is_known(
+    tmp_path: Path, told: str
+) -> None:
+    """The kernel tells one of a flush and a durable write only, and that one may be waiting for a slow mirror then."""
+
+    async def scene(world: World) -> None:
+        (disk,), failed, go = world.disks, threading.Event(), threading.Event()
+        target_job, mirror_write, mirror_flush = world.target.write_job, disk.write_job, disk.flush_job
+
+        def lost() -> None:
+            failed.set()
+            raise OSError(errno.EIO, "lost")
+
+        def slowly(job: Callable[[], object], by: str) -> Callable[[], None]:
+            return cast(Callable[[], None], lambda: (by == told and go.wait(), job())[1])
+
+        def write(data: memoryview, run: "array[int]", count: int, durable: bool = False) -> Callable[[], None]:
+            return lost if durable and told == "write" else target_job(data, run, count, durable)
+
+        def copy(data: memoryview, run: "array[int]", count: int, durable: bool = False) -> Callable[[], None]:
+            return slowly(mirror_write(data, run, count, durable), "write")
+
+        async def durable_write() -> None:
+            data = memoryview(DATA)
+            await world.path.write("someone", data, run_of(0, len(data)), 1, durable=True)
+
+        async def flush() -> None:
+            await world.path.flush()
+
+        world.target.write_job, disk.write_job = write, copy  # type: ignore[method-assign]
+        disk.flush_job = lambda: slowly(mirror_flush(), "flush")  # type: ignore[method-assign]
+        if told == "flush":
+            world.target.flush_job = lambda: lost  # type: ignore[method-assign]
+        first, beside = (durable_write, flush) if told == "write" else (flush, durable_write)
+        telling = asyncio.ensure_future(first())
+        await asyncio.to_thread(failed.wait)
+        asking = asyncio.ensure_future(beside())
+        await asyncio.wait([asking], timeout=0.1)
+        go.set()
+        for each in (telling, asking):
+            with pytest.raises(OSError, match="lost"):
+                await each
+
+    played(scene, tmp_path)
+
+
 @pytest.mark.parametrize("update", ["write", "zero"])
 def test_what_waited_for_room_does_not_come_all_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: str

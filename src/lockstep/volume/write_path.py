@@ -104,6 +104,7 @@ class WritePath:
         self._hint = workers.hint
         self._early_bytes = 0  # left of EARLY_BYTES
         self._half_done: set[tuple[int, int]] = set()  # (offset, length) of what mirrors may have alone
+        self._in_doubt: dict[asyncio.Future[None], asyncio.Future[None]] = {}  # what failed -> that it is known why
         self._flushes = Rounds(self._flush_all, at_once=True)
         self._tidying = asyncio.Lock()
 
@@ -341,6 +342,8 @@ class WritePath:
             copy = mirror.begin_update(sectors, whole, number, durable=durable) if fits else None  # 102/503, 103/504
             begun.append((mirror, copy, whole, number))
         target = self._in_worker(job)  # 103/505
+        if durable:
+            target.add_done_callback(self._doubt)
         return _Update(begun, target, data, run, count, durable)
 
     async def _settle(self, update: "_Update") -> None:
@@ -356,9 +359,11 @@ class WritePath:
                 for extent in places(update.run, update.count):
                     self._target_failed(failure, extent)
             raise
+        finally:
+            self._end_doubt(update.target)
         if update.durable:
             await self._announce_faults()
-            self.require_durability()
+            await self._require_durability_of_all()
         elif self._early_bytes > 0:  # after the reply, which need not wait for this
             asyncio.get_running_loop().call_soon(self._write_back, update.run, update.count)
 
@@ -473,9 +478,11 @@ class WritePath:
     def _flush_all(self) -> Coroutine[Any, Any, None]:
         self._early_bytes = EARLY_BYTES
         copies = [mirror.begin_flush() for mirror in self.mirrors]
-        return self._settle_flush(copies, self._in_worker(self.target.flush_job()))
+        target = self._in_worker(self.target.flush_job())
+        target.add_done_callback(self._doubt)
+        return self._settle_flush(copies, target)
 
-    async def _settle_flush(self, copies: Sequence[Awaitable[None]], target: Awaitable[None]) -> None:
+    async def _settle_flush(self, copies: Sequence[Awaitable[None]], target: "asyncio.Future[None]") -> None:
         for copy in copies:
             with contextlib.suppress(OSError):  # the mirror was dropped
                 await copy
@@ -484,7 +491,24 @@ class WritePath:
         except OSError as failure:
             self._lose_durability(failure)
             raise
+        finally:
+            self._end_doubt(target)
         await self._announce_faults()
+        await self._require_durability_of_all()
+
+    def _doubt(self, target: "asyncio.Future[None]") -> None:
+        """See that FLUSH or FUA has failed, at once, before the mirrors have ended: it may tell of others' losses."""
+        if target.exception() is not None:
+            self._in_doubt[target] = asyncio.get_running_loop().create_future()
+
+    def _end_doubt(self, target: "asyncio.Future[None]") -> None:
+        if doubt := self._in_doubt.pop(target, None):
+            doubt.set_result(None)
+
+    async def _require_durability_of_all(self) -> None:
+        """Like `require_durability`, once it is known of all that failed meanwhile whose loss that was."""
+        if self._in_doubt:
+            await asyncio.wait(list(self._in_doubt.values()))
         self.require_durability()
 
     async def _takes(self, update: _Update) -> bool:
