@@ -32,3 +32,10 @@ began_s = time.monotonic()
 assert patience.ask({"one more": int}, 60) == {"one more": 0}  # nothing that hung was left under way
 assert time.monotonic() - began_s < 30
 """)
+
+
+def test_one_whose_process_is_killed_has_no_answer_and_ends_nothing() -> None:
+    ask("""
+import os, signal
+assert patience.ask({"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "sound": int}) == {"sound": 0}
+""")

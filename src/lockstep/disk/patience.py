@@ -26,10 +26,10 @@ _left_behind: dict[str, int] = {}  # question -> the process that has not answer
 
 
 def ask(questions: Mapping[str, Callable[[], Answer]], patience_s: float = PATIENCE_S) -> dict[str, Answer]:
-    """Put the questions, AT_ONCE of them, and return the answers, without those that hang; what one raises is raised.
+    """Put the questions, AT_ONCE of them, and return the answers; what one raises is raised.
 
-    Patience ends when none has been answered for so long: many of them on a slow machine are no silence. For programs
-    with one thread.
+    Those that hang, or whose process is killed, have none. Patience ends when none has been answered for so long: many
+    of them on a slow machine are no silence. For programs with one thread.
     """
     answers: dict[str, Answer] = {}
     unasked = ((name, question) for name, question in questions.items() if not _still_asked(name))
@@ -43,7 +43,8 @@ def ask(questions: Mapping[str, Callable[[], Answer]], patience_s: float = PATIE
                     if not piece:
                         _close(waiting, each.fd)
                         os.waitpid(pid, 0)
-                        answers[name] = _understood(said)
+                        if said:  # else somebody has killed it, for its memory perhaps
+                            answers[name] = _understood(said)
                 if not ready:
                     _leave_behind(waiting)
         finally:
