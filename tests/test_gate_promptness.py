@@ -128,6 +128,55 @@ def test_whatever_keeps_the_audit_trail_from_being_written_holds_the_mirrors_bac
         assert [row.event for row in registry.audit_rows()] == ["volume-added", "odd"]
 
 
+def test_a_registry_that_does_not_answer_is_one_that_cannot_be_written_nor_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A database whose disk hangs takes the question, and says nothing. Neither the mirrors nor the end go by that."""
+    monkeypatch.setattr("lockstep.service.answers.ANSWER_S", 0.05)
+    registry = State(str(tmp_path / "state")).registry()
+    record = registry.add_volume("vol", target_path="/target", size_bytes=512, sector_bytes=512, actor=ROOT)
+    gate, answers, asked = VolumeGate("vol", "hold", registry.grants("vol")), threading.Event(), []
+
+    def hangs(name: str) -> None:
+        real = getattr(registry, name)
+
+        def call(*arguments: Any, **details: Any) -> Any:
+            asked.append(name)
+            assert answers.wait(10)
+            return real(*arguments, **details)
+
+        monkeypatch.setattr(registry, name, call)
+
+    async def serve() -> None:
+        clerks = Workers("clerk", 2)
+        session = cast(VolumeSession, SimpleNamespace(record=record, writes=SimpleNamespace(mirrors=()), mirrors=()))
+        trail = Trail(registry, "vol", gate, clerks.run)
+        background = Background(
+            session, gate, Clients(gate, trail), trail, Verification(session, trail), registry, clerks.run, tuple
+        )
+        async with trail.written():
+            trail.note("odd", ROOT, "something happened")
+            while gate("root") is not Ruling.FALL_BEHIND:
+                await asyncio.sleep(0.01)
+            for _ in range(3):
+                await background._look()
+            assert sorted(asked) == ["audit", "grants"], "it is asked again though it has not answered"
+            assert trail.error == "the audit trail cannot be written: the registry does not answer"
+            answers.set()
+            while gate("root") is not Ruling.UNTIL_RELEASED:
+                await asyncio.sleep(0.01)
+                await background._look()
+        clerks.close()
+
+    with registry:
+        registry.revoke("vol", "root", actor=ROOT)
+        hangs("grants")
+        hangs("audit")
+        asyncio.run(asyncio.wait_for(serve(), 10))
+        assert [row.event for row in registry.audit_rows()] == ["volume-added", "revoked", "odd"]
+    assert "the registry cannot be read, the grants stay what they were: the registry does not answer" in caplog.text
+
+
 def test_what_one_mirror_cannot_release_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
     registry = State(str(tmp_path / "state")).registry()
     record = registry.add_volume("vol", target_path="/target", size_bytes=512, sector_bytes=512, actor=ROOT)

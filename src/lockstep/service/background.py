@@ -13,6 +13,7 @@ from lockstep.registry import windows
 from lockstep.registry.access import Grant
 from lockstep.registry.audit import SERVER, Actor
 from lockstep.registry.store import Registry, VolumeRecord
+from lockstep.service.answers import in_time
 from lockstep.service.clients import Clients
 from lockstep.service.gate import VolumeGate
 from lockstep.service.mirror_session import MirrorSession
@@ -68,6 +69,7 @@ class Background:
         self._states: dict[MirrorLink, str] = {}
         self._blind = False  # the registry could not be read when last tried
         self._reading = asyncio.Lock()
+        self._asked: asyncio.Future[tuple[VolumeRecord, tuple[Grant, ...]]] | None = None  # of the registry, last
         self._unknown_zones: set[str] = set()  # of which the log has told
 
     @contextlib.asynccontextmanager
@@ -160,11 +162,14 @@ class Background:
             return
         log.info("filling the new target: %d bytes", filling.left_bytes)
         await filling.run()
+        noting: asyncio.Future[None] | None = None
         while filling.over and self._session.filling is not None:
             try:
                 await self._path.flush()
-                await self._session.workers.run(self._session.note_filled)
+                noting = noting or asyncio.ensure_future(self._session.workers.run(self._session.note_filled))
+                await in_time(noting)
             except (LockstepError, OSError) as failure:
+                noting = None if noting is None or noting.done() else noting
                 log.warning("the new target has everything, but that could not be noted yet: %s", failure)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), WATCH_INTERVAL_S)
@@ -233,8 +238,8 @@ class Background:
         """Go by what the registry says now: one reader after the other, or what was read first could be the last."""
         async with self._reading:
             try:
-                volume, grants = await self._in_clerk(self._registered)
-            except LockstepError as failure:
+                volume, grants = await self._ask()
+            except (LockstepError, TimeoutError) as failure:
                 if not self._blind:
                     log.warning("the registry cannot be read, the grants stay what they were: %s", failure)
                 self._blind = True
@@ -243,6 +248,12 @@ class Background:
             self._gate.update(volume.on_denied, grants)
             self._verification.schedule = volume.scrub
             self._tell_of_unknown_zones({each.timezone for each in (*grants, volume.scrub) if each is not None})
+
+    async def _ask(self) -> tuple[VolumeRecord, tuple[Grant, ...]]:
+        if self._asked is not None and not self._asked.done():
+            raise TimeoutError("the registry does not answer")
+        self._asked = asyncio.ensure_future(self._in_clerk(self._registered))
+        return await in_time(self._asked)
 
     def _registered(self) -> tuple[VolumeRecord, tuple[Grant, ...]]:
         return self._registry.volume(self._volume_name), self._registry.grants(self._volume_name)

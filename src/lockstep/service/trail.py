@@ -1,7 +1,8 @@
 """The audit trail as a served volume writes it: in order, by one task, beside the work that it tells of.
 
 If a row cannot be written, it is tried again until it can be, and meanwhile no mirror is updated: what nobody could
-account for is recorded as different, and copied afterwards. The target goes on.
+account for is recorded as different, and copied afterwards. The target goes on. So it is while the registry does not
+answer; then the row is waited for, since it may be written yet.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from typing import Any, Final
 from lockstep.errors import LockstepError
 from lockstep.registry.audit import Actor
 from lockstep.registry.store import Registry
+from lockstep.service.answers import in_time
 from lockstep.service.gate import VolumeGate
 
 log = logging.getLogger(__name__)
@@ -112,17 +114,24 @@ class Trail:
                 at_us=row.at_us,
             )
 
+        writing = asyncio.ensure_future(self._in_worker(append))
         try:
-            await self._in_worker(append)
-        except Exception as failure:
-            if self.error is None:
-                where = None if isinstance(failure, LockstepError) else failure
-                log.error("%s, so the mirrors are not updated: %s", UNWRITABLE, failure, exc_info=where)
-            self.error = f"{UNWRITABLE}: {failure}"
-            self._gate.suspend(True)
+            try:
+                await in_time(writing)
+            except TimeoutError as silence:
+                self._suspend(silence, None)
+                await writing
+        except Exception as failure:  # noqa: BLE001 (it is logged there)
+            self._suspend(failure, None if isinstance(failure, LockstepError) else failure)
             return False
         if self.error is not None:
             log.info("the audit trail can be written again")
             self.error = None
             self._gate.suspend(False)
         return True
+
+    def _suspend(self, failure: Exception, where: Exception | None) -> None:
+        if self.error is None:
+            log.error("%s, so the mirrors are not updated: %s", UNWRITABLE, failure, exc_info=where)
+        self.error = f"{UNWRITABLE}: {failure}"
+        self._gate.suspend(True)

@@ -11,6 +11,7 @@ volume is served (volume/filling.py).
 Whatever ends the process before `retire` leaves its marks: the next start copies the marked regions.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -31,6 +32,7 @@ from lockstep.errors import (
 from lockstep.registry.audit import SERVER
 from lockstep.registry.store import VolumeRecord
 from lockstep.service import mirrors
+from lockstep.service.answers import in_time
 from lockstep.service.mirror_opening import MirrorOpener
 from lockstep.service.mirror_session import MirrorSession
 from lockstep.service.state import State
@@ -179,7 +181,10 @@ class VolumeSession:
             except LockstepError as error:
                 path = session.mirror.path
                 log.error("mirror %s was not closed, the next start copies what it misses: %s", path, error)
-        await self.workers.run(self._note_generations)
+        try:
+            await in_time(asyncio.ensure_future(self.workers.run(self._note_generations)))
+        except TimeoutError as silence:
+            log.warning("the registry could not be updated: %s", silence)
 
     def _note_generations(self) -> None:
         """Remember what was written last; a registry out of reach is no reason not to serve, or not to stop."""
