@@ -78,6 +78,24 @@ def test_a_mirror_that_was_away_is_not_in_sync_when_the_record_of_what_is_held_i
     assert not any(volume.decrypted())
 
 
+def test_a_frozen_mirror_of_which_all_is_to_be_copied_is_not_the_disk_of_any_moment(lab: Lab) -> None:
+    """Somebody has found that it is wrong; but what is held stays away from it all the same."""
+    volume = lab.volume("vol", SIZE, content=random.Random(1).randbytes(SIZE))
+    noise = lab.home / "noise"
+    noise.write_bytes(random.Random(2).randbytes(64 << 10))
+    before = volume.target.read_bytes()
+    with volume.served() as served:
+        overwrite(served, "mallory", noise)
+        assert served.mirror()["consistent"]
+        with volume.mirror.open("r+b") as rotten:
+            rotten.seek(18 * MIB)
+            rotten.write(bytes(MIB))
+        lab.lockstep("sync", "vol", "--all", "--wait").failed(3, "65536 bytes of it are held")
+        mirror = served.mirror()
+        assert (mirror["consistent"], mirror["dirty_bytes"], mirror["held_bytes"]) == (False, 0, 64 << 10)
+    assert volume.decrypted() == before
+
+
 def what_mallory_did(lab: Lab) -> set[str]:
     rows = lab.lockstep("audit", "vol", "--user", "mallory", "--json").ok().splitlines()
     return {json.loads(row)["event"] for row in rows}

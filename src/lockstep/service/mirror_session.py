@@ -324,9 +324,8 @@ class MirrorSession:
         """
         self._require_claimed()
         self._require_no_source()
-        self.link.regions.mark_all()
         try:
-            await self._intent.mark([(0, self._volume.size_bytes)])
+            await self.link.doubt()
         except OSError as error:
             raise StateDirUnusable(path=self._state.path, reason=error.strerror or str(error)) from error
 

@@ -302,6 +302,15 @@ class MirrorLink:
         self.regions.release(without(regions, without(regions, which())))
         self.waiting = False
 
+    async def doubt(self) -> None:
+        """Have all of it copied, but for what is held: somebody says that it is not what it should be. Raises OSError.
+
+        So it is not the disk as it was when it froze, either.
+        """
+        self.regions.mark_all()
+        await self._thaw()
+        await self.intent.mark([(0, self.regions.size_bytes)])
+
     async def forget_released(self) -> None:
         """Clear the record of what was held, released, copied and flushed. Raises OSError."""
         done = without(self.held.regions(), self.regions.differing())
