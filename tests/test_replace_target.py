@@ -521,6 +521,10 @@ def test_the_mirror_that_was_followed_last_is_taken_after_a_crash(tmp_path: Path
     written = volume.target.read_bytes()
     volume.target.unlink()
     away.rename(volume.mirror)
+    second.rename(away)
+    missed = MirrorMissed(path=second, volume="vol", other=volume.mirror, reason="")
+    replaced(volume, new).failed(1, f"The mirror {second} of vol has what {volume.mirror} lacks", missed.advice)
+    away.rename(second)
     assert f"all of it still on {second}" in replaced(volume, new).ok()
     assert Volume(lab, "vol", new, second, None).decrypted() == written
 

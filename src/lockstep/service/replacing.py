@@ -185,28 +185,41 @@ def _source(state: State, registry: Registry, volume: VolumeRecord, path: str | 
     lacks = [_lacking(state, volume, each.mirror, each.token.generation).count(1) for each in found]
     least = min(lacks)
     alike = [each for each, count in zip(found, lacks, strict=True) if count == least]
-    if len(alike) > 1 and any(1 in _marked(state, volume, each.mirror, each.token.generation) for each in alike):
-        alike = _followed_last(registry, volume, alike)
-        if len(alike) > 1:
-            raise MirrorsAlike(volume=volume.name, mirrors=", ".join(each.mirror.path for each in alike))
+    rivals: list[tuple[MirrorRecord, LockstepError]] = []
     for mirror, reason in failures:
-        if _lacking(state, volume, mirror, None).count(1) < least:
+        count = _lacking(state, volume, mirror, None).count(1)
+        if count < least:
             raise MirrorMissed(path=mirror.path, volume=volume.name, other=alike[0].mirror.path, reason=str(reason))
+        rivals += [(mirror, reason)] if count == least else []
+    if any(1 in _marked(state, volume, each.mirror, each.token.generation) for each in alike):
+        alike = [_followed_last(registry, volume, alike, rivals)]
     ranks = {IN_SYNC: 0, ASIDE: 1, FROZEN: 2}
     return min(alike, key=lambda each: ranks.get(each.token.state, len(ranks)))
 
 
-def _followed_last(registry: Registry, volume: VolumeRecord, sources: list[_Source]) -> list[_Source]:
-    """Those that the last server was following when another was lost, by the audit trail; all, if it does not tell."""
+def _followed_last(
+    registry: Registry, volume: VolumeRecord, alike: list[_Source], rivals: list[tuple[MirrorRecord, LockstepError]]
+) -> _Source:
+    """Return the one that the last server was following when others were lost, by the audit trail.
+
+    The `rivals` are as good by the bitmaps, and cannot be used. Raises MirrorMissed, MirrorsAlike.
+    """
     states: dict[str, str] = {}
     for row in registry.audit_rows(volume=volume.name, events=(SERVED, MIRROR, LOST)):
         if row.event != MIRROR:
             states.clear()
         elif "luks_uuid" in row.details:
             states[row.details["luks_uuid"]] = row.details["state"]
-    known = [states.get(each.mirror.luks_uuid) for each in sources]
-    followed = [each for each, said in zip(sources, known, strict=True) if said != DEGRADED]
-    return sources if None in known else followed or sources
+    if all(each.luks_uuid in states for each in (*(one.mirror for one in alike), *(mirror for mirror, _ in rivals))):
+        followed = [each for each in alike if states[each.mirror.luks_uuid] != DEGRADED]
+        for mirror, reason in rivals:
+            if not followed and states[mirror.luks_uuid] != DEGRADED:
+                other = alike[0].mirror.path
+                raise MirrorMissed(path=mirror.path, volume=volume.name, other=other, reason=str(reason))
+        alike = followed or alike
+    if len(alike) > 1:
+        raise MirrorsAlike(volume=volume.name, mirrors=", ".join(each.mirror.path for each in alike))
+    return alike[0]
 
 
 def _usable(state: State, volume: VolumeRecord, mirror: MirrorRecord, *, incomplete: bool) -> _Source:
