@@ -4,6 +4,7 @@ The disks, the cipher and the records are the real ones; the gate is a table tha
 """
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -241,6 +242,29 @@ def test_a_mirror_is_frozen_from_the_first_held_write_to_the_next_update() -> No
         assert (stage.link.state, stage.link.consistent, stage.link.token_state) == ("behind", False, "behind")
         stage.crash()
         assert stage.held.frozen_since_s is None
+
+    play(scene)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_mirror_is_in_sync_until_it_has_its_new_generation_and_freezes_with_that_alone(written: bool) -> None:
+    """Until then it is whole, and a kill must not leave it saying that it is not; without, a copy of it would pass."""
+
+    async def scene(stage: Stage) -> None:
+        before: list[tuple[str, float | None]] = []
+
+        async def advance() -> None:
+            before.append((stage.link.token_state, stage.held.frozen_since_s))
+            if not written:
+                raise OSError(errno.EIO, "its header cannot be written")
+
+        stage.link._keeper.advance = advance  # type: ignore[method-assign]
+        stage.gate.rulings = {"bob": Ruling.UNTIL_WINDOW}
+        await stage.write("bob", 0, b"b" * 4096)
+        await stage.write("bob", REGION, b"b" * 4096)
+        assert before == [("in-sync", None)]
+        assert stage.link.token_state == ("frozen" if written else "behind")
+        assert stage.held.regions()[:3] == b"\1\1\0"
 
     play(scene)
 

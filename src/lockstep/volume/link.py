@@ -254,9 +254,9 @@ class MirrorLink:
         """
         try:
             async with self._freezing:  # others wait until it is on record whether the mirror was equal
+                renewed = self.state == IN_SYNC and await self._renewed()
                 if self.state == IN_SYNC:
                     self.regions.hold(start, end - start)
-                    renewed = await self._renewed()
                     await self.flush()
                     await self.held.hold(start, end, user, kind, equal=renewed and self.error is None)
             self.regions.hold(start, end - start)
