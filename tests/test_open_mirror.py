@@ -353,13 +353,16 @@ def test_a_commit_that_is_killed_leaves_nothing_that_looks_whole(made: Made, lab
 
 
 @needs("prlimit")
-def test_a_file_that_a_failed_commit_was_overwriting_does_not_look_whole(made: Made, lab: Lab) -> None:
+@pytest.mark.parametrize("by_link", [False, True])
+def test_a_file_that_a_failed_commit_was_overwriting_does_not_look_whole(made: Made, lab: Lab, by_link: bool) -> None:
     """It may be the target's own name: half of it would be copied to the mirror by the next start."""
     volume, overlay = made.copy(lab, "inline"), lab.home / "overlay"
     with opened(volume, "--writable", "--overlay", overlay):
         pass
     output = lab.disk("output", SIZE_BYTES, b"\xee" * SIZE_BYTES)
-    command = ["commit", volume.mirror, overlay, output, "--key-file", lab.key]
+    link = lab.home / "link"
+    link.symlink_to(output)
+    command = ["commit", volume.mirror, overlay, link if by_link else output, "--key-file", lab.key]
     lab.lockstep(*command).failed(1, "the file exists already")
     limited = ["prlimit", f"--fsize={SIZE_BYTES - MIB}", sys.executable, "-m", "lockstep", *command, "--force"]
     Result(subprocess.run([*map(str, limited)], capture_output=True, check=False)).failed(1, "File too large")
@@ -369,6 +372,7 @@ def test_a_file_that_a_failed_commit_was_overwriting_does_not_look_whole(made: M
     assert output.read_bytes() == volume.target.read_bytes()
     lab.lockstep(*command, "--force").ok()
     assert not Path(f"{output}.committing").exists()
+    assert link.is_symlink()
 
 
 def test_an_overlay_is_committed_before_a_header_is_put_back(made: Made, lab: Lab) -> None:

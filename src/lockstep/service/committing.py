@@ -5,6 +5,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from lockstep.crypto.unlock import Unlock
@@ -56,7 +57,10 @@ def commit(
         raise OverlayMissing(path=overlay_path)
     inspect(overlay_path)
     refuse_known(state, output_path)
-    for path in filter(os.path.lexists, (output_path, output_path + UNFINISHED)):
+    place = output_path
+    if os.path.islink(place) and not Path(place).is_block_device():
+        place = os.path.realpath(place)  # it is the file that has another name meanwhile, not the link
+    for path in filter(os.path.lexists, (place, place + UNFINISHED)):
         refuse_same_storage(path, path, mirror_path, header_path, overlay_path)
     with opened(
         mirror_path,
@@ -67,7 +71,7 @@ def commit(
         incomplete=incomplete,
     ) as view:
         size_bytes = view.size_bytes
-        with _claimed(output_path, size_bytes, force=force) as output:
+        with _claimed(place, size_bytes, force=force) as output:
             try:
                 if not output.disk.is_block:
                     output.resize(size_bytes)
