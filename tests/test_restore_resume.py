@@ -566,15 +566,19 @@ def test_a_target_that_is_half_restored_is_not_served(tmp_path: Path) -> None:
         pass
 
 
-def test_a_target_that_is_half_restored_by_its_other_name_is_not_served_either(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_link", [False, True])
+def test_a_target_that_is_half_restored_by_its_other_name_is_not_served_either(tmp_path: Path, by_link: bool) -> None:
     """Nor is it said to be better than the mirror, nor still half restored when it is being filled."""
-    lab = ForkLab(tmp_path)
+    lab, real, link = ForkLab(tmp_path), tmp_path / "vol.target", tmp_path / "link"
     volume = lab.volume("vol", SIZE_BYTES, content=content())
     volume.copy_by_hand()
-    real = volume.target.rename(tmp_path / "real")
-    volume.target.symlink_to(real)
+    if by_link:
+        link.symlink_to(volume.target)
+    else:
+        real = volume.target.rename(tmp_path / "real")
+        volume.target.symlink_to(real)
     there = There(tmp_path, volume.mirror)
-    there.output, there.record = real, Path(f"{real}.restoring")
+    there.output, there.record = link if by_link else real, Path(f"{real}.restoring")
     there.interrupt(3 * MIB, "--force")
     unfinished = TargetHalfRestored(path=volume.target, volume="vol", record=there.record)
     assert_error(lab.lockstep("serve", "vol", "--key-file", there.key), unfinished)

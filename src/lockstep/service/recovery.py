@@ -196,7 +196,8 @@ class _DiskRestore:
         self._begun = begun
         self._on_progress = on_progress
         self._path = wanted.output_path
-        self._record_path = os.path.abspath(wanted.record_path or wanted.output_path + SUFFIX)
+        # By the name that the output has whatever it is called: a server may know it by another.
+        self._record_path = os.path.abspath(wanted.record_path or os.path.realpath(wanted.output_path) + SUFFIX)
 
     def run(self, opened: Callable[[], Mirror]) -> int:
         """Do it; return how many bytes were there already."""
