@@ -6,6 +6,7 @@ import grp
 import json
 import os
 import pwd
+import resource
 import shutil
 import stat
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from fuzz.bodies import Choices, MemoryExport
 
 from lockstep.errors import ActingNeedsRoot
-from lockstep.nbd.identity import is_user_name
+from lockstep.nbd.identity import account, is_user_name
 from lockstep.nbd.server import NbdServer
 from lockstep.service.attach import require_right_to_act_for
 from tests import nbd_client as nbd
@@ -104,6 +105,23 @@ def test_a_socket_that_cannot_be_given_to_the_group_is_removed(tmp_path: Path, m
     monkeypatch.setattr(os, "chown", refuse)
     asyncio.run(listen())
     assert not (tmp_path / "sock").exists()
+
+
+def test_who_cannot_be_looked_up_for_want_of_descriptors_is_taken_for_nobody_else(volume: Volume) -> None:
+    with volume.served() as served, contextlib.ExitStack() as clients:
+        pid = served.process.pid
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        for spare in range(4):
+            used = len(os.listdir(f"/proc/{pid}/fd"))
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + spare, limits[1]))
+            for _ in range(3):
+                client = clients.enter_context(Client(served.socket))
+                with contextlib.suppress(EOFError, ConnectionError):
+                    client.go("vol")
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+            assert set(users(served)) <= {account(os.geteuid())}
+        clients.enter_context(Client(served.socket).go("vol"))
+        assert set(users(served)) == {account(os.geteuid())}
 
 
 # --- on behalf of another ---------------------------------------------------------------------------------

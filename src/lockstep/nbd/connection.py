@@ -43,7 +43,7 @@ from lockstep.nbd.frames import (
     rebase,
     rest_of,
 )
-from lockstep.nbd.identity import peer_of
+from lockstep.nbd.identity import NAMELESS, peer_of
 from lockstep.nbd.negotiation import Agreement, Negotiation, Security, State
 from lockstep.nbd.payload import Block, PayloadPool, Share
 from lockstep.nbd.replies import REPLY_BATCH_BYTES, Replies
@@ -93,7 +93,7 @@ class Connection(Securable):
 
     def __init__(self, server: Host, tls: ssl.SSLContext | None = None) -> None:
         """Serve the export of `server`; with `tls`, to nobody before TLS is established on those terms."""
-        self.user = self.origin = ""
+        self.user, self.origin = NAMELESS, "unknown yet"
         self.fd = -1  # of its socket
         self.since_s = server.clock_s()
         self._server = server
@@ -133,12 +133,12 @@ class Connection(Securable):
         sock = transport.get_extra_info("socket")
         _tune(sock)
         self.fd = sock.fileno()
-        peer = peer_of(sock, tls=self._tls is not None)
-        self.user, self.origin = peer.user, peer.origin
         try:
+            peer = peer_of(sock, tls=self._tls is not None)
+            self.user, self.origin = peer.user, peer.origin
             self._buffer = page_aligned(RECEIVE_BYTES)
-        except OSError:
-            self.abort("there is no memory for a receive buffer")
+        except OSError as failure:
+            self.abort(f"it cannot be let in now: {failure.strerror or failure}")
             return
         security = Security.AWAITED if self._tls else Security.NONE
         info = self._export.info

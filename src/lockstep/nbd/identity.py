@@ -8,6 +8,8 @@ One space of names: the account `alice` and the certificate of `alice` are the s
 on behalf of any user, by the export name VOLUME@USER.
 """
 
+import contextlib
+import os
 import pwd
 import socket
 from collections.abc import Mapping
@@ -42,7 +44,10 @@ def is_user_name(text: str) -> bool:
 
 
 def peer_of(sock: socket.socket, *, tls: bool) -> Peer:
-    """Return who is at the other end of a connected socket, as far as the socket knows; `tls` will tell the user."""
+    """Return who is at the other end of a connected socket, as far as the socket knows; `tls` will tell the user.
+
+    Raises OSError as `account` does.
+    """
     if tls:
         return Peer(NAMELESS, f"tls {_remote_address(sock)}")
     if sock.family != socket.AF_UNIX:
@@ -58,11 +63,15 @@ def common_name(certificate: Mapping[str, Any]) -> str | None:
 
 
 def account(uid: int) -> str:
-    """Return the name of an account; its number where it has none."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+    """Return the name of an account; its number where it has none.
+
+    Raises OSError where there is no descriptor left to look it up with, which otherwise is as if it had none.
+    """
+    for _ in range(2):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwuid(uid).pw_name
+        os.close(os.open("/", os.O_PATH | os.O_CLOEXEC))
+    return str(uid)
 
 
 def _remote_address(sock: socket.socket) -> str:
