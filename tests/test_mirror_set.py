@@ -280,8 +280,14 @@ def test_no_mirror_is_added_where_something_is_held(lab: Lab) -> None:
     with volume.served() as served:
         run("qemu-io", "-f", "raw", "-c", "write -P 5 0 64k", served.uri)
         assert served.mirror()["held_bytes"] > 0
-    assert_error(add(volume, lab.home / "second"), MirrorsHoldBack(volume="vol", mirror=volume.mirror))
+    held_back = MirrorsHoldBack(volume="vol", mirror=volume.mirror)
+    assert_error(add(volume, lab.home / "second"), held_back)
     assert not (lab.home / "second").exists()
+    volume.mirror.unlink()
+    way_out = f"lockstep mirror remove vol {volume.mirror}"
+    assert f"`{way_out}`" in held_back.advice
+    lab.lockstep(*way_out.split()[1:]).ok()
+    add(volume, lab.home / "second").ok()
 
 
 @pytest.mark.parametrize("detached", [False, True], ids=["inline", "detached"])

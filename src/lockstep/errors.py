@@ -473,7 +473,10 @@ class MirrorsHoldBack(RegistryError):
 
     happened = "The volume {volume} is not given another mirror: something is held from {mirror}."
     cause = "What users wrote without permission would reach the new mirror, which gets all of the target."
-    next_step = "Have it copied or looked into first (`lockstep sync {volume} --include-held`), then run this again."
+    next_step = (
+        "Have it copied or looked into first (`lockstep sync {volume} --include-held`), then run this again. If that "
+        "mirror is lost, `lockstep mirror remove {volume} {mirror}`: the new one then gets what it was not given."
+    )
 
 
 class TargetUnfinished(RegistryError):
