@@ -271,6 +271,24 @@ def test_a_target_that_died_is_not_told_to_be_made_anew_empty(lab: Lab) -> None:
     assert new.read_bytes() == content
 
 
+def test_a_mirror_that_another_state_directory_adopted_is_told_from_its_volume_of_that_name(lab: Lab) -> None:
+    volume, lost = lab.volume("vol", MIB), lab.home / "lost"
+    with volume.served():
+        pass
+    lab.state.rename(lost)
+    lab.lockstep("create", "vol", "--target", volume.target).ok()
+    add(volume, volume.mirror, "--adopt").ok()
+    shutil.rmtree(lab.state)
+    lost.rename(lab.state)
+    error = MirrorOfAnotherVolume(path=volume.mirror, volume="vol", owner="another volume of that name")
+    assert_error(lab.lockstep("serve", "vol", "--key-file", lab.key), error)
+    assert f"`lockstep mirror remove NAME {volume.mirror}`" in error.advice
+    lab.lockstep("mirror", "remove", "vol", volume.mirror).ok()
+    add(volume, volume.mirror, "--adopt").ok()
+    with volume.served():
+        pass
+
+
 def test_no_mirror_is_added_where_something_is_held(lab: Lab) -> None:
     volume = bare(lab)
     add(volume, volume.mirror).ok()

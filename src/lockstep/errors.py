@@ -742,8 +742,11 @@ class MirrorOfAnotherVolume(DiskError):
     """Data: path, volume, owner."""
 
     happened = "{path} is not the mirror of {volume}: its LUKS2 header says that it belongs to {owner}."
-    cause = "Two mirrors were swapped, or another disk has taken this one's name."
-    next_step = "Connect the right disk under this path (`cryptsetup luksDump` shows what a mirror belongs to)."
+    cause = "Two mirrors were swapped, another disk has taken this one's name, or another state directory adopted it."
+    next_step = (
+        "Connect the right disk under this path (`cryptsetup luksDump` shows what a mirror belongs to). One that was "
+        "adopted: `lockstep mirror remove NAME {path}`, and add it again with --adopt, where it is to be from now on."
+    )
 
 
 class TargetEmpty(DiskError):

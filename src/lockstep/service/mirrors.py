@@ -136,7 +136,8 @@ def identified(volume: VolumeRecord, mirror: MirrorRecord, header: luks.Header) 
     if token is None:
         raise NoToken(path=mirror.path)
     if token.volume_id != volume.id:
-        raise MirrorOfAnotherVolume(path=mirror.path, volume=volume.name, owner=f"the volume {token.volume_name}")
+        owner = "another volume of that name" if token.volume_name == volume.name else f"the volume {token.volume_name}"
+        raise MirrorOfAnotherVolume(path=mirror.path, volume=volume.name, owner=owner)
     require_same_disk(volume, mirror, header.uuid)
     return token
 
