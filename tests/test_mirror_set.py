@@ -262,6 +262,7 @@ def test_a_target_that_died_is_not_told_to_be_made_anew_empty(lab: Lab) -> None:
         assert_error(refused, gone)
         assert "truncate" not in refused.err
     assert "copied over the mirror" in gone.advice
+    assert "`lockstep commit` that instead" in gone.advice, "what an overlay has would be lost"
     lab.lockstep("restore", former, new, "--key-file", lab.key).ok()
     lab.lockstep("remove", "vol").ok()
     lab.lockstep("create", "vol", "--target", new).ok()

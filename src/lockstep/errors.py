@@ -794,8 +794,9 @@ class TargetGone(DiskError):
     next_step = (
         "Connect it and run this again. If it has another name by now: `lockstep set {volume} target=PATH`. If it is "
         "lost, give the volume a new one, which is restored from the mirror while the volume is served: `lockstep "
-        "replace-target {volume} NEWDISK`. Without a mirror on record, restore a former one (`lockstep restore MIRROR "
-        "NEWDISK`), `lockstep remove {volume}`, and create it anew. An empty disk in its place may be copied over it."
+        "replace-target {volume} NEWDISK`; where the mirror was opened and written over since, `lockstep commit` that "
+        "instead, or it is lost. Without a mirror on record, restore a former one (`lockstep restore MIRROR NEWDISK`), "
+        "`lockstep remove {volume}`, and create it anew. An empty disk in its place may be copied over it."
     )
 
 
