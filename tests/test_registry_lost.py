@@ -99,6 +99,27 @@ def test_the_advice_can_be_followed(lab: Lab, emptied: bool) -> None:
     volume.assert_equal_disks()
 
 
+def test_the_advice_does_not_lose_the_mirror_where_the_target_is_lost_as_well(lab: Lab) -> None:
+    volume = lab.volume("vol", MIB, content=b"content" * 512)
+    with volume.served():
+        pass
+    content = volume.target.read_bytes()
+    volume.target.unlink()
+    (lab.state / "registry.db").unlink()
+    said = lab.lockstep("serve", "vol", "--key-file", lab.key).failed(1, "was used before")
+    assert "If a target is lost as well, first `lockstep restore MIRROR PATH`" in said
+    lab.state.rename(lab.home / "away")
+    said = lab.lockstep("create", "vol", "--target", volume.target).failed(1, "There is no disk")
+    assert f"comes back from its mirror: `lockstep restore MIRROR {volume.target}`" in said
+    lab.lockstep("restore", volume.mirror, volume.target, "--key-file", lab.key).ok()
+    lab.lockstep("create", "vol", "--target", volume.target).ok()
+    lab.lockstep("mirror", "add", "vol", volume.mirror, "--adopt", "--key-file", lab.key).ok()
+    with volume.served():
+        pass
+    assert volume.target.read_bytes() == content
+    volume.assert_equal_disks()
+
+
 @pytest.mark.parametrize("prepared", ["", "run", "tls/server-key.pem", "run/other.sock", "header"])
 def test_a_new_state_directory_takes_no_ceremony(lab: Lab, prepared: str) -> None:
     """Whatever else is kept there: `tls init`, a header, a directory that systemd has made, another server's socket."""

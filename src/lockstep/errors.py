@@ -513,7 +513,8 @@ class RegistryLost(RegistryError):
     )
     next_step = (
         "Put it back from a backup; without one, stop the servers, move {path} away, and make each volume anew: "
-        "`lockstep create NAME --target PATH`, then `lockstep mirror add NAME PATH --adopt`, which keeps its copy."
+        "`lockstep create NAME --target PATH`, then `lockstep mirror add NAME PATH --adopt`, which keeps its copy. If "
+        "a target is lost as well, first `lockstep restore MIRROR PATH`: an empty one would be copied over its mirror."
     )
 
 
@@ -596,7 +597,10 @@ class DiskMissing(DiskError):
 
     happened = "There is no disk at {path}."
     cause = "The path is misspelt, or the device is not connected."
-    next_step = "Look for the disk with `lsblk`, or make an image file with `truncate -s 10G {path}`, then retry."
+    next_step = (
+        "Look for the disk with `lsblk`, then retry. For a new, empty one, make an image file: "
+        "`truncate -s 10G {path}`; a target that was lost comes back from its mirror: `lockstep restore MIRROR {path}`."
+    )
 
 
 class NotADisk(DiskError):
