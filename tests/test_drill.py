@@ -258,7 +258,7 @@ def test_the_mirror_is_followed_while_the_passphrase_is_typed(lab: Lab, monkeypa
 
 def test_there_must_be_a_mirror(lab: Lab) -> None:
     lab.lockstep("create", "alone", "--target", lab.disk("alone", MIB)).ok()
-    lab.lockstep("drill", "alone", "--key-file", lab.key).failed(1, "has no mirror")
+    lab.lockstep("drill", "alone", "--key-file", lab.key).failed(1, "has no mirror", "`lockstep mirror add alone PATH`")
 
 
 def test_what_was_not_tried_to_the_end_has_not_passed(lab: Lab) -> None:

@@ -1438,14 +1438,6 @@ class DrillBusy(ServiceError):
     next_step = "Wait for its end."
 
 
-class DrillWithoutMirror(ServiceError):
-    """Data: volume."""
-
-    happened = "The volume {volume} has no mirror, so there is nothing to drill."
-    cause = "It was created without --mirror."
-    next_step = "See `lockstep list`; a volume with a mirror is made with `lockstep create --mirror`."
-
-
 class DrillOverlayFailed(ServiceError):
     """Data: volume, overlay, reason."""
 

@@ -53,11 +53,11 @@ from lockstep.errors import (
     DrillFailed,
     DrillOverlayFailed,
     DrillStuck,
-    DrillWithoutMirror,
     LockstepError,
     LuksError,
     MirrorIncomplete,
     MirrorNotDrilled,
+    NoMirror,
     NotAttached,
     NotServed,
     StateDirUnusable,
@@ -150,7 +150,7 @@ def drill(
 ) -> list[Report]:
     """Try every mirror of a volume, one after the other; `on_step` is told of each step as it ends.
 
-    Raises DrillBusy, DrillWithoutMirror, NotManager, AttachNeedsRoot, StateDirUnusable, DrillOverlayFailed, DrillStuck,
+    Raises DrillBusy, NoMirror, NotManager, AttachNeedsRoot, StateDirUnusable, DrillOverlayFailed, DrillStuck,
     and what attaching raises. A mirror that cannot be opened, or does not pass, is no error here: see the reports.
     """
     protect_memory()
@@ -159,7 +159,7 @@ def drill(
     with state.registry() as registry:
         volume = registry.volume(name)
         if not volume.mirrors:
-            raise DrillWithoutMirror(volume=name)
+            raise NoMirror(volume=name)
         reports: list[Report] = []
         unlock.prepare()  # while the server still follows the mirror
         for mirror in volume.mirrors:
