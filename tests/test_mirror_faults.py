@@ -208,3 +208,44 @@ def test_a_mirror_that_is_looked_for_while_no_file_can_be_opened_comes_back_when
         away.rename(volume.mirror)
         lab.lockstep("sync", "vol").ok()
         wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to come back", patience_s=15)
+
+
+_SCARCE = """
+import pkgutil
+from lockstep.cli.main import main
+place = pkgutil.resolve_name("{place}")
+step, times = place.{step}, []
+def scarce(*arguments, **options):
+    times.append(None)
+    if len(times) == {fails}:
+        raise MemoryError
+    return step(*arguments, **options)
+place.{step} = scarce
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "step", "fails"),
+    [
+        ("lockstep.service.mirror_opening:MirrorOpener", "_reopen", 1),
+        ("lockstep.disk.file", "writes_take_turns", 3),  # after the target's and the mirror's, as they were at first
+        ("lockstep.service.mirror_session:MirrorSession", "_take_back", 1),
+    ],
+    ids=["closing it as it was", "opening it", "taking it back"],
+)
+def test_a_mirror_that_returns_while_there_is_no_memory_comes_back_later(
+    lab: Lab, place: str, step: str, fails: int
+) -> None:
+    volume = lab.volume("vol", MIB)
+    away = volume.mirror.with_name("away")
+    with volume.served(program=_SCARCE.format(place=place, step=step, fails=fails)) as served:
+        volume.mirror.rename(away)
+        wait_until(lambda: served.mirror_state() == "degraded", "the mirror to be missed")
+        away.rename(volume.mirror)
+        lab.lockstep("sync", "vol").ok()
+        wait_until(lambda: "cannot be followed again yet" in served.log.read_text(), "memory to be short")
+        lab.lockstep("sync", "vol").ok()
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to come back", patience_s=15)
+    assert "locked by another" not in served.log.read_text()
+    volume.assert_equal_disks()

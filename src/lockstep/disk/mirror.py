@@ -132,10 +132,10 @@ def open_mirror(
                 with_key(key)
         finally:
             luks.wipe(key)
+        return EncryptedDisk(fd, header.segment, cipher, data_bytes)
     except BaseException:
         os.close(fd)
         raise
-    return EncryptedDisk(fd, header.segment, cipher, data_bytes)
 
 
 def open_unfinished(

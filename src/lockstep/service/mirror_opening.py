@@ -58,6 +58,7 @@ class MirrorOpener:
         self._unlock = unlock
         self._direct = direct
         self._worker = Workers("lockstep-opener", 0)
+        self._former: EncryptedDisk | None = None  # as it was open before: open, it is locked against ourselves
         self._awaited: list[Opened] | None = None  # where the attempt puts it that somebody waits for
 
     @property
@@ -89,13 +90,14 @@ class MirrorOpener:
     async def again(self, let_go: Callable[[], EncryptedDisk | None], unfit: Callable[[Opened], str | None]) -> Opened:
         """Close the disk as it was open before, if `let_go` gives one, and open it; `unfit` then looks at it.
 
-        It is not let go before there is a thread that closes it: open, it would be locked against ourselves for ever.
+        It is not let go before there is a thread that closes it; one that comes to nothing leaves that to the next.
         Raises as `first` does, and OSError.
         """
         self._awaited = opened = list[Opened]()
         try:
             self._worker = Workers("lockstep-opener", 1, OPENING_PATIENCE_S)
-            await self._worker.run(self._reopen, let_go(), unfit, opened)
+            self._former = let_go() or self._former
+            await self._worker.run(self._reopen, unfit, opened)
             return opened.pop()
         except BaseException:
             self._awaited = None
@@ -104,11 +106,11 @@ class MirrorOpener:
         finally:
             self._worker.close()
 
-    def _reopen(
-        self, former: EncryptedDisk | None, unfit: Callable[[Opened], str | None], opened: list[Opened]
-    ) -> None:
-        if former is not None:
-            former.close()
+    def _reopen(self, unfit: Callable[[Opened], str | None], opened: list[Opened]) -> None:
+        if self._former is not None:
+            with contextlib.suppress(OSError):  # whatever it says at the end, it is closed
+                self._former.close()
+            self._former = None
         found = self._open()
         try:
             found.unfit = unfit(found)

@@ -397,9 +397,11 @@ class MirrorSession:
             await self._come_to_rest()
             await self._take_back(opened.header, written_since=self._token is not former)
             workers = self._new_workers()  # last: nobody ends their threads where something else fails
-        except (LockstepError, OSError) as failure:
-            self._tell_once(failure)
+        except BaseException as failure:
             opened.disk.close()
+            if not isinstance(failure, LockstepError | OSError):
+                raise
+            self._tell_once(failure)
             return False
         self._last_failure, self._unsaid = "", None
         self.link.admit(opened.disk, workers)
