@@ -19,6 +19,7 @@ from lockstep.errors import (
     MirrorTaken,
     MirrorTooSmall,
     MirrorUnknown,
+    MirrorUnlike,
     NotLuks2,
     StillServed,
     TargetGone,
@@ -207,7 +208,7 @@ def test_refusals_change_nothing(tmp_path: Path) -> None:
             advice="Give a larger disk.",
         ),
     )
-    assert add(volume, small, "--adopt", "--force").code == 2
+    assert add(volume, small, "--adopt", "--iter-time", "10").code == 2
     refused(add(volume, twin, "--adopt"), LuksUuidTaken(path=twin, luks_uuid=uuid, registered=volume.mirror))
     lab.lockstep("mirror", "remove", "vol", volume.mirror).ok()
     assert_error(add(volume, volume.mirror, "--adopt", key=wrong), WrongPassphrase(path=volume.mirror))
@@ -216,6 +217,26 @@ def test_refusals_change_nothing(tmp_path: Path) -> None:
     error_of_another = MirrorOfAnotherVolume(path=other.mirror, volume="vol", owner=owner)
     assert_error(add(volume, other.mirror, "--adopt"), error_of_another)
     assert listed(volume) == []
+
+
+def test_the_only_copy_is_not_adopted_by_an_empty_target(lab: Lab) -> None:
+    """State directory and target are lost, and the volume is made anew before anything is restored."""
+    volume = bare(lab)
+    add(volume, volume.mirror).ok()
+    with volume.served():
+        pass
+    shutil.rmtree(lab.state)
+    volume.target.write_bytes(bytes(SIZE_BYTES))
+    lab.lockstep("create", "vol", "--target", volume.target).ok()
+    error = MirrorUnlike(path=volume.mirror, target=volume.target, volume="vol")
+    assert_error(add(volume, volume.mirror, "--adopt"), error)
+    volume.restore(volume.target, "--force").ok()
+    add(volume, volume.mirror, "--adopt").ok()
+    with volume.served():
+        assert volume.target.read_bytes() == noise()
+    lab.lockstep("mirror", "remove", "vol", volume.mirror).ok()
+    volume.target.write_bytes(bytes(SIZE_BYTES))
+    add(volume, volume.mirror, "--adopt", "--force").ok()
 
 
 def test_a_copy_of_its_header_is_not_adopted_beside_the_mirrors_own(lab: Lab) -> None:
@@ -261,7 +282,7 @@ def test_a_target_that_died_is_not_told_to_be_made_anew_empty(lab: Lab) -> None:
     ):
         assert_error(refused, gone)
         assert "truncate" not in refused.err
-    assert "copied over the mirror" in gone.advice
+    assert "restore MIRROR NEWDISK" in gone.advice
     assert "`lockstep commit` that instead" in gone.advice, "what an overlay has would be lost"
     lab.lockstep("restore", former, new, "--key-file", lab.key).ok()
     lab.lockstep("remove", "vol").ok()

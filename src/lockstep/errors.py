@@ -772,6 +772,21 @@ class TargetResized(DiskError):
     )
 
 
+class MirrorUnlike(DiskError):
+    """Data: path, target, volume."""
+
+    happened = (
+        "The mirror {path} says that it is a whole disk, and has nothing in common with {target}, {volume}'s target."
+    )
+    cause = (
+        "The target is new, empty or another disk, or this is another disk's mirror. All of it would be overwritten."
+    )
+    next_step = (
+        "To have what the mirror holds: `lockstep restore {path} OUTPUT`. If it may be overwritten, repeat the command "
+        "with --force."
+    )
+
+
 class TargetUnlike(DiskError):
     """Data: path, volume, differing, telling."""
 
@@ -800,7 +815,7 @@ class TargetGone(DiskError):
         "lost, give the volume a new one, which is restored from the mirror while the volume is served: `lockstep "
         "replace-target {volume} NEWDISK`; where the mirror was opened and written over since, `lockstep commit` that "
         "instead, or it is lost. Without a mirror on record, restore a former one (`lockstep restore MIRROR NEWDISK`), "
-        "`lockstep remove {volume}`, and create it anew. An empty disk in its place may be copied over it."
+        "`lockstep remove {volume}`, and create it anew."
     )
 
 

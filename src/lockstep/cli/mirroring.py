@@ -44,8 +44,7 @@ def add(
 ) -> None:
     """Give a volume one more mirror; of a volume that is served, look now for a mirror that is away."""
     if adopt:
-        given = {"--sector-size": sector_size, "--iter-time": iter_time, "--force": force or None}
-        for option, value in given.items():
+        for option, value in {"--sector-size": sector_size, "--iter-time": iter_time}.items():
             if value is not None:
                 raise AdoptFormatsNothing(option=option)
     passphrase = passphrase_from(key_file, f"the mirror {path}", confirm=not adopt)

@@ -22,8 +22,10 @@ from dataclasses import dataclass, replace
 from lockstep.crypto import luks, recovery_key
 from lockstep.crypto.unlock import Unlock
 from lockstep.disk import patience
+from lockstep.disk.encrypted import EncryptedDisk
 from lockstep.disk.mirror import SECTOR_SIZES, make_mirror, open_mirror, refuse_unfit, whole_sectors
-from lockstep.disk.probe import Disk, inspect, overlap
+from lockstep.disk.plain import PlainDisk
+from lockstep.disk.probe import Disk, inspect, open_disk, overlap
 from lockstep.errors import (
     AlreadyServed,
     HeaderDamaged,
@@ -33,6 +35,7 @@ from lockstep.errors import (
     MirrorKeysDiffer,
     MirrorOfAnotherVolume,
     MirrorsHoldBack,
+    MirrorUnlike,
     NoKeySlots,
     NoMirror,
     NotLuks2,
@@ -52,8 +55,9 @@ from lockstep.service.state import State
 from lockstep.volume import intent
 from lockstep.volume.files import sync_directory
 from lockstep.volume.held import HeldRecord
-from lockstep.volume.link import SYNCING
+from lockstep.volume.link import SYNCING, WHOLE
 from lockstep.volume.regions import positions
+from lockstep.volume.spot_check import spot_check
 
 
 @dataclass(frozen=True)
@@ -246,7 +250,9 @@ def _adopt(
     refuse_unfit(target, disk, segment.offset_bytes + data_bytes, detached=True)
     _refuse_twin(registry, path, header.uuid)
     unlock = Unlock(plan.passphrase)
-    open_mirror(path, header_path, header, unlock, volume.size_bytes, writable=True).close()
+    with contextlib.closing(open_mirror(path, header_path, header, unlock, volume.size_bytes, writable=True)) as mirror:
+        if token is not None and token.state in WHOLE and not plan.force:
+            _refuse_stranger(volume, target, path, mirror)
     generation = (token.generation if token else 0) + 1 + secrets.randbits(31)
     forget_records(state, header.uuid)
     registry.add_mirror(
@@ -264,6 +270,15 @@ def _adopt(
     except BaseException:
         registry.remove_mirror(volume.name, path, actor=actor)
         raise
+
+
+def _refuse_stranger(volume: VolumeRecord, target: Disk, path: str, mirror: EncryptedDisk) -> None:
+    """Raise MirrorUnlike where a whole mirror, perhaps the only copy, would be overwritten with another disk."""
+    with contextlib.closing(PlainDisk(target, open_disk(target, writable=False), volume.size_bytes)) as disk:
+        regions = intent.Identity(volume.id, volume.id, volume.size_bytes).regions
+        check = spot_check(disk, mirror, lambda: bytes(regions))
+    if check.telling and check.differing == check.telling:
+        raise MirrorUnlike(path=path, target=target.path, volume=volume.name)
 
 
 def _refuse_copy(path: str, header_path: str, luks_uuid: str) -> None:
