@@ -104,7 +104,7 @@ class WritePath:
         self._hint = workers.hint
         self._early_bytes = 0  # left of EARLY_BYTES
         self._half_done: set[tuple[int, int]] = set()  # (offset, length) of what mirrors may have alone
-        self._in_doubt: dict[asyncio.Future[None], asyncio.Future[None]] = {}  # what failed -> that it is known why
+        self._unjudged: dict[asyncio.Future[None], asyncio.Future[None]] = {}  # FLUSH, FUA -> whose loss a failure was
         self._flushes = Rounds(self._flush_all, at_once=True)
         self._tidying = asyncio.Lock()
 
@@ -343,7 +343,7 @@ class WritePath:
             begun.append((mirror, copy, whole, number))
         target = self._in_worker(job)  # 103/505
         if durable:
-            target.add_done_callback(self._doubt)
+            self._unjudged[target] = asyncio.get_running_loop().create_future()
         return _Update(begun, target, data, run, count, durable)
 
     async def _settle(self, update: "_Update") -> None:
@@ -360,7 +360,7 @@ class WritePath:
                     self._target_failed(failure, extent)
             raise
         finally:
-            self._end_doubt(update.target)
+            self._judge(update.target)
         if update.durable:
             await self._announce_faults()
             await self._require_durability_of_all()
@@ -479,7 +479,7 @@ class WritePath:
         self._early_bytes = EARLY_BYTES
         copies = [mirror.begin_flush() for mirror in self.mirrors]
         target = self._in_worker(self.target.flush_job())
-        target.add_done_callback(self._doubt)
+        self._unjudged[target] = asyncio.get_running_loop().create_future()
         return self._settle_flush(copies, target)
 
     async def _settle_flush(self, copies: Sequence[Awaitable[None]], target: "asyncio.Future[None]") -> None:
@@ -492,23 +492,22 @@ class WritePath:
             self._lose_durability(failure)
             raise
         finally:
-            self._end_doubt(target)
+            self._judge(target)
         await self._announce_faults()
         await self._require_durability_of_all()
 
-    def _doubt(self, target: "asyncio.Future[None]") -> None:
-        """See that FLUSH or FUA has failed, at once, before the mirrors have ended: it may tell of others' losses."""
-        if target.exception() is not None:
-            self._in_doubt[target] = asyncio.get_running_loop().create_future()
-
-    def _end_doubt(self, target: "asyncio.Future[None]") -> None:
-        if doubt := self._in_doubt.pop(target, None):
-            doubt.set_result(None)
+    def _judge(self, target: "asyncio.Future[None]") -> None:
+        if known := self._unjudged.pop(target, None):
+            known.set_result(None)
 
     async def _require_durability_of_all(self) -> None:
-        """Like `require_durability`, once it is known of all that failed meanwhile whose loss that was."""
-        if self._in_doubt:
-            await asyncio.wait(list(self._in_doubt.values()))
+        """Like `require_durability`, once it is known of each FLUSH and FUA that has failed whose loss that was.
+
+        Those that failed may still wait for a mirror, and what they were told may be about others' data.
+        """
+        failed = [known for target, known in self._unjudged.items() if target.done() and target.exception() is not None]
+        if failed:
+            await asyncio.wait(failed)
         self.require_durability()
 
     async def _takes(self, update: _Update) -> bool:
