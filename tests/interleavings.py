@@ -560,6 +560,8 @@ class Scene(World):
         try:
             if session._at_rest and not self._was_disowned(number) and self.fate.often(0.3):
                 self._put_image(number)
+            if session._disowned:  # until its bitmap is there again
+                self.disowned.add(number)
             if await session.come_back():
                 if self.target_lacks_something and number == self.source and number in self.replaced_by:
                     self._check_image(number)

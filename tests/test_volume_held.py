@@ -562,6 +562,17 @@ def test_without_its_writers_what_is_held_waits_for_a_release(kept: Path, conten
     assert held.frozen_since_s is None
 
 
+def test_what_nobody_held_in_that_way_waits_for_a_release(kept: Path) -> None:
+    """A page may be written though that fails: for whose window it waits is not on record, and none releases it."""
+    writer = {"user": "eve", "kind": NO_RIGHT, "since": 1}
+    (kept / "record.writers").write_text(json.dumps({"frozen_since": None, "writers": [writer]}))
+    held = record(kept)
+    assert held.regions(NO_RIGHT) == bytes([0, 1, 0, 1, 0, 0])
+    assert set(held.users(NO_RIGHT)) == {UNKNOWN_USER, "eve"}
+    held.claim()
+    assert not held.only_outside_window()
+
+
 def test_a_damaged_page_is_held_until_a_release(kept: Path) -> None:
     path = kept / "record.held"
     content = bytearray(path.read_bytes())

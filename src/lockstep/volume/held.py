@@ -203,7 +203,8 @@ class HeldRecord:
             self.writers, self.frozen_since_s = {}, None
             return
         self._pages.durable[:] = bits
-        if in_doubt or not self.writers:  # rule 5
+        ownerless = any(1 in self.regions(kind) and not self.users(kind) for kind in (OUTSIDE_WINDOW, NO_RIGHT))
+        if in_doubt or ownerless:  # rule 5
             self._pages.durable[self._second :] = self.regions()
             self.writers[UNKNOWN_USER, NO_RIGHT] = time.time()
             self.frozen_since_s = None
