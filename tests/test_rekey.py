@@ -4,12 +4,14 @@ Referees: stock cryptsetup opens and finishes what was begun, dissect.fve reads 
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 import warnings
 from collections.abc import Iterator
@@ -235,6 +237,23 @@ def test_a_zone_is_restored_however_long_that_takes(lab: Lab, monkeypatch: pytes
     monkeypatch.setattr(cryptsetup, "TIMEOUT_S", 2)
     found = reencryption.Volume(str(volume.mirror), str(volume.mirror), SIZE_BYTES, reencryption.JOURNAL)
     reencryption.go_on(found, PASSPHRASE, on_progress=lambda _done, _all: None, fds=())
+    forget_volume_keys()
+    volume.assert_equal_disks()
+
+
+def test_without_room_for_a_process_it_says_so_and_goes_on_later(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = lab.volume(size_bytes=MIB, content=os.urandom(MIB))
+    volume.copy_by_hand()
+
+    def started(argv: list[str], start: Any = subprocess.Popen, **options: Any) -> Any:
+        if "--resume-only" in argv:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return start(argv, **options)
+
+    with monkeypatch.context() as memory_is_short:
+        memory_is_short.setattr(subprocess, "Popen", started)
+        lab.lockstep("key", "rekey", "vol", "--key-file", lab.key).failed(1, "could not be started", "Cannot allocate")
+    lab.lockstep("key", "rekey", "vol", "--key-file", lab.key).ok()
     forget_volume_keys()
     volume.assert_equal_disks()
 

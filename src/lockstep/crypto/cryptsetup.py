@@ -81,6 +81,7 @@ def run(
 
 
 def follow(
+    action: str,
     path: str,
     command: str,
     *arguments: str,
@@ -93,17 +94,20 @@ def follow(
     When we end early, it ends after the step that it is at; when we are killed, as soon as it has something to say.
     """
     argv = [*_program(), command, *arguments, "--batch-mode", os.path.abspath(path)]
-    with (
-        memory_file(b"") as complaints,
-        subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            env=_environment(),
-            pass_fds=fds,
-        ) as child,
-    ):
+    with contextlib.ExitStack() as stack:
+        complaints = stack.enter_context(memory_file(b""))
+        try:
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                env=_environment(),
+                pass_fds=fds,
+            )
+        except OSError as error:
+            raise CryptsetupNotStarted(action=action, path=path, reason=error.strerror or str(error)) from error
+        stack.enter_context(child)
         assert child.stdin is not None
         assert child.stdout is not None
         try:

@@ -88,7 +88,9 @@ def go_on(volume: Volume, passphrase: Buffer, *, on_progress: Callable[[int, int
         arguments = (*volume.place, "--key-file=-")
         action = "restore the zone that was being re-keyed of"
         # A zone may have a GiB: on a slow disk, or behind a slow line, that takes longer than a header.
-        done = cryptsetup.follow(volume.device, "repair", *arguments, stdin=passphrase, told=lambda _: None, fds=fds)
+        done = cryptsetup.follow(
+            action, volume.device, "repair", *arguments, stdin=passphrase, told=lambda _: None, fds=fds
+        )
         _refuse(volume, passphrase, action, done)
     if not under_way(volume.header):
         return
@@ -104,8 +106,9 @@ def go_on(volume: Volume, passphrase: Buffer, *, on_progress: Callable[[int, int
             return
 
     arguments = ("--resume-only", *_PROGRESS, *volume.options)
-    done = cryptsetup.follow(volume.device, "reencrypt", *arguments, stdin=passphrase, told=told, fds=fds)
-    _refuse(volume, passphrase, "re-key", done)
+    action = "re-key"
+    done = cryptsetup.follow(action, volume.device, "reencrypt", *arguments, stdin=passphrase, told=told, fds=fds)
+    _refuse(volume, passphrase, action, done)
 
 
 def _refuse(volume: Volume, passphrase: Buffer, action: str, done: cryptsetup.Completed) -> None:
