@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.crypto import luks, unlock
+from lockstep.crypto import keyslots, luks, unlock
 from lockstep.errors import NoTokenUnlocks
 from tests.forks import ForkLab
 from tests.keys import NEW, opens
@@ -90,6 +90,16 @@ def test_a_token_that_gives_no_key_says_so_and_changes_nothing(lab: Lab, keyring
 def test_a_token_gives_the_same_key_as_the_passphrase(lab: Lab, keyring: Keyring) -> None:
     path = enrolled(lab.volume(size_bytes=MIB), keyring)
     assert unlock.BY_TOKEN.volume_key(path) == luks.volume_key(path, PASSPHRASE)
+
+
+def test_a_token_unlocks_a_header_whose_key_slots_are_all_in_use(lab: Lab, keyring: Keyring) -> None:
+    path = enrolled(lab.volume(size_bytes=MIB), keyring)
+    expected = luks.volume_key(path, PASSPHRASE)
+    for number in range(1, keyslots.MAX_SLOTS):
+        keyslots.add(path, PASSPHRASE, b"%d" % number, iter_time_ms=1)
+    before = Path(path).read_bytes()
+    assert unlock.BY_TOKEN.volume_key(path) == expected
+    assert Path(path).read_bytes() == before
 
 
 def test_a_token_does_not_stand_in_for_a_wrong_passphrase(lab: Lab, keyring: Keyring) -> None:

@@ -10,9 +10,9 @@ only read, and the copy is gone with its descriptor.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lockstep.crypto import cryptsetup, luks
 from lockstep.errors import NoTokenUnlocks
@@ -56,10 +56,12 @@ def _volume_key_by_token(path: str) -> bytearray:
     luks.read_header(path)  # so that what is wrong with the header is said as such
     passphrase = secrets.token_hex(32).encode()
     action = "ask the tokens of"
-    header = luks.header_bytes(path, luks.read_metadata(path))
+    metadata = luks.read_metadata(path)
+    header = luks.header_bytes(path, metadata)
     with cryptsetup.memory_file(header) as copy, cryptsetup.memory_file(passphrase) as added:
         fds = (copy, added)
         place = f"/dev/fd/{copy}"
+        _make_room(place, metadata, fds)
         arguments = ("--token-only", *_CHEAP)
         result = cryptsetup.run(action, place, "luksAddKey", *arguments, after=[f"/dev/fd/{added}"], fds=fds)
         if result.returncode in _REFUSED_EXITS:
@@ -67,6 +69,13 @@ def _volume_key_by_token(path: str) -> bytearray:
         if result.returncode != 0:
             raise cryptsetup.failure(action, path, result)
         return luks.volume_key(path, passphrase, copy=copy)
+
+
+def _make_room(place: str, metadata: dict[str, Any], fds: Sequence[int]) -> None:
+    """Take a key slot that no token opens out of the copy: in the header all may be in use. It need not succeed."""
+    slots = set(metadata["keyslots"]).difference(*(token["keyslots"] for token in metadata["tokens"].values()))
+    if slots:
+        cryptsetup.run("make room in a copy of", place, "luksKillSlot", after=[min(slots)], fds=fds)
 
 
 def _enrolled(path: str) -> str:
