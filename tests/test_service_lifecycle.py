@@ -168,6 +168,28 @@ def test_told_again_and_again_it_still_ends_in_order(lab: Lab) -> None:
     assert at_rest(lab)["mirrors"][0]["state"] == "in-sync"
 
 
+_HANGING = """
+import threading
+from lockstep.cli.main import main
+from lockstep.service.mirror_session import MirrorSession
+MirrorSession.claim = lambda session: threading.Event().wait()
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_before_it_is_ready_it_ends_though_its_mirror_hangs(lab: Lab, number: signal.Signals) -> None:
+    server = Served(lab.volume("vol", MIB), program=_HANGING)
+    try:
+        wait_until(lambda: len(sockets(lab)) == 2, "the sockets of the server")
+        server.process.send_signal(number)
+        assert server.process.wait(20) == 130
+        assert sockets(lab) == []
+        assert "Traceback" not in server.log.read_text()
+    finally:
+        server.kill()
+
+
 def test_nohup_keeps_it_when_its_terminal_is_closed(lab: Lab) -> None:
     lab.volume("vol", MIB)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -167,7 +167,6 @@ async def _serve(
     on_ready: Callable[[list[str]], None],
 ) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    signals.on_each(lambda: loop.is_closed() or loop.call_soon_threadsafe(stop.set))
     name = session.record.name
     trail = Trail(registry, name, gate, clerks.run)
     clients = Clients(gate, trail)
@@ -182,6 +181,8 @@ async def _serve(
         async with trail.written(), control_interface(state.control(name), commands, state.require_manager):
             state.hand_over()  # the control socket is the owner's as well
             await session.workers.run(session.claim)
+            # Only now: until then it ends at once, like any command, also where a mirror hangs.
+            signals.on_each(lambda: loop.is_closed() or loop.call_soon_threadsafe(stop.set))
             await server.accept()
             async with background.running():
                 on_ready(uris)
