@@ -464,7 +464,7 @@ class MirrorSession:
             self._disowned = False  # first: it may be anew while that is written
             try:
                 await self._in_worker(self._intent.claim, generation, generation, self._intent.marked())
-            except OSError:
+            except BaseException:
                 self._disowned = True
                 raise
         else:
