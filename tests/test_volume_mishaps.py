@@ -1041,6 +1041,27 @@ def test_nothing_is_answered_as_durable_before_what_the_target_failed_beside_it_
     played(scene, tmp_path)
 
 
+def test_a_flush_that_failed_just_when_the_mirror_had_flushed_keeps_no_later_one_waiting(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        (link,), loop = world.links, asyncio.get_running_loop()
+        real, copy, target = world.path._in_worker, loop.create_future(), loop.create_future()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(link, "begin_flush", lambda: copy)
+            patch.setattr(world.path, "_in_worker", lambda _: target)
+            flushing = asyncio.ensure_future(world.path.flush())
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # it waits for the mirror
+            copy.set_result(None)
+            target.set_exception(OSError(errno.EIO, "lost"))
+            with pytest.raises(OSError, match="lost"):
+                await flushing
+        assert world.path._in_worker == real
+        world.path.durability_lost = None  # somebody has looked
+        await asyncio.wait_for(world.path.flush(), 5)
+
+    played(scene, tmp_path)
+
+
 @pytest.mark.parametrize("update", ["write", "zero"])
 def test_what_waited_for_room_does_not_come_all_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: str
