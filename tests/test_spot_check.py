@@ -1,9 +1,11 @@
 """P3, P4, P11: a target that is not the disk that it was is not served as if it were, nor copied over its mirror."""
 
+import itertools
 import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -234,4 +236,13 @@ def test_a_disk_that_cannot_be_read_ends_it(
         EncryptedDisk.read(mirror, offset, into)
 
     monkeypatch.setattr(mirror, "read", read)
+    assert spot_check(target, mirror, marks) == SpotCheck(2, 0)
+
+
+def test_a_disk_that_is_too_slow_ends_it(
+    disks: tuple[PlainDisk, EncryptedDisk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, mirror = disks
+    now_s = itertools.count(0, 2)
+    monkeypatch.setattr("lockstep.volume.spot_check.time", SimpleNamespace(monotonic=lambda: next(now_s)))
     assert spot_check(target, mirror, marks) == SpotCheck(2, 0)

@@ -11,6 +11,7 @@ from anywhere between, others each time.
 
 import itertools
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -25,6 +26,7 @@ from lockstep.volume.regions import region_bytes_for
 PIECE_BYTES: Final = LARGEST_SECTOR_BYTES  # whole sectors, whichever they are
 END_PIECES: Final = 32
 PIECES_BETWEEN: Final = 64
+PATIENCE_S: Final = 5.0
 _TRIES: Final = 16 * PIECES_BETWEEN  # until so many of them lie where the two are equal
 
 
@@ -48,12 +50,16 @@ def spot_check(target: PlainDisk, mirror: EncryptedDisk, differing: Callable[[],
     """Compare a mirror with its target in some places. Blocks.
 
     `differing` returns which regions may differ, a byte each; it is asked again at the end, for there may be writers
-    meanwhile. A disk that cannot be read ends it: what was seen until then counts.
+    meanwhile. A disk that cannot be read ends it, or one that is so slow that it takes PATIENCE_S: what was seen until
+    then counts.
     """
     region_bytes, zeroes = region_bytes_for(target.size_bytes), bytes(PIECE_BYTES)
     ours, theirs = page_aligned(PIECE_BYTES), page_aligned(PIECE_BYTES)
     telling = []  # (where, whether it differs)
+    end_s = time.monotonic() + PATIENCE_S
     for offset in _pieces(target.size_bytes, differing()):
+        if time.monotonic() > end_s:
+            break
         try:
             target.read(offset, ours)
             mirror.read(offset, theirs)
