@@ -151,6 +151,20 @@ def test_two_targets_whose_names_were_exchanged_are_told_apart(volume: Volume) -
         Volume(volume.lab, each.name, there, each.mirror, None).assert_equal_disks()
 
 
+def test_a_mirror_that_hangs_when_it_is_compared_does_not_keep_the_target_from_being_served(volume: Volume) -> None:
+    program = (
+        "import threading, lockstep.cli.main as cli, lockstep.service.mirror_session as session\n"
+        "session.OPENING_PATIENCE_S, session.spot_check = 0.2, lambda *_: threading.Event().wait()\n"
+        "cli.main()"
+    )
+    with volume.served(program=program, in_sync=False) as served:
+        assert "it did not answer for 0.2 s" in served.mirror()["error"]
+        write(served, "write -P 7 1M 64k")
+    with volume.served():
+        pass
+    volume.assert_equal_disks()
+
+
 # --- when a mirror comes back -----------------------------------------------------------------------------
 
 

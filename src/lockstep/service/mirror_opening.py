@@ -58,13 +58,14 @@ class MirrorOpener:
         self._unlock = unlock
         self._direct = direct
         self._worker = Workers("lockstep-opener", 0)
+        self._looking = threading.Thread()
         self._former: EncryptedDisk | None = None  # as it was open before: open, it is locked against ourselves
         self._awaited: list[Opened] | None = None  # where the attempt puts it that somebody waits for
 
     @property
     def at_rest(self) -> bool:
         """Whether no attempt is under way, also none that nobody waits for any more."""
-        return self._worker.at_rest
+        return self._worker.at_rest and not self._looking.is_alive()
 
     def header_left(self) -> bool:
         """Whether the header's path leads elsewhere since it was opened. Blocks."""
@@ -73,7 +74,7 @@ class MirrorOpener:
     def first(self, patience_s: float) -> Opened | Away:
         """Open it, unless it is away. Raises MirrorOfAnotherVolume, NoToken, and what `open_mirror` does."""
         path = self._mirror.path
-        if not self._answers(patience_s):
+        if not self.in_time(self._look_at, patience_s):
             log.error("mirror %s does not answer, the target goes on alone", path)
             return Away(f"it did not answer for {patience_s:g} s")
         try:
@@ -133,12 +134,12 @@ class MirrorOpener:
             disk = open_mirror(*where, self._unlock, size_bytes, writable=True, direct=self._direct)
             return Opened(header, disk)
 
-    def _answers(self, patience_s: float) -> bool:
-        """Whether the mirror can be looked at in time."""
-        looking = threading.Thread(target=self._look_at, name="lockstep-look", daemon=True)
-        looking.start()
-        looking.join(patience_s)
-        return not looking.is_alive()
+    def in_time(self, look: Callable[[], None], patience_s: float) -> bool:
+        """Whether `look` ends in time, before there is a loop; else it goes on, and the opener is not at rest."""
+        self._looking = threading.Thread(target=look, name="lockstep-look", daemon=True)
+        self._looking.start()
+        self._looking.join(patience_s)
+        return not self._looking.is_alive()
 
     def _look_at(self) -> None:
         with contextlib.suppress(LockstepError):

@@ -45,7 +45,7 @@ from lockstep.errors import (
 )
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.service.borrowing import DRILL, REKEY
-from lockstep.service.mirror_opening import MirrorOpener, Opened
+from lockstep.service.mirror_opening import OPENING_PATIENCE_S, MirrorOpener, Opened
 from lockstep.service.state import State
 from lockstep.volume import intent
 from lockstep.volume.held import HeldRecord
@@ -127,8 +127,14 @@ class MirrorSession:
     # --- start and end ---
 
     def check(self) -> SpotCheck:
-        """Compare the mirror with the target in some places, before it is claimed. Blocks."""
-        return self._spot_check(self._found) if self._found is not None else SpotCheck(0, 0)
+        """Compare the mirror with the target in some places, before it is claimed. Blocks; drops one that hangs."""
+        disk, found = self._found, [SpotCheck(0, 0)]
+        if disk is None:
+            return found[0]
+        if not self._opener.in_time(lambda: found.append(self._spot_check(disk)), OPENING_PATIENCE_S):
+            failure = TimeoutError(errno.ETIMEDOUT, f"it did not answer for {OPENING_PATIENCE_S:g} s")
+            self.link.drop("comparing", failure)
+        return found[-1]
 
     def follow_if_like(self, check: SpotCheck) -> None:
         """Let the mirror be as it is, and the target go on alone, if the two do not belong together."""
