@@ -2,10 +2,10 @@
 
 Each series changes one thing. Its first point is what the others are compared with: within 10 % it is flat.
 
-A terabyte is not copied for this. The volumes are sparse, and the intent bitmap is written beforehand as a server
-would have left it: with nothing marked, the mirror counts as in sync; with every tenth region marked, a crash is
-recovered from. So nothing is shown here of what is on the mirror. What is loaded is the last GiB of the volume, filled
-beforehand, so that neither file system has to find space meanwhile.
+A terabyte is not copied for this. The volumes are sparse, and the records are written beforehand as a server would
+have left them: with nothing marked, the mirror counts as in sync; with every tenth region marked, a crash is
+recovered from. So nothing is shown here of what is on the mirror, and no start compares it with the target. What is
+loaded is the last GiB of the volume, filled beforehand, so that neither file system has to find space meanwhile.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from benchmarks.stage import in_turn, note, peers_up, require_space, scratch_dir
 from benchmarks.workloads import Workload
 from lockstep.crypto.luks import read_header
 from lockstep.nbd.payload import DEFAULT_LIMIT_BYTES, SMALL_LIMIT_BYTES
+from lockstep.volume.held import HeldRecord
 from lockstep.volume.intent import Identity, IntentBitmap
 from lockstep.volume.regions import region_bytes_for
 
@@ -40,6 +41,14 @@ CONNECTIONS = {
     f"connections {number}": Workload(f"connections {number}", "randwrite", 4 << 10, 64 // number, connections=number)
     for number in (1, 4, 16, 64)
 }
+
+_UNCHECKED = """
+from lockstep.cli.main import main
+from lockstep.service import mirror_session
+from lockstep.volume.spot_check import SpotCheck
+mirror_session.spot_check = lambda *_: SpotCheck(0, 0)
+main()
+"""
 
 HOSTILE_CONNECTIONS = 100
 HOSTILE_BYTES = 32 << 20
@@ -112,11 +121,19 @@ def _load(results: Results, options: argparse.Namespace, lockstep: Lockstep, num
     note(results, *measure(lockstep, number, options.timing, WRITES, row=row, span=span))
 
 
+class _Unchecked(Lockstep):
+    """Lockstep without the spot check of a start."""
+
+    def _command(self, *arguments: str) -> list[str]:
+        *program, _module, _name = super()._command()
+        return [*program, "-c", _UNCHECKED, *arguments]
+
+
 @contextlib.contextmanager
 def _sparse(options: argparse.Namespace, size_bytes: int, marked_percent: int) -> Iterator[Lockstep]:
     """A volume that is not served yet; the last GiB of it is filled, and so many of its regions are marked."""
     with scratch_directory(options.dir) as scratch, contextlib.ExitStack() as stack:
-        lockstep = Lockstep(scratch, size_bytes, options.sectors[0])
+        lockstep = _Unchecked(scratch, size_bytes, options.sectors[0])
         # What is copied to the mirror during a measurement takes space as well.
         require_space(scratch, 3 * LOADED_BYTES + (12 * GIB if marked_percent else 0))
         with lockstep.target.open("wb") as target:
@@ -138,7 +155,7 @@ def _require_marked(lockstep: Lockstep, percent: int) -> None:
 
 
 def _mark(lockstep: Lockstep, percent: int) -> None:
-    """Write the intent bitmap with so many regions marked, spread evenly over all but what is loaded."""
+    """Write the records: so many regions marked, spread evenly over all but what is loaded, and nothing held."""
     header = read_header(str(lockstep.mirror))
     assert header.token is not None
     region_bytes = region_bytes_for(lockstep.size_bytes)
@@ -149,6 +166,9 @@ def _mark(lockstep: Lockstep, percent: int) -> None:
     bitmap = IntentBitmap(lockstep.state.intent(header.uuid), identity, asyncio.to_thread)
     bitmap.claim(header.token.generation, header.token.generation, marked)
     bitmap.close()
+    held = HeldRecord(lockstep.state.held(header.uuid), identity, asyncio.to_thread, expected=False)
+    held.claim()
+    held.close()
 
 
 # --- a client that asks for much and takes nothing ---
