@@ -90,11 +90,10 @@ def list_(context: typer.Context, as_json: Json = False, state_dir: StateDir = N
 def remove(context: typer.Context, name: Name, state_dir: StateDir = None) -> None:
     """Forget a volume. Its target and its mirrors are not touched."""
     volume = remove_volume(state_of(context, state_dir), name)
-    source = next((mirror.path for mirror in volume.mirrors if mirror.id == volume.filled_from), None)
-    if source is None:
+    if volume.source is None:
         typer.echo(f"Removed the volume {name}. {volume.target_path} is as it was.")
     else:
-        what = f"does not have everything: what it lacks is on {source} alone."
+        what = f"does not have everything: what it lacks is on {volume.source.path} alone."
         typer.echo(f"Removed the volume {name}. {volume.target_path} {what}")
     for mirror in volume.mirrors:
         typer.echo(f"The mirror {mirror.path} still holds its copy: `lockstep restore` gets it back.")

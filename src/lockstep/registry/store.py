@@ -169,6 +169,11 @@ class VolumeRecord:
     mirrors: tuple[MirrorRecord, ...]
     filled_from: str | None = None
 
+    @property
+    def source(self) -> MirrorRecord | None:
+        """The mirror from which a new target is still being filled; else None."""
+        return next((mirror for mirror in self.mirrors if mirror.id == self.filled_from), None)
+
 
 class Registry:
     """The volumes and their mirrors. Threads may share one; every method may raise the errors of `open`."""
@@ -371,9 +376,7 @@ class Registry:
         with self._transaction(write=True) as connection:
             volume = _find(connection, name)
             former = volume.target_path
-            if path != former:
-                _refuse_taken(connection, path)
-            _set(connection, volume, target_path=path, filled_from=mirror_id)
+            _set_target(connection, volume, path, filled_from=mirror_id)
             others = MIRRORS.c.id != mirror_id
             connection.execute(update(MIRRORS).where(MIRRORS.c.volume_id == volume.id).values(compare=others))
             source = connection.execute(select(MIRRORS.c.path).where(MIRRORS.c.id == mirror_id)).scalar_one()
@@ -390,9 +393,7 @@ class Registry:
         with self._transaction(write=True) as connection:
             volume = _find(connection, name)
             former = volume.target_path
-            if path != former:
-                _refuse_taken(connection, path)
-            _set(connection, volume, target_path=path)
+            _set_target(connection, volume, path)
             reason = f"{actor.user} set target={path}"
             _append(connection, "target-moved", actor, name, reason, {"path": path, "former": former})
 
@@ -593,6 +594,13 @@ def _find(connection: Connection, name: str) -> Row[Any]:
 
 def _set(connection: Connection, volume: Row[Any], **values: object) -> None:
     connection.execute(update(VOLUMES).where(VOLUMES.c.id == volume.id).values(**values))
+
+
+def _set_target(connection: Connection, volume: Row[Any], path: str, **values: object) -> None:
+    """Have the volume's target be at `path`, unless something else is."""
+    if path != volume.target_path:
+        _refuse_taken(connection, path)
+    _set(connection, volume, target_path=path, **values)
 
 
 def _mirrors(connection: Connection, volume_id: str) -> tuple[MirrorRecord, ...]:

@@ -174,9 +174,7 @@ def doubt_mirrors(state: State, name: str, *, compare: bool) -> None:
             raise AlreadyServed(volume=name)
         if not volume.mirrors:
             raise NoMirror(volume=name)
-        for mirror in volume.mirrors:
-            if mirror.id == volume.filled_from:
-                raise TargetUnfinished(path=volume.target_path, volume=name, mirror=mirror.path)
+        mirrors.refuse_filling(volume)
         for mirror in volume.mirrors:
             if compare:
                 registry.set_generation(mirror.id, mirror.generation, compare=True)

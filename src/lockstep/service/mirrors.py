@@ -30,6 +30,7 @@ from lockstep.errors import (
     TargetGone,
     TargetResized,
     TargetTaken,
+    TargetUnfinished,
 )
 from lockstep.registry.store import MirrorRecord, VolumeRecord
 from lockstep.volume.link import WHOLE
@@ -55,6 +56,12 @@ def look_at_target(volume: VolumeRecord) -> Disk:
         return inspect(volume.target_path)
     except DiskMissing as error:
         raise TargetGone(path=volume.target_path, volume=volume.name) from error
+
+
+def refuse_filling(volume: VolumeRecord) -> None:
+    """Raise TargetUnfinished where a new target may read what it lacks from a mirror."""
+    if volume.source is not None:
+        raise TargetUnfinished(path=volume.target_path, volume=volume.name, mirror=volume.source.path)
 
 
 def chosen(volume: VolumeRecord, path: str | None) -> MirrorRecord:

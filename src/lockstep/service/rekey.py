@@ -30,9 +30,9 @@ from dataclasses import dataclass, replace
 from lockstep.crypto import keyslots, luks, reencryption
 from lockstep.disk.mirror import claim_for_rekeying, whole_sectors
 from lockstep.disk.probe import inspect
-from lockstep.errors import DiskFailed, NotServed, RekeyDropsKeys, StateDirUnusable, TargetUnfinished
-from lockstep.registry.store import MirrorRecord, Registry, VolumeRecord
-from lockstep.service import borrowing
+from lockstep.errors import DiskFailed, NotServed, RekeyDropsKeys, StateDirUnusable
+from lockstep.registry.store import MirrorRecord, Registry
+from lockstep.service import borrowing, mirrors
 from lockstep.service.managing import MirrorWork, working_on
 from lockstep.service.state import State
 from lockstep.volume import intent
@@ -76,13 +76,13 @@ def rekey(
     cryptsetup's.
     """
     with working_on(state, name, mirror_path, "re-key a mirror of") as begun:
-        _refuse_filling(begun.volume)
+        mirrors.refuse_filling(begun.volume)
         for ask in (passphrase, new):
             if ask is not None:
                 luks.refuse_empty(ask())
         with borrowing.alone(state, begun.mirror) as lock:
             work = _Work(**vars(begun.renewed()), passphrase=passphrase)
-            _refuse_filling(work.volume)
+            mirrors.refuse_filling(work.volume)
             former = _former_key(work)
             resumed = former is not None
             if reencryption.under_way(work.header) or former in (None, reencryption.key_mark(work.header)):
@@ -91,13 +91,6 @@ def rekey(
         slot = _change_passphrase(work, new, iter_time_ms)
         work.note(REKEYED, "gave a new volume key to", slot=slot)
     return Rekeyed(work.mirror, slot, resumed, behind)
-
-
-def _refuse_filling(volume: VolumeRecord) -> None:
-    """Raise TargetUnfinished where a new target may read what it lacks from the mirror."""
-    if volume.filled_from is not None:
-        source = next(mirror.path for mirror in volume.mirrors if mirror.id == volume.filled_from)
-        raise TargetUnfinished(path=volume.target_path, volume=volume.name, mirror=source)
 
 
 # --- how far it is ---

@@ -16,7 +16,6 @@ from lockstep.errors import (
     StillAttached,
     StillServed,
     TargetEmpty,
-    TargetUnfinished,
 )
 from lockstep.registry.store import OnDenied, VolumeRecord
 from lockstep.service import attach, borrowing, mirrors
@@ -80,9 +79,7 @@ def move_target(state: State, name: str, path: str) -> None:
     with state.registry() as registry, unserved(state, registry, name) as volume:
         if volume is None:
             raise StillServed(volume=name, action="told another name of its target")
-        for mirror in volume.mirrors:
-            if mirror.id == volume.filled_from:
-                raise TargetUnfinished(path=volume.target_path, volume=name, mirror=mirror.path)
+        mirrors.refuse_filling(volume)
         mirrors.require_size(inspect(path), volume)
         refuse_taken(registry, [path], refused=(MirrorTaken, HeaderTaken))
         registry.move_target(name, os.path.abspath(path), actor=actor)
