@@ -424,10 +424,11 @@ class MirrorSession:
         assert opened.header.token is not None
         if opened.disk.sector_bytes > self.link.sector_bytes:
             return "it has larger sectors than before: serve the volume anew"
-        if self.link.is_source and opened.header.token.generation not in self._generations:
-            return "it is not as it was left, and the new target lacks what that one has"
-        if self.link.is_source or self._disowned or opened.header.token.generation not in self._generations:
-            return None  # the target is not whole, or everything counts as different
+        as_left = opened.header.token.generation in self._generations
+        if self.link.is_source:
+            return None if as_left else "it is not as it was left, and the new target lacks what that one has"
+        if self._disowned or not as_left:
+            return None  # everything counts as different
         return self._unlike(self._spot_check(opened.disk))
 
     def _spot_check(self, disk: EncryptedDisk) -> SpotCheck:
