@@ -9,7 +9,6 @@ loaded is the last GiB of the volume, filled beforehand, so that neither file sy
 """
 
 import argparse
-import asyncio
 import contextlib
 import os
 import socket
@@ -21,12 +20,11 @@ from benchmarks.fio import measure
 from benchmarks.peers import Lockstep, Peer
 from benchmarks.processes import BenchmarkError
 from benchmarks.results import Cell, Results
+from benchmarks.sparse import UNCHECKED, write_records
 from benchmarks.stage import in_turn, note, peers_up, require_space, scratch_directory, settle
 from benchmarks.workloads import Workload
 from lockstep.crypto.luks import read_header
 from lockstep.nbd.payload import DEFAULT_LIMIT_BYTES, SMALL_LIMIT_BYTES
-from lockstep.volume.held import HeldRecord
-from lockstep.volume.intent import Identity, IntentBitmap
 from lockstep.volume.regions import region_bytes_for
 
 GIB = 1 << 30
@@ -41,14 +39,6 @@ CONNECTIONS = {
     f"connections {number}": Workload(f"connections {number}", "randwrite", 4 << 10, 64 // number, connections=number)
     for number in (1, 4, 16, 64)
 }
-
-_UNCHECKED = """
-from lockstep.cli.main import main
-from lockstep.service import mirror_session
-from lockstep.volume.spot_check import SpotCheck
-mirror_session.spot_check = lambda *_: SpotCheck(0, 0)
-main()
-"""
 
 HOSTILE_CONNECTIONS = 100
 HOSTILE_BYTES = 32 << 20
@@ -126,7 +116,7 @@ class _Unchecked(Lockstep):
 
     def _command(self, *arguments: str) -> list[str]:
         *program, _module, _name = super()._command()
-        return [*program, "-c", _UNCHECKED, *arguments]
+        return [*program, "-c", UNCHECKED, *arguments]
 
 
 @contextlib.contextmanager
@@ -156,19 +146,11 @@ def _require_marked(lockstep: Lockstep, percent: int) -> None:
 
 def _mark(lockstep: Lockstep, percent: int) -> None:
     """Write the records: so many regions marked, spread evenly over all but what is loaded, and nothing held."""
-    header = read_header(str(lockstep.mirror))
-    assert header.token is not None
     region_bytes = region_bytes_for(lockstep.size_bytes)
     loaded_from = (lockstep.size_bytes - LOADED_BYTES) // region_bytes
     count = -(-lockstep.size_bytes // region_bytes)
     marked = bytes(percent and region < loaded_from and region * percent % 100 < percent for region in range(count))
-    identity = Identity(header.token.volume_id, header.uuid, lockstep.size_bytes)
-    bitmap = IntentBitmap(lockstep.state.intent(header.uuid), identity, asyncio.to_thread)
-    bitmap.claim(header.token.generation, header.token.generation, marked)
-    bitmap.close()
-    held = HeldRecord(lockstep.state.held(header.uuid), identity, asyncio.to_thread, expected=False)
-    held.claim()
-    held.close()
+    write_records(lockstep.state, read_header(str(lockstep.mirror)), marked)
 
 
 # --- a client that asks for much and takes nothing ---

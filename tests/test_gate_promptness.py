@@ -12,6 +12,7 @@ import pytest
 from lockstep.errors import MayNotRelease, StateDirUnusable
 from lockstep.registry.access import Grant
 from lockstep.registry.audit import Actor
+from lockstep.registry.store import Registry
 from lockstep.service.background import Background
 from lockstep.service.clients import Clients
 from lockstep.service.gate import VolumeGate
@@ -25,6 +26,16 @@ from lockstep.volume.workers import Workers
 ROOT = Actor("root", "a test")
 
 
+def background_of(
+    registry: Registry, gate: VolumeGate, clerks: Workers, **session_has: object
+) -> tuple[Background, Trail]:
+    """The background work of a volume without mirrors, and its audit trail, without a server."""
+    disks = SimpleNamespace(writes=SimpleNamespace(mirrors=()), mirrors=(), **session_has)
+    session, trail = cast(VolumeSession, disks), Trail(registry, "vol", gate, clerks.run)
+    clients, verification = Clients(gate, trail), Verification(session, trail)
+    return Background(session, gate, clients, trail, verification, registry, clerks.run, tuple), trail
+
+
 def test_a_grant_is_taken_away_though_all_threads_of_the_target_wait_for_it(tmp_path: Path) -> None:
     registry = State(str(tmp_path / "state")).registry()
     record = registry.add_volume("vol", target_path="/target", size_bytes=512, sector_bytes=512, actor=ROOT)
@@ -34,12 +45,7 @@ def test_a_grant_is_taken_away_though_all_threads_of_the_target_wait_for_it(tmp_
     async def look() -> None:
         workers, clerks = Workers("worker", 1), Workers("clerk", 1)
         waiting = workers.begin(go.wait)
-        writes = SimpleNamespace(mirrors=())
-        session = cast(VolumeSession, SimpleNamespace(record=record, writes=writes, workers=workers, mirrors=()))
-        trail = Trail(registry, "vol", gate, clerks.run)
-        background = Background(
-            session, gate, Clients(gate, trail), trail, Verification(session, trail), registry, clerks.run, tuple
-        )
+        background, _trail = background_of(registry, gate, clerks, record=record, workers=workers)
         assert gate("eve") is Ruling.UPDATE
         registry.revoke("vol", "eve", actor=ROOT)
         await asyncio.wait_for(background._look(), 10)
@@ -73,11 +79,7 @@ def test_who_reads_the_grants_longer_does_not_bring_back_what_was_taken_away(
 
     async def look() -> None:
         clerks = Workers("clerk", 2)
-        session = cast(VolumeSession, SimpleNamespace(record=record, writes=SimpleNamespace(mirrors=()), mirrors=()))
-        trail = Trail(registry, "vol", gate, clerks.run)
-        background = Background(
-            session, gate, Clients(gate, trail), trail, Verification(session, trail), registry, clerks.run, tuple
-        )
+        background, _trail = background_of(registry, gate, clerks, record=record)
         looking = asyncio.create_task(background._look())
         await asyncio.to_thread(has_read.wait, 10)
         registry.revoke("vol", "eve", actor=ROOT)
@@ -149,11 +151,7 @@ def test_a_registry_that_does_not_answer_is_one_that_cannot_be_written_nor_read(
 
     async def serve() -> None:
         clerks = Workers("clerk", 2)
-        session = cast(VolumeSession, SimpleNamespace(record=record, writes=SimpleNamespace(mirrors=()), mirrors=()))
-        trail = Trail(registry, "vol", gate, clerks.run)
-        background = Background(
-            session, gate, Clients(gate, trail), trail, Verification(session, trail), registry, clerks.run, tuple
-        )
+        background, trail = background_of(registry, gate, clerks, record=record)
         async with trail.written():
             trail.note("odd", ROOT, "something happened")
             while gate("root") is not Ruling.FALL_BEHIND:

@@ -1,31 +1,21 @@
 """What a volume costs does not grow with its size: a terabyte of holes starts and catches up as a megabyte does."""
 
-import asyncio
 import json
 import os
 import time
-import uuid
 from pathlib import Path
 from typing import Final
 
+from benchmarks.sparse import UNCHECKED, write_records
+
 from lockstep.crypto import luks
-from lockstep.volume.held import HeldRecord
-from lockstep.volume.intent import Identity, IntentBitmap
-from lockstep.volume.workers import Workers
+from lockstep.service.state import State
 from tests.lab import MIB, Lab, Volume, run, wait_until
 
 SIZE_BYTES: Final = 1 << 40
 REGION_BYTES: Final = MIB  # of a terabyte
 DIRTY_REGIONS: Final = 1024
 MOST_RESIDENT_BYTES: Final = 120 * MIB
-# What the records say is not so, and the look at some places that each start takes would tell.
-UNCHECKED: Final = """
-from lockstep.cli.main import main
-from lockstep.service import mirror_session
-from lockstep.volume.spot_check import SpotCheck
-mirror_session.spot_check = lambda *_: SpotCheck(0, 0)
-main()
-"""
 
 
 def prepared(lab: Lab) -> Volume:
@@ -40,17 +30,8 @@ def prepared(lab: Lab) -> Volume:
 
 def call_equal(volume: Volume, but: range) -> None:
     """Have the records say that only these regions differ, and nothing is held."""
-    header = luks.read_header(str(volume.mirror))
-    assert header.token is not None
-    identity = Identity(str(uuid.UUID(header.token.volume_id)), header.uuid, SIZE_BYTES)
-    path = volume.lab.state / "intent" / f"{header.uuid}.intent"
-    bitmap = IntentBitmap(str(path), identity, Workers("none", 0).run)
-    generation = header.token.generation
-    bitmap.claim(generation, generation, bytes(region in but for region in range(SIZE_BYTES // REGION_BYTES)))
-    bitmap.close()
-    held = HeldRecord(str(volume.lab.state / "held" / header.uuid), identity, asyncio.to_thread, expected=False)
-    held.claim()
-    held.close()
+    marked = bytes(region in but for region in range(SIZE_BYTES // REGION_BYTES))
+    write_records(State(str(volume.lab.state)), luks.read_header(str(volume.mirror)), marked)
 
 
 def data_bytes(path: Path) -> int:

@@ -129,6 +129,14 @@ def interrupted(lab: Lab) -> Iterator[tuple[dict[str, str], Path, Path]]:
         go.touch()
 
 
+def leave_unfinished(volume: Volume, *options: object) -> None:
+    """Begin to re-key the mirror, and be killed when the data's turn has come."""
+    with interrupted(volume.lab) as (slow, began, _go):
+        rekey = Rekey(volume, *options, environment=slow)
+        wait_until(began.exists, "the data's turn")
+        rekey.kill()
+
+
 def events(lab: Lab) -> list[str]:
     rows = [json.loads(line) for line in lab.lockstep("audit", "vol", "--json").ok().splitlines()]
     return [row["event"] for row in rows if row["event"].startswith(("rekey", "key"))]
@@ -263,10 +271,7 @@ def test_what_stock_cryptsetup_finishes_is_taken(lab: Lab) -> None:
     volume = lab.volume(size_bytes=SIZE_BYTES, content=os.urandom(SIZE_BYTES))
     with volume.served():
         pass
-    with interrupted(lab) as (slow, began, _go):
-        rekey = Rekey(volume, environment=slow)
-        wait_until(began.exists, "the data's turn")
-        rekey.kill()
+    leave_unfinished(volume)
     options = ["--resume-only", "--force-offline-reencrypt", "--batch-mode", f"--key-file={lab.key}"]
     run("cryptsetup", "reencrypt", *options, str(volume.mirror))
     forget_volume_keys()
@@ -312,10 +317,7 @@ def test_an_old_header_is_not_taken_for_the_mirrors_own_while_it_is_not_finished
         if not is_served:
             served.stop()
         lab.lockstep("header", "backup", "vol", old).ok()
-        with interrupted(lab) as (slow, began, _go):
-            rekey = Rekey(volume, environment=slow)
-            wait_until(began.exists, "the data's turn")
-            rekey.kill()
+        leave_unfinished(volume)
         options = ["--resume-only", "--force-offline-reencrypt", "--batch-mode", f"--key-file={lab.key}"]
         run("cryptsetup", "reencrypt", *options, f"--header={volume.header}", str(volume.mirror))
         shutil.copyfile(old, volume.header)
@@ -336,10 +338,7 @@ def test_one_whose_other_keys_have_tokens_is_readable_and_goes_on(lab: Lab) -> N
     lab.lockstep("key", "add", "vol", "--key-file", lab.key, "--recovery").ok()
     token = json.dumps({"type": "luks2-keyring", "keyslots": ["0"], "key_description": "nowhere"})
     run("cryptsetup", "token", "import", "--json-file=-", str(volume.mirror), stdin=token.encode())
-    with interrupted(lab) as (slow, began, _go):
-        rekey = Rekey(volume, "--drop-other-keys", environment=slow)
-        wait_until(began.exists, "the data's turn")
-        rekey.kill()
+    leave_unfinished(volume, "--drop-other-keys")
     volume.restore(lab.home / "output").ok()
     assert (lab.home / "output").read_bytes() == content
     lab.lockstep("key", "rekey", "vol", "--key-file", "-", stdin=b"wrong").failed(1, f"No key slot of {volume.mirror}")
@@ -402,10 +401,7 @@ def test_either_copy_of_the_header_is_enough_for_an_unfinished_one(lab: Lab) -> 
     """Also where cryptsetup cannot mend the other one, since nothing is to be written."""
     volume = lab.volume(size_bytes=MIB, content=os.urandom(MIB))
     volume.copy_by_hand()
-    with interrupted(lab) as (slow, began, _go):
-        rekey = Rekey(volume, environment=slow)
-        wait_until(began.exists, "the data's turn")
-        rekey.kill()
+    leave_unfinished(volume)
     for number, damaged_at in enumerate((0, 4096, 16384, 16384 + 4096)):
         copy, output = lab.home / f"copy{number}", lab.home / f"output{number}"
         shutil.copyfile(volume.mirror, copy)
@@ -425,10 +421,7 @@ def test_an_unfinished_one_that_somebody_else_may_be_writing_is_not_restored(lab
     """Stock cryptsetup goes on with it as well, and there is no lock that tells."""
     volume = lab.volume(size_bytes=MIB, content=os.urandom(MIB))
     volume.copy_by_hand()
-    with interrupted(lab) as (slow, began, _go):
-        rekey = Rekey(volume, environment=slow)
-        wait_until(began.exists, "the data's turn")
-        rekey.kill()
+    leave_unfinished(volume)
     device = run("losetup", "--find", "--show", str(volume.mirror)).strip()
     try:
         volume.restore(lab.home / "output").failed(1, "in use", device)
