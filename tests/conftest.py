@@ -1,5 +1,7 @@
 """Fixtures for all tests."""
 
+import errno
+import os
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +18,24 @@ from tests.lab import Lab, loop_devices, run
 # How long an example takes says more about the machine than about us.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Take away what a killed run left mounted and without its server: mkfs.btrfs fails beside a mount like that."""
+    if hasattr(session.config, "workerinput"):
+        return
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        place = line.split()[1]
+        if place.startswith(f"{tempfile.gettempdir()}/lockstep-"):
+            _unmount_if_dead(place)
+
+
+def _unmount_if_dead(place: str) -> None:
+    try:
+        os.stat(place)
+    except OSError as failure:
+        if failure.errno == errno.ENOTCONN:
+            subprocess.run(["umount", "--lazy", place], capture_output=True, check=False)
 
 
 @pytest.fixture

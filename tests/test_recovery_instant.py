@@ -74,8 +74,8 @@ def destroyed(served: Served, mount: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", mount], capture_output=True, check=False)
-        served.volume.lab.lockstep("detach", served.volume.name)
+        wait_until(lambda: subprocess.run(["umount", mount], check=False).returncode == 0, f"{mount} not to be in use")
+        assert "is detached" in served.volume.lab.lockstep("detach", served.volume.name).err
 
 
 @contextlib.contextmanager
