@@ -107,6 +107,7 @@ def test_a_mounted_device_is_served_without_its_mirror_until_all_is_copied(lab: 
     with volume.served(in_sync=False) as served:
         assert served.mirror_state() == "degraded"
         assert "lockstep sync vol --all" in served.mirror()["error"]
+        assert "may not be the whole disk" in lab.lockstep("status", "vol").ok()  # it is: that of the last closing
         write(served, "write -P 7 1M 64k")
         lab.lockstep("sync", "vol", "--all", "--wait").ok()
         assert served.mirror_state() == "in-sync"

@@ -144,7 +144,8 @@ def _render_held(mirror: dict[str, Any]) -> Iterator[Text]:
     if mirror["frozen_since"] is not None:
         yield Text(f"frozen: the disk as it was at {human_moment(mirror['frozen_since'])}")
     elif not mirror["consistent"]:
-        yield Text("not the whole disk of any one moment")
+        verb = "may not be" if mirror["error"] else "is not"  # what is not followed may be as it was left
+        yield Text(f"{verb} the whole disk of any one moment")
 
 
 def _render_progress(sync: dict[str, Any]) -> RenderableType:
