@@ -87,7 +87,7 @@ class Job:
             next(self.steps)
         except StopIteration:
             self.ended = True
-        except Exception as failure:  # noqa: BLE001 (it is for who asked)
+        except (Exception, PowerCut) as failure:  # noqa: BLE001 (it is for who asked)
             self.ended, self.failure = True, failure
 
 

@@ -277,7 +277,7 @@ class Scene(World):
             self.history.append(f"life {life} begins")
             self._check_marks("at the start")
             self._check_held()
-            if not self._claims(surely=life == lives - 1):
+            if not await self._claims(surely=life == lives - 1):
                 await self._power_cut()
                 continue
             self.tasks = [asyncio.ensure_future(each.run()) for each in self.resyncs]
@@ -290,12 +290,14 @@ class Scene(World):
             else:
                 await self._power_cut()
 
-    def _claims(self, *, surely: bool) -> bool:
+    async def _claims(self, *, surely: bool) -> bool:
         """Whether the power lasts until the mirrors are claimed."""
         steps = self.chance.randrange(12) if not surely and self.fate.often(0.1) else None
+        if self.fate.often(0.1):
+            await self._mirror_fault()
         try:
             with self.fate.cut_within(steps):
-                self.volume.claim()
+                await self._in_time(self.volume.claim(), "claiming")
         except PowerCut:
             return False
         self.claimed = True

@@ -467,9 +467,9 @@ class Client:
         """Connect to a unix socket's path, or to (host, port), and say nothing yet."""
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self.plain = self.socket = socket.socket(family, socket.SOCK_STREAM)
-        self.socket.settimeout(patience_s)
         try:
-            self.socket.connect(address)
+            self.socket.connect(address)  # with a timeout it would fail at once while many wait to be let in
+            self.socket.settimeout(patience_s)
         except BaseException:
             self.socket.close()
             raise

@@ -169,10 +169,10 @@ def test_told_again_and_again_it_still_ends_in_order(lab: Lab) -> None:
 
 
 _HANGING = """
-import threading
+import asyncio
 from lockstep.cli.main import main
 from lockstep.service.mirror_session import MirrorSession
-MirrorSession.claim = lambda session: threading.Event().wait()
+MirrorSession.claim = lambda session: asyncio.Event().wait()
 main()
 """
 

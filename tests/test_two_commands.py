@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ from lockstep.nbd.identity import account
 from lockstep.service import control_client
 from lockstep.service.state import State
 from tests.forks import ForkLab
-from tests.lab import MIB, Lab, Served, wait_until
+from tests.lab import MIB, Lab, Served, wait_until, write
 from tests.test_service_refusals import assert_error
 
 SIZE_BYTES = 4 * MIB
@@ -111,23 +112,45 @@ def test_a_disk_that_has_just_taken_the_mirrors_place_keeps_its_keys(
     assert volume.mirror.read_bytes() == before
 
 
-# Stands in cryptsetup's place: to write a token takes as long as there is a file.
+# Stands in cryptsetup's place: to write a token takes as long as there is a file, and fails while there is another.
 _SLOW_TOKEN = """#!/bin/sh
 while [ "$1" = token ] && [ -e "{hold}" ]; do sleep 0.05; done
+if [ "$1" = token ] && [ -e "{hold}.failing" ]; then echo "Device write failed." >&2; exit 1; fi
 exec "{real}" "$@"
 """
+
+
+def slow_token(lab: Lab) -> Path:
+    """Have tokens written by that; returns the file that they wait for."""
+    program, hold = lab.home / "slow" / "cryptsetup", lab.home / "hold"
+    program.parent.mkdir()
+    search = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    program.write_text(_SLOW_TOKEN.format(hold=hold, real=shutil.which("cryptsetup", path=search)))
+    program.chmod(0o755)
+    lab.environment["PATH"] = f"{program.parent}:{search}"
+    return hold
+
+
+@pytest.mark.parametrize("header", ["hangs", "fails"])
+def test_a_mirror_whose_header_cannot_be_written_keeps_no_server_from_starting(lab: Lab, header: str) -> None:
+    volume = lab.volume("vol", SIZE_BYTES)
+    with volume.served():
+        pass
+    hold = slow_token(lab)
+    trouble = hold if header == "hangs" else hold.with_suffix(".failing")
+    trouble.touch()
+    with volume.served("--mirror-timeout", "1", in_sync=False) as served:
+        assert served.mirror_state() == "degraded"
+        write(served, "write -P 9 1M 64k")
+        trouble.unlink()
+        wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be back")
+    volume.assert_equal_disks()
 
 
 def test_a_mirror_is_not_let_go_while_its_server_is_just_claiming_it(lab: Lab) -> None:
     """Its header would be written once more while somebody else has it."""
     volume = lab.volume("vol", SIZE_BYTES)
-    program = lab.home / "slow" / "cryptsetup"
-    program.parent.mkdir()
-    search = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    hold = lab.home / "hold"
-    program.write_text(_SLOW_TOKEN.format(hold=hold, real=shutil.which("cryptsetup", path=search)))
-    program.chmod(0o755)
-    lab.environment["PATH"] = f"{program.parent}:{search}"
+    hold = slow_token(lab)
     control, uuid = str(lab.state / "run" / "vol.control"), luks.read_uuid(str(volume.mirror))
     hold.touch()
     served = Served(volume)

@@ -49,7 +49,7 @@ def _at_work(home: Path, what: Callable[[Scene], Awaitable[None]]) -> None:
 
     async def happen() -> None:
         scene.start(anew=True)
-        scene.volume.claim()
+        await scene.volume.claim()
         scene._repair()
         for user in USERS:
             scene.gate.change(user, UPDATE)
@@ -161,13 +161,13 @@ def test_marks_stay_where_a_mirror_is_dropped_while_it_is_closed(tmp_path: Path)
     async def dropped(scene: Scene) -> None:
         session, link = scene.sessions[0], scene.links[0]
         await scene.path.write("ada", memoryview(bytes(512)), run_of(0, 512), 1, durable=True)
-        real = session._claim
+        real = session._retire
 
-        def claim(marked: bytes, written_ns: int) -> None:
+        def retire(marked: bytes, written_ns: int) -> None:
             link.drop("closing", TimeoutError("it did not answer"))
             real(marked, written_ns)
 
-        session._claim = claim  # type: ignore[method-assign]
+        session._retire = retire  # type: ignore[method-assign]
         await session.retire()
         identity = Identity(scene.volume_id, link.uuid, scene.size_bytes)
         found = intent.load(scene.state.intent(link.uuid), identity, scene.platters[0].token.generation, None)
@@ -203,7 +203,7 @@ async def _disowned_within(scene: Scene, awaited: Callable[[], Awaitable[object]
     def blocks(job: Job) -> OSError | None:
         return OSError("no space left") if job.work.__name__ in ("_write_pages", "discard") else None
 
-    async def ask_scribe(work: Callable[..., None], *args: int) -> None:
+    async def ask_scribe(work: Callable[..., None], *args: int | str | None) -> None:
         if work == session._write_generation and not scene.doing:
             scene.fate.blocks = blocks
             data = memoryview(bytes(512))

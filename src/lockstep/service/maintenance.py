@@ -91,7 +91,7 @@ async def _verify(
 ) -> dict[MirrorLink, Comparison]:
     following = asyncio.create_task(follow_grants())
     if repair:
-        await session.workers.run(session.claim)
+        await session.claim()
     found = {}
     for mirror, resync in zip(session.mirrors, session.resyncs, strict=True):
         verify = Verify(session.writes, mirror.link, session.workers, repair=repair)

@@ -101,8 +101,9 @@ class MirrorSession:
         identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
         loaded = intent.load(path, identity, token.generation if token else None, target.written_ns())
         # What the mirror's token may say for the bitmap to fit it.
-        self._generations = loaded.generations or (mirror.generation, mirror.generation)
-        self._newest = max(mirror.generation, *self._generations, token.generation if token else 0)
+        generation = token.generation if token else mirror.generation
+        self._generations = loaded.generations or (generation, generation)
+        self._newest = max(mirror.generation, *self._generations, generation)
         self._token = token or luks.Token(volume.id, volume.name, volume.size_bytes, self._generations[0], DEGRADED)
         self._token_id = header.token_id if header else None
         self._intent = IntentBitmap(path, identity, workers.run)
@@ -141,16 +142,31 @@ class MirrorSession:
         if unlike := self._unlike(check):
             self.link.step_aside(unlike)
 
-    def claim(self) -> None:
-        """From here on this server alone says what differs. Raises StateDirUnusable and what the token may."""
-        self._claim(self.link.regions.dirty(), written_ns=0)
+    async def claim(self) -> None:
+        """From here on this server alone says what differs. Raises StateDirUnusable.
+
+        A mirror that cannot be told, or does not answer, is dropped: it has the generation that the records know.
+        """
+        try:
+            await self._in_worker(self._claim_records, self.link.regions.dirty(), 0)
+        except OSError as error:
+            raise StateDirUnusable(path=self._state.path, reason=error.strerror or str(error)) from error
+        if self.link.error is None:
+            try:
+                async with self._advancing:
+                    await self._advance(self.link.token_state)
+            except OSError as failure:
+                self.link.drop("claiming", failure)
         self._claimed = True
 
     async def retire(self) -> None:
-        """Close in order: the target has been flushed and nobody writes any more. Raises as `claim` does."""
+        """Close in order: the target has been flushed and nobody writes any more.
+
+        Raises StateDirUnusable and what the token may.
+        """
         await self.link.flush()
         try:
-            await self._scribe.run(self._claim, self.link.regions.dirty(), self._target.written_ns())
+            await self._scribe.run(self._retire, self.link.regions.dirty(), self._target.written_ns())
         except TimeoutError as failure:
             self.link.drop("closing", failure)
 
@@ -161,15 +177,20 @@ class MirrorSession:
         self._scribe.close()
         self.link.close()
 
-    def _claim(self, marked: bytes, written_ns: int) -> None:
+    def _claim_records(self, marked: bytes, written_ns: int) -> None:
+        """Write the records anew; the mirror has the generation that it has."""
+        self._held.claim()
+        self._intent.claim(*self._generations, union(marked, self._intent.marked()), written_ns)
+
+    def _retire(self, marked: bytes, written_ns: int) -> None:
         try:
-            self._held.claim()
-            kept = union(marked, self._intent.marked())  # a copy of the mirror from before still fits
             if self.link.error is not None:  # it cannot be given another; nor by now, if it was dropped meanwhile
-                self._intent.claim(*self._generations, kept, written_ns)
+                self._claim_records(marked, written_ns)
                 return
+            self._held.claim()
             self._see_generation()
             following = self._following()
+            kept = union(marked, self._intent.marked())  # a copy of the mirror from before still fits
             self._intent.claim(self._token.generation, following, kept)
             self._write_token(following, self.link.token_state)
             self._intent.claim(following, following, marked, written_ns)
@@ -227,16 +248,17 @@ class MirrorSession:
         async with self._advancing:
             await self._advance()
 
-    async def _advance(self) -> None:
+    async def _advance(self, state: str | None = None) -> None:
+        """The mirror says the `state` with its new generation; without, the one that it says by then."""
         await self._ask_scribe(self._see_generation)
         generation, following = self._token.generation, self._following()
         await self._in_worker(self._intent.advance, generation, following)
         self._generations = (generation, following)
-        await self._ask_scribe(self._write_generation, following)
+        await self._ask_scribe(self._write_generation, following, state)
         await self._in_worker(self._intent.settle, following)
         self._generations, self._last_failure = (following, following), ""
 
-    async def _ask_scribe(self, work: Callable[..., None], *args: int) -> None:
+    async def _ask_scribe(self, work: Callable[..., None], *args: int | str | None) -> None:
         """Have something done about the header. Raises OSError; a mirror that is another one by now is dropped."""
         try:
             await self._scribe.run(work, *args)
@@ -276,8 +298,8 @@ class MirrorSession:
         if now != soon:
             self._token = self._require_same_mirror()
 
-    def _write_generation(self, generation: int) -> None:
-        self._write_token(generation, self._token.state)  # as it is by now: a state may have been waiting to be written
+    def _write_generation(self, generation: int, state: str | None) -> None:
+        self._write_token(generation, state or self._token.state)  # by now: a state may have been waiting to be written
 
     def _following(self) -> int:
         """Return a new generation, above every one that was ever seen: else an older copy would look like the newer."""

@@ -180,7 +180,7 @@ async def _serve(
         # In this order: what the control interface is still carrying out at the end goes on record too.
         async with trail.written(), control_interface(state.control(name), commands, state.require_manager):
             state.hand_over()  # the control socket is the owner's as well
-            await session.workers.run(session.claim)
+            await session.claim()
             # Only now: until then it ends at once, like any command, also where a mirror hangs.
             signals.on_each(lambda: loop.is_closed() or loop.call_soon_threadsafe(stop.set))
             await server.accept()

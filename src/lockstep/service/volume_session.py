@@ -159,12 +159,12 @@ class VolumeSession:
         except OSError as error:
             raise StateDirUnusable(path=self._state.path, reason=error.strerror or str(error)) from error
 
-    def claim(self) -> None:
-        """Have this process alone say what differs, from here on. Blocks; raises as `MirrorSession.claim` does."""
-        self._claim_filling()
+    async def claim(self) -> None:
+        """Have this process alone say what differs, from here on. Raises as `MirrorSession.claim` does."""
+        await self.workers.run(self._claim_filling)
         for session in self.mirrors:
-            session.claim()
-        self._note_generations()
+            await session.claim()
+        await self.workers.run(self._note_generations)
 
     async def retire(self) -> None:
         """Close in order, when nobody writes any more. Raises DiskFailed when the target cannot be flushed."""
