@@ -6,6 +6,7 @@ of the ways in which a client can be slow are worth their time.
 
 import asyncio
 import contextlib
+import functools
 import math
 import os
 import pwd
@@ -13,7 +14,7 @@ import ssl
 import threading
 import time
 from array import array
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ import uvloop
 from fuzz.bodies import Choices, MemoryExport
 
 from lockstep.nbd import connection, server
+from lockstep.nbd.connection import MAX_PENDING
+from lockstep.nbd.deferred import CLEAR_PIECE_BYTES, MAX_CLEARS
 from lockstep.nbd.payload import PayloadPool
 from lockstep.nbd.server import NbdServer
 from lockstep.service.certificates import load_terms, make_authority, make_client
@@ -422,3 +425,90 @@ def test_each_request_of_a_disk_that_fails_as_nobody_foresaw_is_answered(served:
                 assert [reply.error for reply in client.replies().values()] == [nbd.EIO] * 7
     finally:
         served.stop()
+
+
+class Slow(MemoryExport):
+    """A disk that zeroes, and flushes, when it is allowed to."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, Choices(b""))
+        self.cleared: list[int] = []
+        self.flushing = 0
+        self.allowed = asyncio.Event()
+
+    async def zero(self, user: str, offset: int, length: int, *, durable: bool, allocate: bool) -> None:
+        self.cleared.append(length)
+        await self.allowed.wait()
+
+    async def flush(self) -> None:
+        self.flushing += 1
+        await self.allowed.wait()
+
+    def allow(self, served: Served) -> None:
+        if served._thread.is_alive():
+            served._loop.call_soon_threadsafe(self.allowed.set)
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[tuple[Served, Slow]]:
+    served = Served(str(tmp_path / "slow"))
+    served.export = export = Slow(64 * MIB)
+    served.places = 2
+    served.start()
+    yield served, export
+    export.allow(served)
+    served.stop()
+
+
+def test_zeroes_of_one_client_are_few_at_a_time_and_end_with_it(slow: tuple[Served, Slow]) -> None:
+    """Else a client without a payload to bound it has any amount of work done, and a stop waits for all of it."""
+    served, export = slow
+    with served.client() as client:
+        asked = [client.request(nbd.WRITE_ZEROES, 0, 64 * MIB) for _ in range(MAX_PENDING - 1)]
+        client.send(b"".join(each.wire() for each in asked))
+        wait_until(lambda: len(export.cleared) >= MAX_CLEARS, "the first of them to begin")
+        client.send(client.request(nbd.READ, 0, 4096).wire())
+        client.arrived()  # whatever was to begin has begun
+        assert export.cleared == [CLEAR_PIECE_BYTES] * MAX_CLEARS
+        client.send(pack_request(nbd.READ, 1, 0, 4096, magic=0))  # by which the server loses it
+        client.assert_closed()
+    wait_until(lambda: 1 in served.seen, "the server to know that it left")
+    export.allow(served)
+    served.stop()
+    assert export.cleared == [CLEAR_PIECE_BYTES] * MAX_CLEARS
+
+
+def test_zeroes_come_to_their_end_in_pieces(slow: tuple[Served, Slow]) -> None:
+    served, export = slow
+    export.allow(served)
+    with served.client() as client:
+        assert client.call(nbd.WRITE_ZEROES, CLEAR_PIECE_BYTES - 1, CLEAR_PIECE_BYTES + 2).error == 0
+    assert export.cleared == [1, CLEAR_PIECE_BYTES, 1]
+
+
+def _is(what: Callable[[], int], wanted: int) -> bool:
+    return what() == wanted
+
+
+def test_who_left_work_behind_keeps_a_place_until_that_is_done(slow: tuple[Served, Slow]) -> None:
+    """Else who comes and goes has any number of requests under way."""
+    served, export = slow
+    for _ in range(served.places):
+        with served.client() as client:
+            begun, left = export.flushing, len(served.seen)
+            client.send(client.request(nbd.FLUSH).wire())
+            wait_until(functools.partial(_is, lambda: export.flushing, begun + 1), "the flush to begin")
+            client.send(pack_request(nbd.READ, 1, 0, 4096, magic=0))
+            client.assert_closed()
+        wait_until(functools.partial(_is, lambda: len(served.seen), left + 1), "the server to know that it left")
+    with Client(served.path, 10.0) as refused:
+        assert refused.assert_closed() == b""
+    export.allow(served)
+
+    def is_let_in() -> bool:
+        with contextlib.suppress(EOFError, ConnectionError), Client(served.path, 10.0) as client:
+            client.go("")
+            return True
+        return False
+
+    wait_until(is_let_in, "there to be places again")

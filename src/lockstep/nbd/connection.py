@@ -73,7 +73,7 @@ class Host(deferred.Host, Protocol):
         """Count a new connection in, unless there are too many."""
 
     def dismiss(self, connection: "Connection") -> None:
-        """Count a closed connection out."""
+        """Count a closed connection out, and its place once nothing that it asked is under way; then it calls again."""
 
     def entered(self, connection: "Connection") -> None:
         """Note that a connection has finished its handshake."""
@@ -201,7 +201,7 @@ class Connection(Securable):
             self._negotiate(self._negotiation)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the client; what is under way is carried out all the same."""
+        """Forget the client; what is under way is carried out all the same, but for zeroes not begun yet."""
         if exc is not None:
             log.info("connection of %s (%s) lost: %s", self.user, self.origin, exc)
         self._lost = self._ending = True
@@ -234,6 +234,11 @@ class Connection(Securable):
         if self._block is not None:
             contended, since_s, moved_bytes = self._block.pool.contended, self._block_since_s, self._block_filled
         return contended and now_s - since_s > CONTENDED_STALL_S + moved_bytes / SLOWEST_BYTES_S
+
+    @property
+    def busy(self) -> bool:
+        """Whether something that it asked is under way."""
+        return self._deferred.pending > 0
 
     @property
     def negotiating(self) -> bool:
@@ -459,6 +464,7 @@ class Connection(Securable):
         """Read nothing more; close as soon as everything under way has been answered."""
         self._ending = True
         if self._lost:
+            self._server.dismiss(self)
             return
         if self._reading:
             self._reading = False

@@ -4,6 +4,7 @@ Their payload lies in a block of a pool, which goes back when the disk has done 
 However a request ends, its client gets one answer, and the connection goes on.
 """
 
+import asyncio
 import logging
 from array import array
 from collections.abc import Awaitable, Callable, Coroutine
@@ -29,6 +30,10 @@ log = logging.getLogger(__name__)
 
 SLOW_READ_BYTES: Final = 64 << 10  # more of them together would all wait for the slowest
 MAX_STATUS_EXTENTS: Final = 512
+# Zeroes and discards have no payload that would bound how many there are, and each may be of 4 GiB. Those of one
+# connection that overlap would only wait for each other's turn, and every later one counts all that are before it.
+MAX_CLEARS: Final = 4
+CLEAR_PIECE_BYTES: Final = 8 << 20  # after each of them it is seen whether anybody still waits
 
 
 class Host(Protocol):
@@ -72,6 +77,7 @@ class Deferred:
         self._replies = replies
         self._ended = ended
         self._gathered: _Gathered | None = None
+        self._clears = asyncio.Semaphore(MAX_CLEARS)
 
     # --- runs ---
 
@@ -137,20 +143,28 @@ class Deferred:
         if command == wire.CMD_BLOCK_STATUS:
             limit = 1 if flags & wire.FLAG_REQ_ONE else MAX_STATUS_EXTENTS
             self._defer(1, self._status(cookie, offset, length, limit))
+        elif command == wire.CMD_FLUSH:
+            self._defer(1, self._answer(self._begin(self._export.flush), command, cookie))
+        elif command == wire.CMD_CACHE:
+            self._defer(1, self._answer(self._begin(self._export.cache, offset, length), command, cookie))
         else:
-            begun = self._begin(self._ask, user, command, flags, offset, length)
-            self._defer(1, self._answer(begun, command, cookie))
+            self._defer(1, self._answer(self._clear(user, command, flags, offset, length), command, cookie))
 
-    def _ask(self, user: str, command: int, flags: int, offset: int, length: int) -> Awaitable[None]:
-        export, durable = self._export, bool(flags & wire.FLAG_FUA)
-        if command == wire.CMD_FLUSH:
-            return export.flush()
-        if command == wire.CMD_TRIM:
-            return export.trim(user, offset, length, durable=durable)
-        if command == wire.CMD_WRITE_ZEROES:
-            return export.zero(user, offset, length, durable=durable, allocate=bool(flags & wire.FLAG_NO_HOLE))
-        assert command == wire.CMD_CACHE
-        return export.cache(offset, length)
+    async def _clear(self, user: str, command: int, flags: int, offset: int, length: int) -> None:
+        """Zero, or give up, a range piece by piece, as long as there is somebody to be answered."""
+        end, durable = offset + length, bool(flags & wire.FLAG_FUA)
+        async with self._clears:
+            while offset < end:
+                if self._replies.transport is None:
+                    raise OSError(wire.ESHUTDOWN, "who asked is gone")
+                stop = min(end, (offset // CLEAR_PIECE_BYTES + 1) * CLEAR_PIECE_BYTES)
+                count, last = stop - offset, durable and stop == end  # which makes those before it durable as well
+                if command == wire.CMD_TRIM:
+                    await self._export.trim(user, offset, count, durable=last)
+                else:
+                    allocate = bool(flags & wire.FLAG_NO_HOLE)
+                    await self._export.zero(user, offset, count, durable=last, allocate=allocate)
+                offset = stop
 
     # --- as tasks ---
 

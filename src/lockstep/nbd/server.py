@@ -57,6 +57,7 @@ class NbdServer:
         self.loop = asyncio.get_running_loop()
         self._max_connections = max_connections
         self._connections: set[Connection] = set()
+        self._parted: set[Connection] = set()  # closed, and still at work on the disks
         self._tasks: set[asyncio.Task[None]] = set()
         self._listeners: list[asyncio.Server] = []
         self._busy_poll = BusyPoll()
@@ -136,8 +137,9 @@ class NbdServer:
 
     def admit(self, connection: Connection) -> bool:
         """Count a new connection in, unless there are too many."""
-        if self._draining or (len(self._connections) >= self._max_connections and not self._make_room()):
-            log.warning("refusing a connection: %d are open, the limit", len(self._connections))
+        count = len(self._connections) + len(self._parted)
+        if self._draining or (count >= self._max_connections and not self._make_room()):
+            log.warning("refusing a connection: %d are open, or at work still, the limit", count)
             return False
         self._connections.add(connection)
         self._empty.clear()
@@ -154,8 +156,12 @@ class NbdServer:
         return True
 
     def dismiss(self, connection: Connection) -> None:
-        """Count a closed connection out."""
+        """Count a closed connection out, and its place once nothing that it asked is under way; then it calls again.
+
+        Else who comes and goes could have any number of requests under way.
+        """
         self._connections.discard(connection)
+        (self._parted.add if connection.busy else self._parted.discard)(connection)
         entered = self._entered.pop(connection, None)
         if entered is not None:
             self._busy_poll.forget(connection.fd)
