@@ -90,6 +90,15 @@ def test_what_no_database_can_hold_is_escaped(registry: Registry) -> None:
     assert registry.audit_rows(user="b\udcffb") == (row,)
 
 
+def test_a_name_for_which_a_row_has_no_room_keeps_no_row_from_being_written(registry: Registry) -> None:
+    name = "somebody" * 30
+    registry.audit("connect", actor=Actor(name, "x"), volume="vm1", reason=f"{name} connected", details={})
+    row = registry.audit_rows()[-1]
+    assert (row.user, row.reason) == (name[:64], f"{name} connected")
+    assert registry.check_audit().reason is None
+    assert registry.audit_rows(user=name) == (row,)
+
+
 def fill(registry: Registry) -> str:
     """Write ten rows more; return the head in the middle."""
     for number in range(10):

@@ -88,6 +88,7 @@ def test_it_keeps_volumes_and_mirrors(registry: Registry) -> None:
         on_sqlite.test_a_grant_is_replaced_and_revoked,
         on_sqlite.test_every_change_of_the_registry_is_in_the_trail,
         on_sqlite.test_what_no_database_can_hold_is_escaped,
+        on_sqlite.test_a_name_for_which_a_row_has_no_room_keeps_no_row_from_being_written,
     ],
 )
 def test_grants_and_the_audit_trail(registry: Registry, holds: Callable[[Registry], None]) -> None:

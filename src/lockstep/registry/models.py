@@ -26,6 +26,8 @@ from sqlalchemy import (
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
+USER_CHARS = 64
+
 
 class UtcDateTime(TypeDecorator[datetime]):
     """A moment, aware and in UTC on the Python side. SQLite drops the zone, PostgreSQL answers in the session's."""
@@ -93,7 +95,7 @@ GRANTS = Table(
     METADATA,
     Column("id", String(36), primary_key=True),
     Column("volume_id", String(36), ForeignKey("volumes.id", ondelete="CASCADE"), nullable=False),
-    Column("user", String(64), nullable=False),
+    Column("user", String(USER_CHARS), nullable=False),
     Column("windows", String, nullable=False),
     Column("timezone", String(64), nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
@@ -108,7 +110,7 @@ AUDIT = Table(
     Column("at_us", BigInteger, nullable=False),
     Column("volume", String(64), index=True, nullable=False),
     Column("event", String(32), nullable=False),
-    Column("user", String(64), nullable=False),
+    Column("user", String(USER_CHARS), nullable=False),
     Column("origin", String, nullable=False),
     Column("reason", String, nullable=False),
     Column("details", String, nullable=False),

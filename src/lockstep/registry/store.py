@@ -79,7 +79,7 @@ from lockstep.errors import (
 from lockstep.registry import audit, schema, windows
 from lockstep.registry.access import Grant
 from lockstep.registry.audit import Actor, AuditCheck, AuditRecord
-from lockstep.registry.models import AUDIT, AUDIT_HEAD, GRANTS, MIRRORS, OWNER, VOLUMES
+from lockstep.registry.models import AUDIT, AUDIT_HEAD, GRANTS, MIRRORS, OWNER, USER_CHARS, VOLUMES
 from lockstep.registry.windows import Schedule
 
 LOCK_TIMEOUT_S = 10.0
@@ -481,7 +481,7 @@ class Registry:
         if volume is not None:
             query = query.where(AUDIT.c.volume == _text(volume))
         if user is not None:
-            query = query.where(AUDIT.c.user == _text(user))
+            query = query.where(AUDIT.c.user == _user(user))
         if since_s is not None:
             query = query.where(AUDIT.c.at_us >= round(since_s * 1e6))
         if until_s is not None:
@@ -659,7 +659,7 @@ def _append(
         at_us=time.time_ns() // 1000 if at_us is None else at_us,
         volume=volume,
         event=event,
-        user=_text(actor.user),
+        user=_user(actor.user),
         origin=_text(actor.origin),
         reason=_text(reason),
         details=_storable(json.loads(json.dumps(details))),
@@ -677,6 +677,14 @@ def _append(
 def _text(text: str) -> str:
     """What every database can hold: a path may have bytes that are no UTF-8, or a NUL in a name that somebody sent."""
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
+def _user(name: str) -> str:
+    """As much of a user's name as a row has room for; the reason has all of it.
+
+    An account's may be longer, where a directory service gives them, and PostgreSQL would not take the row, ever.
+    """
+    return _text(name)[:USER_CHARS]
 
 
 def _storable(value: Any) -> Any:
