@@ -133,6 +133,19 @@ def test_target_here_and_mirror_there_at_once_have_one_winner(registry: Registry
     assert set(outcomes) - {True} <= {errors.TargetTaken, errors.MirrorTaken}
 
 
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_that_cannot_hold_every_name_is_refused_at_first(url: str, encoding: str) -> None:
+    """Else the first client with such a name would keep the audit trail from being written."""
+    engine = create_engine(
+        make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool, isolation_level="AUTOCOMMIT"
+    )
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {encoding} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0"))
+    with pytest.raises(errors.RegistryNotUnicode) as caught:
+        Registry.open(url.replace("/postgres?", f"/{encoding.lower()}?"))
+    assert caught.value.data["encoding"] == encoding
+
+
 def test_a_server_that_does_not_answer_or_refuses_is_unreachable_and_no_password_shows(url: str) -> None:
     for wrong in (
         make_url(url).set(host="127.0.0.1", port=1, password="secret", query={}),

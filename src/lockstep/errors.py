@@ -572,6 +572,14 @@ class RegistryDamaged(RegistryError):
     )
 
 
+class RegistryNotUnicode(RegistryError):
+    """Data: registry, encoding."""
+
+    happened = "The database {registry} keeps text as {encoding}, and cannot hold every name and path."
+    cause = "It was made with the encoding of the server's locale."
+    next_step = "Make one for UTF-8, and use that: CREATE DATABASE NAME ENCODING 'UTF8' LOCALE 'C' TEMPLATE template0."
+
+
 class RegistryTooNew(RegistryError):
     """Data: registry, found, known."""
 

@@ -6,7 +6,7 @@ longer to import than most commands take to run; it is imported only where there
 
 from sqlalchemy import Connection, inspect, text
 
-from lockstep.errors import RegistryDamaged, RegistryTooNew
+from lockstep.errors import RegistryDamaged, RegistryNotUnicode, RegistryTooNew
 
 REVISION = "0005"
 """The newest revision in migrations/versions."""
@@ -26,13 +26,17 @@ def bring_up_to_date(connection: Connection, registry: str) -> None:
     """Migrate to REVISION inside the caller's write transaction, which all other openers wait for.
 
     Does nothing where another opener was quicker. Raises RegistryTooNew for a revision that this
-    program does not know, RegistryDamaged for a database that is somebody else's.
+    program does not know, RegistryDamaged for a database that is somebody else's, RegistryNotUnicode.
     """
     found = found_revision(connection)
     if found == REVISION:
         return
     if found is None and inspect(connection).get_table_names():
         raise RegistryDamaged(registry=registry, reason="it holds another program's tables")
+    if found is None and connection.dialect.name == "postgresql":
+        encoding = connection.scalar(text("SHOW server_encoding"))
+        if encoding != "UTF8":  # a name that it has no letters for would keep the audit trail from being written
+            raise RegistryNotUnicode(registry=registry, encoding=encoding)
 
     from alembic import command  # noqa: PLC0415 - see the head of this file
     from alembic.config import Config  # noqa: PLC0415

@@ -101,7 +101,7 @@ _POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 
 _LATEST_US = 253_370_764_800_000_000  # the end of the year 9998, in every time zone a moment that there is
 
-_CONNECT_OPTIONS = {"connect_timeout": "10", "tcp_user_timeout": "10000"}
+_CONNECT_OPTIONS = {"connect_timeout": "10", "tcp_user_timeout": "10000", "client_encoding": "utf8"}
 """libpq's, in s and ms, where the URL does not say otherwise: a dead server is an error, not a hang."""
 
 # (dialect, does it write) -> the statements that open a transaction.
@@ -192,7 +192,7 @@ class Registry:
         its directory is not), or `postgresql://[USER[:PASSWORD]@]HOST[:PORT]/DATABASE[?libpq options]`.
 
         Raises RegistryUrlInvalid, RegistryDriverMissing, RegistryUnreadable (file), RegistryUnreachable (server),
-        RegistryBusy, RegistryDamaged, RegistryTooNew.
+        RegistryBusy, RegistryDamaged, RegistryTooNew, RegistryNotUnicode.
         """
         registry = cls(*(_sqlite(url) if url.startswith("sqlite:") else _postgresql(url)))
         try:
