@@ -1408,7 +1408,9 @@ def in_scene(scene: Scene, what: Coroutine[Any, Any, None]) -> None:
         (backlog, "FIRST_BYTES"): 32 << 10,
         (backlog, "SCATTERED_BYTES"): 1 << 10,
         (mirror_session, "Workers"): functools.partial(Hands, scene.fate),
-        (mirror_session, "spot_check"): lambda _, mirror, differing: scene.check_return(mirror._number, differing()),
+        (mirror_session, "spot_check"): lambda _, mirror, differing, **__: scene.check_return(
+            mirror._number, differing()
+        ),
         (mirror_opening, "Workers"): functools.partial(Hands, scene.fate),
         **{(module, "luks"): Headers(scene) for module in (mirror_session, mirror_set, replacing)},
         **{(module, "time"): clock for module in (pace, resync, backlog, link, mirror_session)},

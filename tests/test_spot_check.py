@@ -70,6 +70,22 @@ def test_a_blank_disk_under_the_targets_name_is_refused(volume: Volume) -> None:
     refusal(volume)
 
 
+def test_a_target_that_was_made_anew_after_an_orderly_stop_is_not_copied_over_its_mirror(lab: Lab) -> None:
+    """The file says that it was written, so all of it would be copied: an empty disk over the only copy."""
+    volume = lab.volume("vol", SIZE_BYTES, content=noise(1))
+    with volume.served():
+        pass
+    exchange(volume, bytes(SIZE_BYTES))
+    refusal(volume)
+    repair = ["verify", "vol", "--repair", "--key-file", lab.key]
+    lab.lockstep(*repair).failed(1, "does not seem to be the disk", "lockstep sync vol --all")
+    assert volume.decrypted() == noise(1)
+    lab.lockstep("sync", "vol", "--all").ok()
+    with volume.served():
+        pass
+    volume.assert_equal_disks()
+
+
 def test_a_target_that_was_restored_in_part_is_refused(volume: Volume) -> None:
     exchange(volume, noise(1)[: 15 * MIB] + bytes(MIB))
     refusal(volume)
@@ -85,9 +101,12 @@ def test_what_the_refusal_advises_where_the_target_is_right(volume: Volume) -> N
     volume.assert_equal_disks()
 
 
-def test_verify_shows_what_differs_of_what_is_refused(volume: Volume) -> None:
+def test_verify_shows_what_differs_of_what_is_refused_and_copies_nothing(volume: Volume) -> None:
     exchange(volume, noise(2))
-    volume.lab.lockstep("verify", "vol", "--key-file", volume.lab.key).failed(3, "differ")
+    verify = ["verify", "vol", "--key-file", volume.lab.key]
+    volume.lab.lockstep(*verify).failed(3, "differ")
+    volume.lab.lockstep(*verify, "--repair").failed(1, "does not seem to be the disk")
+    assert volume.decrypted() == noise(1)
 
 
 def test_a_mounted_device_is_served_without_its_mirror_until_all_is_copied(lab: Lab, loop: Callable[..., str]) -> None:
@@ -155,7 +174,7 @@ def test_two_targets_whose_names_were_exchanged_are_told_apart(volume: Volume) -
 def test_a_mirror_that_hangs_when_it_is_compared_does_not_keep_the_target_from_being_served(volume: Volume) -> None:
     program = (
         "import threading, lockstep.cli.main as cli, lockstep.service.mirror_session as session\n"
-        "session.OPENING_PATIENCE_S, session.spot_check = 0.2, lambda *_: threading.Event().wait()\n"
+        "session.OPENING_PATIENCE_S, session.spot_check = 0.2, lambda *_, **__: threading.Event().wait()\n"
         "cli.main()"
     )
     with volume.served(program=program, in_sync=False) as served:

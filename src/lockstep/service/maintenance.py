@@ -40,7 +40,8 @@ def verify_at_rest(
     """Compare the mirrors of a volume with its target, and return what was found of each, and how it stands then.
 
     Nothing is changed, unless `repair`: then what differs is copied, if somebody may update the mirrors now.
-    `on_progress` is given bytes done and bytes in all. Raises AlreadyServed, and whatever opening the volume raises.
+    `on_progress` is given bytes done and bytes in all. Raises AlreadyServed, TargetUnlike for a repair, and whatever
+    opening the volume raises.
     """
     protect_memory()
     self_test()
@@ -54,6 +55,8 @@ def verify_at_rest(
         workers = Workers("lockstep-worker", WORKERS)
         stack.callback(workers.close)
         session = stack.enter_context(open_volume(state, volume, unlock, gate, workers))
+        if repair:
+            session.require_like()
         follow = functools.partial(_follow_grants, registry, name, gate)
         found = asyncio.run(_verify(session, follow, repair=repair, on_progress=on_progress))
         results = []

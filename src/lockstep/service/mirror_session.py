@@ -111,6 +111,9 @@ class MirrorSession:
         self._held = HeldRecord(state.held(mirror.luks_uuid), identity, workers.run, expected=tells or loaded.fits)
         if not loaded.fits:
             self._held.frozen_since_s = None  # it is another mirror than the one that was frozen
+        # Where the two may have differed at an orderly end, if all that is known of the target file is that it was
+        # written since; until this server says what differs.
+        self._closed_with = union(loaded.left, self._held.regions()) if loaded.left is not None else None
         regions = RegionMap(volume.size_bytes, loaded.marked, self._held.regions())
         self.link = MirrorLink(mirror.path, mirror.luks_uuid, regions, self._intent, self._held, self)
         self.link.as_left = loaded.fits
@@ -158,6 +161,7 @@ class MirrorSession:
             except OSError as failure:
                 self.link.drop("claiming", failure)
         self._claimed = True
+        self._closed_with = None
 
     async def retire(self) -> None:
         """Close in order: the target has been flushed and nobody writes any more.
@@ -454,11 +458,14 @@ class MirrorSession:
         return self._unlike(self._spot_check(opened.disk))
 
     def _spot_check(self, disk: EncryptedDisk) -> SpotCheck:
-        return spot_check(self._target, disk, lambda: union(self.link.regions.differing(), self._intent.marked()))
+        def differing() -> bytes:
+            return self._closed_with or union(self.link.regions.differing(), self._intent.marked())
+
+        return spot_check(self._target, disk, differing, what_is_lost=self._closed_with is not None)
 
     def _unlike(self, check: SpotCheck) -> str | None:
-        """What a spot check says against following the mirror."""
-        if not check.differing:
+        """What a spot check says against following the mirror. Nothing where all of it is copied, come what may."""
+        if not check.differing or self._closed_with is not None:
             return None
         return (
             "it differs from the target in places where the two were equal: one of them is another disk than before, or"

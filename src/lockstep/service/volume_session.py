@@ -43,6 +43,7 @@ from lockstep.volume.missing import Pair
 from lockstep.volume.read_path import ReadPath
 from lockstep.volume.restore_record import records_beside
 from lockstep.volume.resync import Resync
+from lockstep.volume.spot_check import SpotCheck
 from lockstep.volume.workers import Workers
 from lockstep.volume.write_path import WritePath
 
@@ -92,14 +93,19 @@ class VolumeSession:
         return filling
 
     def check(self) -> None:
-        """Let mirrors alone that the target is not like. Raises TargetUnlike where it is like none at all. Blocks.
+        """Let mirrors alone that the target is not like. Raises TargetUnlike where it is like none at all. Blocks."""
+        for session, check in self.require_like().items():
+            session.follow_if_like(check)
+
+    def require_like(self) -> dict[MirrorSession, SpotCheck]:
+        """Return what each mirror has in common with the target. Raises TargetUnlike as `check` does. Blocks.
 
         A mirror is not overwritten with another disk, nor that disk by clients who take it for theirs.
         """
         if self.filling is not None:
-            return
-        checks = [session.check() for session in self.mirrors]
-        telling = [check for check in checks if check.telling]
+            return {}
+        checks = {session: session.check() for session in self.mirrors}
+        telling = [check for check in checks.values() if check.telling]
         if telling and all(check.strangers for check in telling):
             worst = max(telling, key=lambda check: check.telling)
             raise TargetUnlike(
@@ -108,8 +114,7 @@ class VolumeSession:
                 differing=worst.differing,
                 telling=worst.telling,
             )
-        for session, check in zip(self.mirrors, checks, strict=True):
-            session.follow_if_like(check)
+        return checks
 
     async def look_after_target(self) -> None:
         """See whether the target is all there, and is found by its path: the next start looks for it there."""

@@ -83,6 +83,7 @@ class Loaded:
     marked: bytearray  # a byte for each region
     fits: bool
     generations: tuple[int, int] | None = None  # those of the mirror, now and soon, if it fits
+    left: bytearray | None = None  # what was marked at an orderly end, if it would fit had the target not been written
 
 
 def load(path: str, identity: Identity, generation: int | None, written_ns: int | None) -> Loaded:
@@ -100,12 +101,15 @@ def load(path: str, identity: Identity, generation: int | None, written_ns: int 
     except OSError as failure:
         log.warning("the intent bitmap %s cannot be read (%s): everything counts as different", path, failure)
         content = b""
-    generations = _fitting(content[:PAGE_BYTES], identity, generation, written_ns)
+    generations = _fitting(content[:PAGE_BYTES], identity, generation)
     if generations is None:
         return Loaded(bytearray(b"\1" * count), fits=False)
     marked, damaged = pages.unpack(content, count)
     for number in damaged:
         log.warning("page %d of the intent bitmap %s is damaged: it counts as marked", number, path)
+    *_, closed_ns = _GENERATIONS.unpack_from(content, _GENERATIONS_AT)
+    if written_ns is not None and closed_ns not in (0, written_ns):
+        return Loaded(bytearray(b"\1" * count), fits=False, left=marked)
     return Loaded(marked, fits=True, generations=generations)
 
 
@@ -120,7 +124,7 @@ def renew(path: str, identity: Identity, generation: int, following: int, give: 
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             stack.callback(os.close, fd)
         head = os.pread(fd, PAGE_BYTES, 0) if fd is not None else b""
-        if fd is None or _fitting(head, identity, generation, None) is None:
+        if fd is None or _fitting(head, identity, generation) is None:
             give()
             return
         *_, written_ns = _GENERATIONS.unpack_from(head, _GENERATIONS_AT)
@@ -220,16 +224,13 @@ class IntentBitmap:
         return b"".join(map(_WHOLE_GROUP.__getitem__, self._touched))[: self._count]
 
 
-def _fitting(
-    header: bytes, identity: Identity, generation: int | None, written_ns: int | None
-) -> tuple[int, int] | None:
+def _fitting(header: bytes, identity: Identity, generation: int | None) -> tuple[int, int] | None:
     """The generations of a header that is whole, of this mirror, and of this generation or on the way to or from it."""
     if len(header) != PAGE_BYTES:
         return None
     given, following, written = _GENERATIONS.unpack_from(header, _GENERATIONS_AT)
     whole = header == _header(identity, given, following, written)
-    fits = generation in (None, given, following) and (written_ns is None or written in (0, written_ns))
-    return (given, following) if whole and fits else None
+    return (given, following) if whole and generation in (None, given, following) else None
 
 
 def _header(identity: Identity, generation: int, following: int, written_ns: int) -> bytes:

@@ -46,12 +46,14 @@ class SpotCheck:
         return 4 * self.differing >= self.telling
 
 
-def spot_check(target: PlainDisk, mirror: EncryptedDisk, differing: Callable[[], bytes]) -> SpotCheck:
+def spot_check(
+    target: PlainDisk, mirror: EncryptedDisk, differing: Callable[[], bytes], *, what_is_lost: bool = False
+) -> SpotCheck:
     """Compare a mirror with its target in some places. Blocks.
 
     `differing` returns which regions may differ, a byte each; it is asked again at the end, for there may be writers
-    meanwhile. A disk that cannot be read ends it, or one that is so slow that it takes PATIENCE_S: what was seen until
-    then counts.
+    meanwhile. With `what_is_lost`, pieces of which the mirror has zeroes do not count either. A disk that cannot be
+    read ends it, or one that is so slow that it takes PATIENCE_S: what was seen until then counts.
     """
     region_bytes, zeroes = region_bytes_for(target.size_bytes), bytes(PIECE_BYTES)
     ours, theirs = page_aligned(PIECE_BYTES), page_aligned(PIECE_BYTES)
@@ -66,7 +68,7 @@ def spot_check(target: PlainDisk, mirror: EncryptedDisk, differing: Callable[[],
         except OSError:
             break
         differs = not same(ours, theirs)
-        if differs or ours != zeroes:
+        if theirs != zeroes or (differs and not what_is_lost):
             telling.append((offset, differs))
     marked = differing()
     counts = [differs for offset, differs in telling if not marked[offset // region_bytes]]
