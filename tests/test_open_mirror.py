@@ -464,6 +464,24 @@ def test_commit_makes_the_new_target(made: Made, lab: Lab, monkeypatch: pytest.M
     assert output.read_bytes() == expected
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["overwritten", "made"])
+def test_the_mirror_is_not_called_equal_to_a_target_that_was_committed(lab: Lab, there: bool) -> None:
+    """Nor does a file say when it was written, after a crash: what was written over the mirror was nowhere else."""
+    volume, overlay = lab.volume("vol", SIZE_BYTES, content=CONTENT), lab.home / "overlay"
+    with volume.served() as served:
+        served.kill()
+    with opened(volume, "--writable", "--overlay", overlay) as (_, uri):
+        run("qemu-io", "-f", "raw", "-c", f"write -P 7 {SIZE_BYTES // 2 + 4096} 4k", "-c", "flush", uri)
+    if not there:
+        volume.target.unlink()
+    lab.lockstep("commit", volume.mirror, overlay, volume.target, "--force", "--key-file", lab.key).ok()
+    committed = volume.target.read_bytes()
+    with volume.served():
+        pass
+    assert volume.target.read_bytes() == committed
+    volume.assert_equal_disks()
+
+
 # --- as a block device --------------------------------------------------------------------------------------
 
 

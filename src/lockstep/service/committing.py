@@ -13,6 +13,7 @@ from lockstep.disk.mirror import require_unused
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import inspect, make_file, not_made
 from lockstep.errors import DiskFailed, OutputTooSmall, OverlayMissing
+from lockstep.service.mirror_set import doubt_overwritten
 from lockstep.service.noting import note_if_known
 from lockstep.service.opening import opened
 from lockstep.service.recovery import refuse_content, refuse_known, refuse_same_storage
@@ -49,9 +50,10 @@ def commit(
     """Write what one sees through the overlay, exactly the target's size, onto a disk or a file.
 
     Mirror and overlay stay as they are. An output that this made is removed when it fails; a file that was there keeps
-    the other name that it has meanwhile. Raises OutputExists unless `force`; OutputIsMirror, OutputInState,
-    MirrorTaken, HeaderTaken, OutputTooSmall, DiskBusy, DiskFailed; what opening the mirror and claiming the overlay
-    raise, DiskLocked while it is open elsewhere.
+    the other name that it has meanwhile. If it is the target of a volume, the next server compares its mirrors with it:
+    they lack what was written over them. Raises OutputExists unless `force`; OutputIsMirror, OutputInState,
+    MirrorTaken, HeaderTaken, OutputTooSmall, DiskBusy, DiskFailed, StateDirUnusable; what opening the mirror and
+    claiming the overlay raise, DiskLocked while it is open elsewhere.
     """
     if not os.path.exists(overlay_path):
         raise OverlayMissing(path=overlay_path)
@@ -84,6 +86,7 @@ def commit(
                     on_progress=lambda done: on_progress(done, size_bytes),
                 )
                 output.flush()
+                doubt_overwritten(state, output_path)
             except OSError as error:
                 raise DiskFailed(
                     path=f"{mirror_path} to {output_path}", doing="Copying", reason=error.strerror or str(error)

@@ -13,6 +13,7 @@ Where something is held from another mirror, no mirror is added: it would be giv
 import asyncio
 import contextlib
 import functools
+import logging
 import os
 import secrets
 import uuid
@@ -31,6 +32,7 @@ from lockstep.errors import (
     HeaderDamaged,
     HeaderIsCopy,
     HeaderUnreadable,
+    LockstepError,
     LuksUuidTaken,
     MirrorKeysDiffer,
     MirrorOfAnotherVolume,
@@ -43,6 +45,7 @@ from lockstep.errors import (
     StateDirUnusable,
     StillServed,
     TargetResized,
+    TargetTaken,
     TargetUnfinished,
 )
 from lockstep.registry.audit import Actor
@@ -58,6 +61,8 @@ from lockstep.volume.held import HeldRecord
 from lockstep.volume.link import SYNCING, WHOLE
 from lockstep.volume.regions import positions
 from lockstep.volume.spot_check import spot_check
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,26 @@ def doubt_mirrors(state: State, name: str, *, compare: bool) -> None:
             _forget(state, [state.intent(mirror.luks_uuid)])
         reason = f"{actor.user} had everything copied to the mirrors anew, by the next server"
         registry.audit("sync", actor=actor, volume=name, reason=reason, details={})
+
+
+def doubt_overwritten(state: State, path: str) -> None:
+    """Have all mirrors compared of a volume whose target is at `path`: it was overwritten with something newer.
+
+    A target that is being filled is left to that. A registry that is absent or broken is no reason to fail: the log
+    says so. Raises StateDirUnusable.
+    """
+    if not state.registry_place.used():
+        return
+    overwritten: list[MirrorRecord] = []
+    try:
+        with state.registry() as registry:
+            for _, _, volume in mirrors.roles_of(registry.volumes(), path, (TargetTaken,)):
+                overwritten += volume.mirrors if volume.filled_from is None else ()
+            for mirror in overwritten:
+                registry.set_generation(mirror.id, mirror.generation, compare=True)
+    except LockstepError as error:
+        log.warning("it is not known whether %s is a target, from which mirrors differ now: %s", path, error)
+    _forget(state, [state.intent(mirror.luks_uuid) for mirror in overwritten])
 
 
 def _forget(state: State, records: Sequence[str]) -> None:

@@ -175,12 +175,20 @@ def refuse_as_output(volumes: Iterable[VolumeRecord], path: str, refused: tuple[
     A disk of the registry that cannot be looked at, or does not answer, is known by its name alone: it must not keep
     anybody from restoring.
     """
+    for known, taken, volume in roles_of(volumes, path, refused):
+        raise taken(path=known, volume=volume.name)
+
+
+def roles_of(
+    volumes: Iterable[VolumeRecord], path: str, among: tuple[Role, ...]
+) -> Iterator[tuple[str, Role, VolumeRecord]]:
+    """What the output `path` is to volumes, each with the path by which that is known; as for `refuse_as_output`."""
     named, output = os.path.realpath(path), inspect(path) if os.path.exists(path) else None
-    known = {known: (taken, volume) for volume in volumes for known, taken in roles(volume) if taken in refused}
+    known = {known: (role, volume) for volume in volumes for known, role in roles(volume) if role in among}
     answers = patience.ask({each: functools.partial(_is_output, each, named, output) for each in known})
-    for each, (taken, volume) in known.items():
+    for each, (role, volume) in known.items():
         if answers.get(each, each == named):
-            raise taken(path=each, volume=volume.name)
+            yield each, role, volume
 
 
 def _is_output(known: str, named: str, output: Disk | None) -> bool:
