@@ -298,6 +298,28 @@ def test_marks_stay_where_the_mirror_failed_and_came_back_while_they_were_to_be_
     played(scene, tmp_path)
 
 
+def test_marks_stay_where_the_target_lost_something_while_they_were_to_be_cleared(tmp_path: Path) -> None:
+    """Though somebody has looked after the target by then, and has the mirror brought in sync."""
+
+    async def scene(world: World) -> None:
+        (link,) = world.links
+        link.intent.idle()  # nobody has written for a while
+
+        async def advance() -> None:
+            world.target.flush_job = failing(OSError(errno.EIO, "lost"))  # type: ignore[method-assign]
+            with pytest.raises(OSError, match="lost"):
+                await world.path.flush()
+            world.target.zero(0, REGION_BYTES, allocate=False)
+            world.path.durability_lost = link.target_error = None
+
+        link._keeper = cast(Keeper, SimpleNamespace(advance=advance, announce=world.desk.announce))
+        await world.path.tidy()
+        assert world.differing() == {0}
+        world.assert_marked()
+
+    played(scene, tmp_path)
+
+
 def test_a_mirror_whose_header_cannot_be_written_keeps_no_others_marks(tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         broken, well = world.links

@@ -216,12 +216,13 @@ class MirrorLink:
         """Clear the marks of regions, a byte each, that are equal and flushed, where nobody asked to write meanwhile.
 
         Not if the mirror failed since `admissions` was taken, before the flush: what its cache lost is not equal, even
-        if it is back. Raises OSError, and then clears nothing, when the mirror cannot be given a new generation.
+        if it is back. Nor where the target has lost something meanwhile. Raises OSError, and then clears nothing, when
+        the mirror cannot be given a new generation.
         """
         if 1 in regions and self._steady(admissions):
             await self._keeper.advance()
             if self._steady(admissions):
-                await self.intent.clear(regions)
+                await self.intent.clear(without(regions, self.regions.differing()))
 
     def _steady(self, admissions: int) -> bool:
         return self.error is None and self.target_error is None and self.admissions == admissions
