@@ -4,13 +4,17 @@ import contextlib
 import os
 import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.lab import MIB, Lab, Served, Volume, needs, run, wait_until, write
+from lockstep.crypto import luks
+from lockstep.service import control_client
+from lockstep.volume.link import WHOLE
+from tests.lab import MIB, PATIENCE_S, Lab, Served, Volume, needs, run, wait_until, write
 
 SIZE_BYTES = 32 * MIB
 REGION_BYTES = 64 << 10
@@ -249,3 +253,44 @@ def test_a_mirror_that_returns_while_there_is_no_memory_comes_back_later(
         wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to come back", patience_s=15)
     assert "locked by another" not in served.log.read_text()
     volume.assert_equal_disks()
+
+
+_RETURNING = """
+import asyncio, os, signal
+from lockstep.cli.main import main
+from lockstep.service.mirror_session import MirrorSession
+from lockstep.volume.link import MirrorLink
+advance, admit = MirrorSession.advance, MirrorLink.admit
+async def slow(session):
+    await advance(session)
+    if session.link.error:
+        print("returning", flush=True)
+        while not os.path.exists("{go}"):
+            await asyncio.sleep(0.01)
+def killed(link, *arguments):
+    if link.admissions:
+        os.kill(os.getpid(), signal.SIGKILL)
+    admit(link, *arguments)
+MirrorSession.advance, MirrorLink.admit = slow, killed
+main()
+"""
+
+
+@needs("qemu-io")
+def test_a_mirror_does_not_say_that_it_is_whole_though_it_misses_nothing_until_just_before_it_is_followed(
+    lab: Lab,
+) -> None:
+    volume, go = lab.volume("vol", MIB), lab.home / "go"
+    with volume.served():
+        pass
+    with volume.served(program=_RETURNING.format(go=go)) as served:
+        assert served.process.stdout is not None
+        asked = {"mirror": served.mirror()["uuid"], "for": "drill"}
+        control_client.ask(str(lab.state / "run" / "vol.control"), "vol", "POST", "/v1/aside", **asked)
+        assert served.process.stdout.readline() == "returning\n"
+        write(served, "write -P 7 0 64k")
+        go.touch()
+        assert served.process.wait(PATIENCE_S) == -signal.SIGKILL
+    token = luks.read_header(str(volume.mirror)).token
+    assert token is not None
+    assert token.state not in WHOLE

@@ -487,6 +487,7 @@ class MirrorSession:
         await self._recognise(header.token.generation)
         await self._own_up()  # first: an older copy that says that it is whole must not be the newest
         await self.advance()
+        await self._own_up()  # of what was written meanwhile
         if self._disowned:
             raise OSError(errno.ENOSPC, "what was written meanwhile could not be recorded in the state directory")
 
