@@ -190,6 +190,18 @@ def test_a_mirror_that_nobody_could_find_is_not_called_in_sync(lab: Lab, which: 
     volume.assert_equal_disks()
 
 
+def test_what_keeps_a_mirror_from_coming_back_is_told(lab: Lab) -> None:
+    volume, new = lab.volume("vol", SIZE_BYTES), lab.home / "new"
+    new.write_bytes(b"another passphrase")
+    with volume.served() as served:
+        keys = ("--key-file", lab.key, "--new-key-file", new, "--iter-time", "10")
+        lab.lockstep("key", "change", "vol", *keys, environment=lab.quick_format()).ok()
+        away = volume.mirror.rename(volume.mirror.with_name("away"))
+        await_degraded(served, "leads to another file by now")
+        away.rename(volume.mirror)
+        await_degraded(served, "No key slot of")
+
+
 def test_a_target_whose_path_leads_elsewhere_is_reported(lab: Lab) -> None:
     volume = lab.volume("vol", SIZE_BYTES)
     aside = volume.target.with_name("aside")

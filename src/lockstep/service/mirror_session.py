@@ -441,6 +441,7 @@ class MirrorSession:
         return True
 
     def _tell_once(self, failure: Exception) -> None:
+        self.link.hindrance = str(failure)
         if str(failure) != self._last_failure:
             self._last_failure = str(failure)
             log.warning("mirror %s cannot be followed again yet: %s", self.mirror.path, failure)

@@ -66,7 +66,10 @@ def of_link(link: MirrorLink) -> dict[str, Any]:
     """One mirror that is being followed."""
     progress = _progress(link.sync) if link.sync is not None else None
     described = _mirror(link.path, link.uuid, link.state, link.regions, link.held)
-    return described | {"consistent": link.consistent, "sync": progress, "error": link.error or link.target_error}
+    error = link.error or link.target_error
+    if link.hindrance is not None:
+        error = f"{error}; it cannot be followed again yet: {link.hindrance}"
+    return described | {"consistent": link.consistent, "sync": progress, "error": error}
 
 
 def of_filling(filling: Filling, size_bytes: int) -> dict[str, Any]:

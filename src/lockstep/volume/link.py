@@ -99,6 +99,7 @@ class MirrorLink:
         self._keeper = keeper
         self.sync: SyncProgress | None = None
         self.error: str | None = "the mirror is away"  # why it is not followed
+        self.hindrance: str | None = None  # why it could not be followed again when that was tried last
         self.admissions = 0
         self.timeouts = 0  # how often it was dropped because it did not answer
         self.silent = False  # it was dropped because it did not answer: nobody should ask it anything more
@@ -123,7 +124,7 @@ class MirrorLink:
         assert self.at_rest
         assert disk.sector_bytes <= self.sector_bytes
         self._disk, self._workers = disk, workers
-        self.error, self.silent = None, False
+        self.error, self.hindrance, self.silent = None, None, False
         self._backlog = Backlog(workers.patience_s, self.timeouts)
         self.admissions += 1
 
@@ -151,7 +152,7 @@ class MirrorLink:
 
     def stay_away(self, reason: str) -> None:
         """Say why a mirror that was never admitted is not there; nothing is asked of it."""
-        self.error = reason
+        self.error, self.hindrance = reason, None
 
     def let_go(self) -> EncryptedDisk | None:
         """Give the disk of a mirror that was dropped, and is at rest, to who closes it."""
