@@ -804,12 +804,13 @@ class TargetUnlike(DiskError):
     )
     cause = (
         "The name leads to another disk by now (those in /dev/disk/by-id do not), or the target was overwritten while "
-        "nobody served it. Or the mirror was exchanged for another copy of itself."
+        "nobody served it. Or the mirror was damaged, or exchanged: for another copy of itself, or, where its header "
+        "is in a file of its own, for any disk that has its name by now."
     )
     next_step = (
-        "Say where the right disk is: `lockstep set {volume} target=PATH`. If its content is lost, `lockstep "
-        "replace-target {volume} NEWDISK` gives it back. If the target is right as it is, `lockstep sync {volume} "
-        "--all` has the next server copy all of it to the mirrors."
+        "Say where the right disk is: `lockstep set {volume} target=PATH`. If its content is lost, and `lockstep drill "
+        "{volume}` finds the mirror whole, `lockstep replace-target {volume} NEWDISK` gives it back. If the target is "
+        "right as it is, `lockstep sync {volume} --all` has the next server copy all of it to the mirrors."
     )
 
 
