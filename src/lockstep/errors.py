@@ -832,10 +832,13 @@ class TargetStillThere(DiskError):
     """Data: path, volume, mirror."""
 
     happened = "The target {path} of {volume} is there, and may have what the mirror {mirror} misses."
-    cause = "The last server was killed, or stopped before the mirror was in sync, or updates are held from it."
+    cause = (
+        "The last server was killed, or stopped before the mirror was in sync, updates are held from it, or what is "
+        "under the target's name was written since, or is another disk by now."
+    )
     next_step = (
         "Serve the volume until its mirror is in sync, and run this again; if what the mirror may miss is not wanted, "
-        "repeat with --incomplete."
+        "or the server refuses that disk as another one, repeat with --incomplete."
     )
 
 
