@@ -967,7 +967,7 @@ class Scene(World):
                 at, end = region * REGION_BYTES, min((region + 1) * REGION_BYTES, self.size_bytes)
                 if not differs and target[at:end] != copy[at:end]:
                     self.fate.violated(f"region {region} of mirror {number}, which is back, differs, and is not marked")
-        return SpotCheck(0, 0)
+        return SpotCheck(0, ())
 
     def _check_content(
         self,
@@ -1408,7 +1408,7 @@ def in_scene(scene: Scene, what: Coroutine[Any, Any, None]) -> None:
         (backlog, "FIRST_BYTES"): 32 << 10,
         (backlog, "SCATTERED_BYTES"): 1 << 10,
         (mirror_session, "Workers"): functools.partial(Hands, scene.fate),
-        (mirror_session, "spot_check"): lambda _, mirror, differing, **__: scene.check_return(
+        (mirror_session, "spot_check"): lambda _, mirror, differing, *_doubted, **_named: scene.check_return(
             mirror._number, differing()
         ),
         (mirror_opening, "Workers"): functools.partial(Hands, scene.fate),

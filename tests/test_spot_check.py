@@ -199,6 +199,27 @@ def test_a_mirror_that_was_away_is_not_overwritten_with_another_disk(volume: Vol
     assert volume.mirror.read_bytes() == before
 
 
+def test_a_mirror_that_was_found_to_differ_is_not_taken_back_because_other_places_are_looked_at(volume: Volume) -> None:
+    place = 5 * MIB
+    with volume.target.open("r+b") as behind:
+        behind.seek(place)
+        behind.write(bytes(4096))
+    program = (
+        "import lockstep.cli.main as cli, lockstep.volume.spot_check as check\n"
+        "ends = range(0, 65536, 4096)\n"
+        f"places = iter([(*ends, {place})])\n"
+        "check._pieces = lambda *_: next(places, ends)\n"
+        "cli.main()"
+    )
+    with volume.served(program=program, in_sync=False) as served:
+        write(served, f"write -P 7 {place + (64 << 10)} 64k")  # which marks that place as well
+        volume.lab.lockstep("sync", "vol").ok()
+        wait_until(lambda: not served.mirror()["sought"], "the mirror to be looked at again")
+        assert "places where the two were equal" in served.mirror()["error"]
+        volume.lab.lockstep("sync", "vol", "--all", "--wait").ok()
+    volume.assert_equal_disks()
+
+
 def test_a_mirror_comes_back_though_clients_write_all_the_time(volume: Volume) -> None:
     away = volume.mirror.rename(volume.mirror.with_name("away"))
     with volume.served(in_sync=False) as served:
@@ -239,7 +260,7 @@ def test_what_is_marked_is_not_compared(disks: tuple[PlainDisk, EncryptedDisk]) 
     target.write(0, bytes(4096))
     assert spot_check(target, mirror, lambda: marks(0)).differing == 0
     assert spot_check(target, mirror, marks).differing == 1
-    assert spot_check(target, mirror, lambda: b"\1" * len(marks())) == SpotCheck(0, 0)
+    assert spot_check(target, mirror, lambda: b"\1" * len(marks())) == SpotCheck(0, ())
 
 
 def test_what_is_written_meanwhile_is_not_held_against_it(disks: tuple[PlainDisk, EncryptedDisk]) -> None:
@@ -249,13 +270,23 @@ def test_what_is_written_meanwhile_is_not_held_against_it(disks: tuple[PlainDisk
     assert spot_check(target, mirror, lambda: next(asked)).differing == 0
 
 
+def test_what_differed_before_does_so_until_it_is_seen_to_be_equal(disks: tuple[PlainDisk, EncryptedDisk]) -> None:
+    target, mirror = disks
+    place, everything = 5 * MIB, b"\1" * len(marks())
+    assert spot_check(target, mirror, lambda: everything, [place]) == SpotCheck(1, ())
+    target.write(place, bytes(4096))
+    assert spot_check(target, mirror, lambda: everything, [place]) == SpotCheck(1, (place,))
+    os.ftruncate(target._fd, place)  # it cannot be read
+    assert spot_check(target, mirror, marks, [place]) == SpotCheck(1, (place,))
+
+
 def test_pieces_that_hold_nothing_tell_nothing(disks: tuple[PlainDisk, EncryptedDisk]) -> None:
     target, mirror = disks
     target.write(0, bytes(SIZE_BYTES))
     mirror.zero(0, SIZE_BYTES)
-    assert spot_check(target, mirror, marks) == SpotCheck(0, 0)
+    assert spot_check(target, mirror, marks) == SpotCheck(0, ())
     target.write(8192, b"x" * 4096)
-    assert spot_check(target, mirror, marks) == SpotCheck(1, 1)
+    assert spot_check(target, mirror, marks) == SpotCheck(1, (8192,))
 
 
 def test_a_disk_that_cannot_be_read_ends_it(
@@ -270,7 +301,7 @@ def test_a_disk_that_cannot_be_read_ends_it(
         EncryptedDisk.read(mirror, offset, into)
 
     monkeypatch.setattr(mirror, "read", read)
-    assert spot_check(target, mirror, marks) == SpotCheck(2, 0)
+    assert spot_check(target, mirror, marks) == SpotCheck(2, ())
 
 
 def test_a_disk_that_is_too_slow_ends_it(
@@ -279,4 +310,4 @@ def test_a_disk_that_is_too_slow_ends_it(
     target, mirror = disks
     now_s = itertools.count(0, 2)
     monkeypatch.setattr("lockstep.volume.spot_check.time", SimpleNamespace(monotonic=lambda: next(now_s)))
-    assert spot_check(target, mirror, marks) == SpotCheck(2, 0)
+    assert spot_check(target, mirror, marks) == SpotCheck(2, ())

@@ -118,6 +118,7 @@ class MirrorSession:
         self.link = MirrorLink(mirror.path, mirror.luks_uuid, regions, self._intent, self._held, self)
         self.link.as_left = loaded.fits
         self._found = found.disk if isinstance(found, Opened) else None  # as it was opened first
+        self._doubted: tuple[int, ...] = ()  # where it differed from the target when the two were compared last
         if isinstance(found, Opened):
             self.link.admit(found.disk, self._new_workers())
         else:
@@ -132,7 +133,7 @@ class MirrorSession:
 
     def check(self) -> SpotCheck:
         """Compare the mirror with the target in some places, before it is claimed. Blocks; drops one that hangs."""
-        disk, found = self._found, [SpotCheck(0, 0)]
+        disk, found = self._found, [SpotCheck(0, ())]
         if disk is None:
             return found[0]
         if not self._opener.in_time(lambda: found.append(self._spot_check(disk)), OPENING_PATIENCE_S):
@@ -459,10 +460,15 @@ class MirrorSession:
         return self._unlike(self._spot_check(opened.disk))
 
     def _spot_check(self, disk: EncryptedDisk) -> SpotCheck:
+        """Compare the two in some places, and where they differed before, unless all of that is to be copied."""
+
         def differing() -> bytes:
             return self._closed_with or union(self.link.regions.differing(), self._intent.marked())
 
-        return spot_check(self._target, disk, differing, what_is_lost=self._closed_with is not None)
+        doubted = [place for place in self._doubted if self.link.regions.equal(place, 1)]
+        check = spot_check(self._target, disk, differing, doubted, what_is_lost=self._closed_with is not None)
+        self._doubted = check.places
+        return check
 
     def _unlike(self, check: SpotCheck) -> str | None:
         """What a spot check says against following the mirror. Nothing where all of it is copied, come what may."""

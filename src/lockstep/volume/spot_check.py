@@ -12,7 +12,7 @@ from anywhere between, others each time.
 import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,7 +35,12 @@ class SpotCheck:
     """What was found. Pieces that are all zeroes on both disks tell nothing, and do not count."""
 
     telling: int
-    differing: int
+    places: tuple[int, ...]  # offsets of those that differ
+
+    @property
+    def differing(self) -> int:
+        """How many differ."""
+        return len(self.places)
 
     @property
     def strangers(self) -> bool:
@@ -47,19 +52,25 @@ class SpotCheck:
 
 
 def spot_check(
-    target: PlainDisk, mirror: EncryptedDisk, differing: Callable[[], bytes], *, what_is_lost: bool = False
+    target: PlainDisk,
+    mirror: EncryptedDisk,
+    differing: Callable[[], bytes],
+    doubted: Collection[int] = (),
+    *,
+    what_is_lost: bool = False,
 ) -> SpotCheck:
     """Compare a mirror with its target in some places. Blocks.
 
     `differing` returns which regions may differ, a byte each; it is asked again at the end, for there may be writers
-    meanwhile. With `what_is_lost`, pieces of which the mirror has zeroes do not count either. A disk that cannot be
-    read ends it, or one that is so slow that it takes PATIENCE_S: what was seen until then counts.
+    meanwhile. In the places that are `doubted` the two differ, marked or not, until they are seen to be equal. With
+    `what_is_lost`, pieces of which the mirror has zeroes do not count either. A disk that cannot be read ends it, or
+    one that is so slow that it takes PATIENCE_S: what was seen until then counts.
     """
     region_bytes, zeroes = region_bytes_for(target.size_bytes), bytes(PIECE_BYTES)
     ours, theirs = page_aligned(PIECE_BYTES), page_aligned(PIECE_BYTES)
-    telling = []  # (where, whether it differs)
+    telling = dict.fromkeys(doubted, True)  # where -> whether it differs
     end_s = time.monotonic() + PATIENCE_S
-    for offset in _pieces(target.size_bytes, differing()):
+    for offset in (*doubted, *_pieces(target.size_bytes, differing())):
         if time.monotonic() > end_s:
             break
         try:
@@ -68,11 +79,11 @@ def spot_check(
         except OSError:
             break
         differs = not same(ours, theirs)
-        if theirs != zeroes or (differs and not what_is_lost):
-            telling.append((offset, differs))
+        if offset in telling or theirs != zeroes or (differs and not what_is_lost):
+            telling[offset] = differs
     marked = differing()
-    counts = [differs for offset, differs in telling if not marked[offset // region_bytes]]
-    return SpotCheck(len(counts), sum(counts))
+    counts = [offset for offset in telling if offset in doubted or not marked[offset // region_bytes]]
+    return SpotCheck(len(counts), tuple(offset for offset in counts if telling[offset]))
 
 
 def _pieces(size_bytes: int, differing: bytes) -> list[int]:
