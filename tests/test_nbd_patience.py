@@ -500,7 +500,7 @@ def test_who_left_work_behind_keeps_a_place_until_that_is_done(slow: tuple[Serve
             wait_until(functools.partial(_is, lambda: export.flushing, begun + 1), "the flush to begin")
             client.send(pack_request(nbd.READ, 1, 0, 4096, magic=0))
             client.assert_closed()
-        wait_until(functools.partial(_is, lambda: len(served.seen), left + 1), "the server to know that it left")
+        wait_until(functools.partial(lambda left: len(served.seen) > left, left), "the server to know that it left")
     with Client(served.path, 10.0) as refused:
         assert refused.assert_closed() == b""
     export.allow(served)
