@@ -143,12 +143,15 @@ class Deferred:
         if command == wire.CMD_BLOCK_STATUS:
             limit = 1 if flags & wire.FLAG_REQ_ONE else MAX_STATUS_EXTENTS
             self._defer(1, self._status(cookie, offset, length, limit))
-        elif command == wire.CMD_FLUSH:
-            self._defer(1, self._answer(self._begin(self._export.flush), command, cookie))
+            return
+        begun: Awaitable[None]
+        if command == wire.CMD_FLUSH:
+            begun = self._begin(self._export.flush)
         elif command == wire.CMD_CACHE:
-            self._defer(1, self._answer(self._begin(self._export.cache, offset, length), command, cookie))
+            begun = self._begin(self._export.cache, offset, length)
         else:
-            self._defer(1, self._answer(self._clear(user, command, flags, offset, length), command, cookie))
+            begun = self._clear(user, command, flags, offset, length)
+        self._defer(1, self._answer(begun, command, cookie))
 
     async def _clear(self, user: str, command: int, flags: int, offset: int, length: int) -> None:
         """Zero, or give up, a range piece by piece, as long as there is somebody to be answered."""

@@ -161,7 +161,10 @@ class NbdServer:
         Else who comes and goes could have any number of requests under way.
         """
         self._connections.discard(connection)
-        (self._parted.add if connection.busy else self._parted.discard)(connection)
+        if connection.busy:
+            self._parted.add(connection)
+        else:
+            self._parted.discard(connection)
         entered = self._entered.pop(connection, None)
         if entered is not None:
             self._busy_poll.forget(connection.fd)
