@@ -37,6 +37,7 @@ from lockstep.disk.runs import places, requests
 from lockstep.errors import DiskUnreadable, MirrorBorrowed
 from lockstep.service.mirror_opening import Away, MirrorOpener, Opened
 from lockstep.service.mirror_session import MirrorSession
+from lockstep.service.registry_place import told
 from lockstep.volume.filling import NewTarget
 from lockstep.volume.gate import UPDATE, Ruling
 from lockstep.volume.link import IN_SYNC
@@ -663,6 +664,9 @@ class StateDir:
     @property
     def path(self) -> str:
         return str(self._world.home)
+
+    def told(self) -> contextlib.AbstractContextManager[None]:
+        return told(self.path)
 
     def intent(self, luks_uuid: str) -> str:
         return f"{self.path}/{luks_uuid}.intent"

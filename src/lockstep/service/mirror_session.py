@@ -40,7 +40,6 @@ from lockstep.errors import (
     DiskChanged,
     LockstepError,
     MirrorNotDrilled,
-    StateDirUnusable,
     TargetUnfinished,
 )
 from lockstep.registry.store import MirrorRecord, VolumeRecord
@@ -151,14 +150,11 @@ class MirrorSession:
 
         A mirror that cannot be told, or does not answer, is dropped: it has the generation that the records know.
         """
-        try:
+        with self._state.told():
             await self._in_worker(self._claim_records, self.link.regions.dirty(), 0)
-        except OSError as error:
-            raise StateDirUnusable(path=self._state.path, reason=error.strerror or str(error)) from error
         if self.link.error is None:
             try:
-                async with self._advancing:
-                    await self._advance(self.link.token_state)
+                await self.advance(self.link.token_state)
             except OSError as failure:
                 self.link.drop("claiming", failure)
         self._claimed = True
@@ -188,7 +184,7 @@ class MirrorSession:
         self._intent.claim(*self._generations, union(marked, self._intent.marked()), written_ns)
 
     def _retire(self, marked: bytes, written_ns: int) -> None:
-        try:
+        with self._state.told():
             if self.link.error is not None:  # it cannot be given another; nor by now, if it was dropped meanwhile
                 self._claim_records(marked, written_ns)
                 return
@@ -200,8 +196,6 @@ class MirrorSession:
             self._write_token(following, self.link.token_state)
             self._intent.claim(following, following, marked, written_ns)
             self._generations = (following, following)
-        except OSError as error:
-            raise StateDirUnusable(path=self._state.path, reason=error.strerror or str(error)) from error
 
     # --- what the mirror says of itself ---
 
@@ -248,20 +242,19 @@ class MirrorSession:
             return self.mirror.path
         return self._opener.header_path if self._opener.header_left() else None
 
-    async def advance(self) -> None:
-        """Give mirror and bitmap a new generation: copies of the mirror from before are none of it."""
-        async with self._advancing:
-            await self._advance()
+    async def advance(self, state: str | None = None) -> None:
+        """Give mirror and bitmap a new generation: copies of the mirror from before are none of it.
 
-    async def _advance(self, state: str | None = None) -> None:
-        """The mirror says the `state` with its new generation; without, the one that it says by then."""
-        await self._ask_scribe(self._see_generation)
-        generation, following = self._token.generation, self._following()
-        await self._in_worker(self._intent.advance, generation, following)
-        self._generations = (generation, following)
-        await self._ask_scribe(self._write_generation, following, state)
-        await self._in_worker(self._intent.settle, following)
-        self._generations, self._last_failure = (following, following), ""
+        The mirror says the `state` with it; without, the one that it says by then.
+        """
+        async with self._advancing:
+            await self._ask_scribe(self._see_generation)
+            generation, following = self._token.generation, self._following()
+            await self._in_worker(self._intent.advance, generation, following)
+            self._generations = (generation, following)
+            await self._ask_scribe(self._write_generation, following, state)
+            await self._in_worker(self._intent.settle, following)
+            self._generations, self._last_failure = (following, following), ""
 
     async def _ask_scribe(self, work: Callable[..., None], *args: int | str | None) -> None:
         """Have something done about the header. Raises OSError; a mirror that is another one by now is dropped."""
@@ -343,10 +336,8 @@ class MirrorSession:
             require_right()
             return self.link.held.regions()
 
-        try:
+        with self._state.told():
             await self.link.release(held)
-        except OSError as error:
-            raise StateDirUnusable(path=self._state.path, reason=error.strerror or str(error)) from error
         return held_bytes
 
     async def mark_all(self) -> None:
@@ -357,10 +348,8 @@ class MirrorSession:
         """
         self._require_claimed()
         self._require_no_source()
-        try:
+        with self._state.told():
             await self.link.doubt()
-        except OSError as error:
-            raise StateDirUnusable(path=self._state.path, reason=error.strerror or str(error)) from error
 
     def _require_no_source(self) -> None:
         if self.link.is_source:

@@ -42,7 +42,6 @@ from lockstep.errors import (
     NoMirror,
     NotLuks2,
     SectorSizeInvalid,
-    StateDirUnusable,
     StillServed,
     TargetResized,
     TargetTaken,
@@ -209,14 +208,12 @@ def doubt_overwritten(state: State, path: str) -> None:
 
 
 def _forget(state: State, records: Sequence[str]) -> None:
-    try:
+    with state.told():
         for path in records:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         for path in records:
             sync_directory(path)
-    except OSError as error:
-        raise StateDirUnusable(path=state.path, reason=error.strerror or str(error)) from error
 
 
 def make_registered(

@@ -72,7 +72,7 @@ class RegistryPlace:
 
         The file is registry.db.moved afterwards. Raises registry errors, RegistryNotEmpty, StateDirUnusable.
         """
-        with self._database(url) as database, _told(self._state), made(self._url_path, f"{url}\n") as place:
+        with self._database(url) as database, told(self._state), made(self._url_path, f"{url}\n") as place:
 
             def settle() -> None:
                 rename(place, self._url_path)
@@ -91,7 +91,7 @@ class RegistryPlace:
             os.unlink(self._url_path)
             sync_directory(self.path)
 
-        with _told(self._state):
+        with told(self._state):
             for left in (place, f"{place}-journal"):  # by a move that was killed
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(left)
@@ -132,7 +132,7 @@ class RegistryPlace:
 
     def _id(self) -> str:
         path = f"{self._state}/id"
-        with _told(self._state):
+        with told(self._state):
             if not os.path.exists(path):
                 with contextlib.suppress(FileExistsError), made(path, f"{uuid.uuid4()}\n") as place:
                     os.link(place, path)
@@ -143,9 +143,9 @@ class RegistryPlace:
 
 
 @contextlib.contextmanager
-def _told(state: str) -> Iterator[None]:
-    """Tell of a failure in the catalogue's words."""
+def told(state: str) -> Iterator[None]:
+    """Have what the state directory at this path fails told as StateDirUnusable."""
     try:
         yield
     except OSError as error:
-        raise StateDirUnusable(path=state, reason=error.strerror) from error
+        raise StateDirUnusable(path=state, reason=error.strerror or str(error)) from error

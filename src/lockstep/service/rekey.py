@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from lockstep.crypto import keyslots, luks, reencryption
 from lockstep.disk.mirror import claim_for_rekeying, whole_sectors
 from lockstep.disk.probe import inspect
-from lockstep.errors import DiskFailed, NotServed, RekeyDropsKeys, StateDirUnusable
+from lockstep.errors import DiskFailed, NotServed, RekeyDropsKeys
 from lockstep.registry.store import MirrorRecord, Registry
 from lockstep.service import borrowing, mirrors
 from lockstep.service.managing import MirrorWork, working_on
@@ -185,10 +185,8 @@ def _renew(work: _Work, former: luks.Header) -> None:
     with work.state.volume_lock(work.volume.name) as unserved:
         if unserved:
             identity = intent.Identity(work.volume.id, uuid, work.volume.size_bytes)
-            try:
+            with work.state.told():
                 intent.renew(work.state.intent(uuid), identity, token.generation, generation, give)
-            except OSError as error:
-                raise StateDirUnusable(path=work.state.path, reason=error.strerror or str(error)) from error
         else:
             give()
     work.registry.set_generation(work.mirror.id, generation)

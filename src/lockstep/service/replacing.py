@@ -41,7 +41,6 @@ from lockstep.errors import (
     NoMirror,
     OutputExists,
     OutputTooSmall,
-    StateDirUnusable,
     StillServed,
     TargetStillThere,
 )
@@ -132,10 +131,8 @@ def replace_target(
             if other.id != mirror.id:
                 _have_compared(state, volume, other)
         pair = Pair(volume.id, mirror.id, volume.size_bytes)
-        try:
+        with state.told():
             missing.record(state.missing(volume.id), pair, b"\1" * pair.regions, asyncio.to_thread).close()
-        except OSError as error:
-            raise StateDirUnusable(path=state.path, reason=error.strerror or str(error)) from error
     return Replaced(path, volume.size_bytes, mirror.path, source.token.state in STILL)
 
 
@@ -146,12 +143,10 @@ def _same(one: str, other: str) -> bool:
 def _forget_earlier(state: State, volume: VolumeRecord) -> None:
     """Remove, durably, what is on record of an earlier new target: this one lacks everything."""
     path = state.missing(volume.id)
-    try:
+    with state.told():
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         sync_directory(path)
-    except OSError as error:
-        raise StateDirUnusable(path=state.path, reason=error.strerror or str(error)) from error
 
 
 def _forget_restore(path: str) -> None:
@@ -291,13 +286,12 @@ def _take_for_true(state: State, volume: VolumeRecord, source: _Source) -> int:
     held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=False)
     bitmap = IntentBitmap(state.intent(mirror.luks_uuid), identity, asyncio.to_thread)
     try:
-        held.clear()
-        bitmap.claim(token.generation, generation, bytes(Pair(volume.id, mirror.id, volume.size_bytes).regions))
-        ours = replace(token, generation=generation, state=IN_SYNC)
-        luks.write_token(mirrors.header_path(mirror), ours, token_id=source.header.token_id)
-        bitmap.settle(generation)
-    except OSError as error:
-        raise StateDirUnusable(path=state.path, reason=error.strerror or str(error)) from error
+        with state.told():
+            held.clear()
+            bitmap.claim(token.generation, generation, bytes(Pair(volume.id, mirror.id, volume.size_bytes).regions))
+            ours = replace(token, generation=generation, state=IN_SYNC)
+            luks.write_token(mirrors.header_path(mirror), ours, token_id=source.header.token_id)
+            bitmap.settle(generation)
     finally:
         bitmap.close()
         held.close()

@@ -25,7 +25,7 @@ import platformdirs
 from lockstep.errors import NotManager, OutputInState, StateDirUnusable
 from lockstep.nbd.identity import account
 from lockstep.registry.store import Registry
-from lockstep.service.registry_place import RegistryPlace
+from lockstep.service.registry_place import RegistryPlace, told
 
 ENVIRONMENT: Final = "LOCKSTEP_STATE_DIR"
 SYSTEM_DIRECTORY: Final = "/var/lib/lockstep"
@@ -53,6 +53,10 @@ class State:
             return self.registry_place.open()
         finally:
             self.hand_over()
+
+    def told(self) -> contextlib.AbstractContextManager[None]:
+        """Have what fails in the directory, an OSError, told as StateDirUnusable."""
+        return told(self.path)
 
     @property
     def registry_place(self) -> RegistryPlace:

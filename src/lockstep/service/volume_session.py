@@ -24,7 +24,6 @@ from lockstep.errors import (
     DiskFailed,
     FillingImpossible,
     LockstepError,
-    StateDirUnusable,
     TargetHalfRestored,
     TargetUnlike,
     TargetUnprepared,
@@ -159,10 +158,8 @@ class VolumeSession:
         if self.filling is None:
             return
         path, pair = self._state.missing(self.record.id), pair_of(self.record)
-        try:
+        with self._state.told():
             self.filling.record_in(missing.record(path, pair, self.filling.missing, self.workers.run))
-        except OSError as error:
-            raise StateDirUnusable(path=self._state.path, reason=error.strerror or str(error)) from error
 
     async def claim(self) -> None:
         """Have this process alone say what differs, from here on. Raises as `MirrorSession.claim` does."""
