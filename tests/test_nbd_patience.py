@@ -495,12 +495,13 @@ def test_who_left_work_behind_keeps_a_place_until_that_is_done(slow: tuple[Serve
     served, export = slow
     for _ in range(served.places):
         with served.client() as client:
-            begun, left = export.flushing, len(served.seen)
+            begun = export.flushing
             client.send(client.request(nbd.FLUSH).wire())
             wait_until(functools.partial(_is, lambda: export.flushing, begun + 1), "the flush to begin")
+            seen = len(served.seen)  # by now the server knows that it came
             client.send(pack_request(nbd.READ, 1, 0, 4096, magic=0))
             client.assert_closed()
-        wait_until(functools.partial(lambda left: len(served.seen) > left, left), "the server to know that it left")
+        wait_until(functools.partial(_is, lambda: len(served.seen), seen + 1), "the server to know that it left")
     with Client(served.path, 10.0) as refused:
         assert refused.assert_closed() == b""
     export.allow(served)
