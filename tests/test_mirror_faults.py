@@ -261,8 +261,8 @@ from lockstep.cli.main import main
 from lockstep.service.mirror_session import MirrorSession
 from lockstep.volume.link import MirrorLink
 advance, admit = MirrorSession.advance, MirrorLink.admit
-async def slow(session):
-    await advance(session)
+async def slow(session, *arguments):
+    await advance(session, *arguments)
     if session.link.error:
         print("returning", flush=True)
         while not os.path.exists("{go}"):
