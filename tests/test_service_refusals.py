@@ -297,6 +297,8 @@ def test_a_header_that_takes_no_writes(scene: Scene) -> None:
     with read_only(header), scene.detached.served(in_sync=False) as served:
         assert served.mirror_state() == "degraded"
         assert "claiming the mirror failed" in served.mirror()["error"]
+        wait_until(lambda: "cannot be followed again yet" in served.log.read_text(), "the mirror to be looked for")
+        assert served.mirror()["error"].count("could not write the token") == 1, "the same reason is told once"
     after = everything_below(scene.lab.home)
     for disk in ("detached.target", "detached.mirror", "detached.header"):
         assert after[disk] == before[disk]

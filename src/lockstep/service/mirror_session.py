@@ -430,11 +430,12 @@ class MirrorSession:
         log.info("mirror %s is back; %d bytes are to be copied", self.mirror.path, self.link.regions.dirty_bytes)
         return True
 
-    def _tell_once(self, failure: Exception) -> None:
-        self.link.hindrance = str(failure)
-        if str(failure) != self._last_failure:
-            self._last_failure = str(failure)
-            log.warning("mirror %s cannot be followed again yet: %s", self.mirror.path, failure)
+    def _tell_once(self, failure: LockstepError | OSError) -> None:
+        reason = (isinstance(failure, OSError) and failure.strerror) or str(failure)
+        self.link.hindrance = reason
+        if reason != self._last_failure:
+            self._last_failure = reason
+            log.warning("mirror %s cannot be followed again yet: %s", self.mirror.path, reason)
 
     def _unfit(self, opened: Opened) -> str | None:
         """Why a mirror that is open again cannot be followed; None if it can. Blocks."""

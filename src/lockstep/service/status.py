@@ -67,7 +67,7 @@ def of_link(link: MirrorLink) -> dict[str, Any]:
     progress = _progress(link.sync) if link.sync is not None else None
     described = _mirror(link.path, link.uuid, link.state, link.regions, link.held)
     error = link.error or link.target_error
-    if link.hindrance is not None:
+    if link.hindrance is not None and link.hindrance not in (error or ""):
         error = f"{error}; it cannot be followed again yet: {link.hindrance}"
     return described | {"consistent": link.consistent, "sync": progress, "error": error}
 
