@@ -5,7 +5,7 @@ INTERLEAVINGS is how many scenes are played (`make interleavings`); their seeds 
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from lockstep.disk.runs import run_of
 from lockstep.service.mirror_session import MirrorSession
 from lockstep.volume import intent
 from lockstep.volume.gate import UPDATE, Ruling
+from lockstep.volume.held import NO_RIGHT
 from lockstep.volume.intent import Identity
 from lockstep.volume.link import DEGRADED, FROZEN, IN_SYNC, SYNCING
+from lockstep.volume.regions import positions
 from tests.interleaved_world import USERS, Job
 from tests.interleavings import Scene, in_scene, played
 
@@ -238,3 +240,43 @@ def test_a_bitmap_that_could_not_be_taken_away_fits_no_more_until_it_has_every_m
         assert found.marked[0]
 
     _at_work(tmp_path, disowned)
+
+
+def test_what_was_copied_is_held_no_more_though_the_rest_was_held_again_before_its_turn(tmp_path: Path) -> None:
+    """Else it is held for ever, by a window that is open: the copy never came to its end."""
+
+    async def interrupted(scene: Scene) -> None:
+        link, resync, path = scene.links[0], scene.volume.resyncs[0], scene.path
+        step = link.regions.region_bytes
+
+        async def write(user: str, region: int) -> None:
+            await path.write(user, memoryview(bytes(8)), run_of(region * step, 8), 1, durable=False)
+
+        scene.tasks = [asyncio.ensure_future(asyncio.sleep(0)) for _ in scene.links]  # the background is played here
+        scene.gate.change("ada", Ruling.UNTIL_WINDOW)
+        await write("ada", 0)
+        await write("ada", 1)
+        scene.gate.change("ada", UPDATE)
+        await link.release(link.held.regions)
+        take, finish = link.regions.begin_copy, link.regions.finish_copy
+        copied: list[int] = []
+
+        def finish_copy(taken: Sequence[tuple[int, int]], *, equal: bool) -> None:
+            finish(taken, equal=equal)
+            copied.extend(offset // step for offset, _ in taken)
+            for user in USERS:
+                scene.gate.change(user, Ruling.UNTIL_RELEASED)
+
+        link.regions.begin_copy = lambda limit_bytes: take(min(step, limit_bytes))  # type: ignore[method-assign]
+        link.regions.finish_copy = finish_copy  # type: ignore[method-assign]
+        resync._gently = True  # with one hand
+        await resync.copy()
+        assert copied == [0]
+        await write("eve", 1)
+        assert not link.regions.dirty_bytes
+        scene.gate.change("ada", UPDATE)
+        await resync.copy()
+        assert positions(link.held.regions()) == [1]
+        assert link.held.users(NO_RIGHT) == ["eve"]
+
+    _at_work(tmp_path, interrupted)

@@ -50,6 +50,7 @@ class Resync:
         """`workers` read the target."""
         self.compare = compare  # whether to look first what is equal already, and leave that as it is, until in sync
         self._gently = False  # it did not answer in time to as much as is usual
+        self._unfinished = False  # something was copied, and may be on record as held all the same
         self._path = path
         self._link = link
         self._gate = gate
@@ -86,6 +87,8 @@ class Resync:
         if not link.regions.dirty_bytes:
             self.compare = False
             with contextlib.suppress(OSError):  # of a record, and the next look tries again
+                if self._unfinished and self._may_go_on():  # what was left to copy then is held by now
+                    await self._finish()
                 await link.held.settle()
             return
         if not self._may_go_on():
@@ -99,6 +102,7 @@ class Resync:
     async def _copy(self, progress: SyncProgress) -> None:
         link = self._link
         await link.announce()  # before the first piece: half a copy is no disk of any moment
+        self._unfinished = True
         timeouts = link.timeouts
         log.info("copying %d bytes to mirror %s", progress.total_bytes, link.path)
         while link.regions.dirty_bytes and self._may_go_on():
@@ -108,15 +112,18 @@ class Resync:
                 raise failure
             await link.forget_cache()
         self._gently = self._gently or link.timeouts > timeouts
-        if not link.regions.dirty_bytes and await link.flush():
-            await link.forget_cache()
+        if not link.regions.dirty_bytes:
             with contextlib.suppress(OSError):  # of a record, or of the target: both are seen again
                 await self._finish()
 
     async def _finish(self) -> None:
-        """Forget what was held, and have the mirror itself say that it is in sync before the status does."""
+        """Once it is durable, forget what was held, and have the mirror itself say so before the status does."""
         link = self._link
+        if not await link.flush():
+            return
+        await link.forget_cache()
         await link.forget_released()
+        self._unfinished = False
         if not link.regions.held_bytes:
             await link.announce(IN_SYNC)
             self.compare = False
