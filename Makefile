@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Debian packages: what Lockstep runs on, what builds its kernel, and what the tests and benchmarks compare it with.
 RUN_PACKAGES := cryptsetup-bin libnbd-bin fuse3 util-linux e2fsprogs kmod
 BUILD_PACKAGES := gcc libc6-dev libgcrypt20-dev python3-dev python3-venv
-TEST_PACKAGES := python3-libnbd qemu-utils qemu-system-common nbdkit nbd-client fio xfsprogs btrfs-progs strace fdisk util-linux-extra lvm2 postgresql
+TEST_PACKAGES := python3-libnbd qemu-utils qemu-system-common nbdkit nbdkit-plugin-dev nbd-client fio xfsprogs btrfs-progs strace fdisk util-linux-extra lvm2 postgresql
 # A kernel is taken from its package, not installed: `make rescue-test` boots it in QEMU.
 RESCUE_PACKAGES := qemu-system-x86 busybox-static cpio kpartx
 

@@ -16,10 +16,12 @@ from typing import Any, ClassVar, Self
 
 from benchmarks.processes import BenchmarkError, Server, run, wait_for
 from benchmarks.qmp import Qmp
+from lockstep.crypto.cipher import XtsCipher
 from lockstep.service.control_client import ask_status
 from lockstep.service.state import ENVIRONMENT, State
 
 LUKS_HEADER_BYTES = 16 << 20
+PIECE_BYTES = 1 << 20
 
 
 class Peer(ABC):
@@ -158,10 +160,14 @@ class Nbdkit(Peer):
         super().__init__("nbdkit", home, size_bytes)
 
     def start(self) -> None:
-        """Serve the file; nbdkit writes its pid file when clients may connect."""
+        """Serve the file."""
+        self._serve("file", str(self.target))
+
+    def _serve(self, plugin: str, *arguments: str) -> None:
+        """Have nbdkit serve; it writes its pid file when clients may connect."""
         socket, pid_file = self.home / "socket", self.home / "pid"
         options = ["--foreground", "--unix", str(socket), "--pidfile", str(pid_file)]
-        self.server = Server(["nbdkit", *options, "file", str(self.target)], self.home / "nbdkit.log")
+        self.server = Server(["nbdkit", *options, plugin, *arguments], self.home / "nbdkit.log")
         self.server.await_ready(pid_file.exists)
         self.uri = f"nbd+unix:///?socket={socket}"
 
@@ -171,6 +177,51 @@ class Nbdkit(Peer):
     def prove(self) -> str:
         """It has no mirror."""
         return "no mirror, no encryption: nothing to prove"
+
+
+class Bare(Nbdkit):
+    """Lockstep's work without Lockstep: a plugin of nbdkit in C that encrypts, writes both disks, and flushes both.
+
+    It keeps no record, asks for no right, puts overlapping writes in no order: what is left is what the work itself
+    costs, on this machine, in a compiled language.
+    """
+
+    programs: ClassVar[Mapping[str, str]] = {"nbdkit": "nbdkit", "cc": "gcc"}
+    mirrors: ClassVar[bool] = True
+
+    def __init__(self, home: Path, size_bytes: int, sector_bytes: int) -> None:
+        Peer.__init__(self, f"bare-{sector_bytes}", home, size_bytes)
+        self.sector_bytes = sector_bytes
+
+    def start(self) -> None:
+        """Build the plugin, encrypt the target onto the mirror, and serve."""
+        plugin = self.home / "bare.so"
+        options = ["-O2", "-shared", "-fPIC", "-o", str(plugin)]
+        run(["cc", *options, str(Path(__file__).with_name("bare.c")), "-lgcrypt", "-lpthread"])
+        self.key_file.touch(mode=0o600)
+        self.key_file.write_bytes(os.urandom(64))
+        with self.target.open("rb") as target, self.mirror.open("wb") as mirror:
+            mirror.seek(LUKS_HEADER_BYTES)
+            for offset in range(0, self.size_bytes, PIECE_BYTES):
+                mirror.write(self._encrypted(target.read(PIECE_BYTES), offset))
+        disks = [f"target={self.target}", f"mirror={self.mirror}"]
+        self._serve(str(plugin), *disks, f"key={self.key_file}", f"sector-size={self.sector_bytes}")
+
+    def prove(self) -> str:
+        """Compare the mirror with the target, encrypted."""
+        self.server.terminate()
+        self.server.await_end()
+        with self.target.open("rb") as target, self.mirror.open("rb") as mirror:
+            mirror.seek(LUKS_HEADER_BYTES)
+            for offset in range(0, self.size_bytes, PIECE_BYTES):
+                if mirror.read(PIECE_BYTES) != self._encrypted(target.read(PIECE_BYTES), offset):
+                    raise BenchmarkError(f"{self.name}: the mirror differs from the target, encrypted, at {offset}")
+        return "the mirror equals the target, encrypted"
+
+    def _encrypted(self, data: bytes, offset: int) -> bytearray:
+        encrypted = bytearray(len(data))
+        XtsCipher(self.key_file.read_bytes(), self.sector_bytes).encrypt_into(offset // 512, data, encrypted)
+        return encrypted
 
 
 class Qemu(Peer):

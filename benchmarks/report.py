@@ -58,8 +58,7 @@ def shown(figure: str, value: float) -> str:
 
 def show(results: Results) -> None:
     """Print the tables."""
-    others = [peer for peer in results.peers if peer not in results.locksteps]
-    pairs = [(peer, other) for peer in results.locksteps for other in others]
+    pairs = results.pairs()
 
     def headline(row: str, peer: str) -> str:
         figure = results.headline(row)

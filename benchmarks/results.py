@@ -7,6 +7,14 @@ from typing import NamedTuple
 
 from benchmarks.workloads import Reach
 
+BARE = "bare"
+"""The peers, one for each sector size, that do the work of a mirror and nothing else."""
+
+
+def compared(peer: str, lockstep: str) -> str:
+    """With whom a Lockstep is compared: among the bare ones, with the one of the same sectors."""
+    return lockstep.replace("lockstep", BARE) if peer == BARE else peer
+
 
 class Spread(NamedTuple):
     """A figure and the least and greatest value that a round gave it."""
@@ -44,7 +52,7 @@ class Judged(NamedTuple):
     def what(self) -> str:
         """What was compared with what."""
         of = f" {self.reach.figure}" if self.reach.figure == "p99_us" else ""
-        return f"{self.lockstep} / {self.reach.peer}{of}" if self.reach.peer else f"{self.lockstep} / slowest step"
+        return f"{self.lockstep} / {self.reach.peer or 'slowest step'}{of}"
 
     @property
     def bound(self) -> str:
@@ -87,6 +95,12 @@ class Results:
         """The peers that are the product."""
         return [peer for peer in self.peers if peer.startswith("lockstep")]
 
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each peer that is the product, with each that it is compared with: of the bare ones, its own sectors'."""
+        others = [peer for peer in self.peers if peer not in self.locksteps]
+        pairs = [(ours, other) for ours in self.locksteps for other in others]
+        return [pair for pair in pairs if not pair[1].startswith(BARE) or pair[1] == compared(BARE, pair[0])]
+
     def headline(self, row: str) -> str:
         """The figure that stands for a row."""
         return next(cell.headline for cell in self.cells if cell.row == row)
@@ -119,7 +133,7 @@ class Results:
     def _value(self, reach: Reach, name: str) -> Spread | None:
         if reach.peer is None:
             return self.of(name, reach.row, reach.figure)
-        return self.ratio(name, reach.peer, reach.row, reach.figure)
+        return self.ratio(name, compared(reach.peer, name), reach.row, reach.figure)
 
     def _by_round(self, peer: str, row: str, figure: str) -> dict[int, float]:
         return {

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.fio import measure
-from benchmarks.peers import LUKS_HEADER_BYTES, Lockstep, Nbdkit, Peer, Qemu
+from benchmarks.peers import LUKS_HEADER_BYTES, Bare, Lockstep, Nbdkit, Peer, Qemu
 from benchmarks.processes import BenchmarkError, run
 from benchmarks.results import Cell, Results
 from benchmarks.workloads import Workload
 
-KINDS: dict[str, type[Peer]] = {"lockstep": Lockstep, "nbdkit": Nbdkit, "qemu": Qemu}
+KINDS: dict[str, type[Peer]] = {"lockstep": Lockstep, "bare": Bare, "nbdkit": Nbdkit, "qemu": Qemu}
 CHUNK_BYTES = 1 << 20
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 
@@ -124,6 +124,8 @@ def _peers(kinds: Sequence[str], sectors: Sequence[int], size_bytes: int, scratc
             peers += [Lockstep(scratch / f"lockstep-{size}", size_bytes, size) for size in sectors]
         elif kind == "direct":
             peers.append(Lockstep(scratch / kind, size_bytes, sectors[0], direct=True))
+        elif kind == "bare":
+            peers += [Bare(scratch / f"bare-{size}", size_bytes, size) for size in sectors]
         elif kind == "nbdkit":
             peers.append(Nbdkit(scratch / kind, size_bytes))
         else:

@@ -163,7 +163,8 @@ def _postgres_programs() -> Path | None:
 
 
 def _measure_disks(results: Results, options: argparse.Namespace, directory: Path) -> None:
-    with peers_up(options, directory, options.kinds) as peers:
+    kinds = [kind for kind in options.kinds if kind != "bare"]
+    with peers_up(options, directory, kinds) as peers:
         for number in range(options.rounds):
             for index, (row, words, block_bytes) in enumerate(QEMU_IMG):
                 for peer in in_turn(peers, number + index):

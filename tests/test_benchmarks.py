@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from benchmarks.chart import draw
 from benchmarks.client import RawClient
 from benchmarks.grow import flatness
-from benchmarks.peers import Nbdkit
+from benchmarks.peers import Bare, Nbdkit
+from benchmarks.processes import BenchmarkError
 from benchmarks.report import shown
 from benchmarks.results import Cell, Results, Spread
 from benchmarks.stage import in_turn
@@ -63,6 +65,20 @@ def test_latency_is_bounded_from_above(p99_times: float, verdict: str) -> None:
     reach = Reach("nbdkit", ROW, 1.5, figure="p99_us", at_most=True)
     (judged,) = results((reach,), lockstep_4096=[300 / p99_times], nbdkit=[300.0]).judged()
     assert (judged.verdict, judged.bound) == (verdict, "<= 1.5x")
+
+
+def test_a_lockstep_is_compared_with_the_bare_one_of_its_own_sectors() -> None:
+    rates = {"lockstep_512": [80.0], "lockstep_4096": [90.0], "bare_512": [100.0], "bare_4096": [300.0], "qemu": [10.0]}
+    found = results((Reach("bare", ROW, 0.5),), **rates)
+    assert [(each.what, each.verdict) for each in found.judged()] == [
+        ("lockstep-4096 / bare", "short"),
+        ("lockstep-512 / bare", "PASS"),
+    ]
+    assert found.pairs() == [
+        (ours, other)
+        for ours, bare in (("lockstep-4096", "bare-4096"), ("lockstep-512", "bare-512"))
+        for other in (bare, "qemu")
+    ]
 
 
 def test_what_was_not_measured_is_not_reached() -> None:
@@ -117,6 +133,21 @@ def test_the_raw_client_writes_what_it_says(tmp_path: Path) -> None:
     with Nbdkit(tmp_path, MIB) as peer, contextlib.closing(RawClient(peer.uri)) as client:
         client.write(512, b"x" * 4096)
         assert peer.target.read_bytes()[512:4608] == b"x" * 4096
+
+
+@pytest.mark.parametrize("sector_bytes", [512, 4096])
+def test_the_bare_server_mirrors_and_its_proof_can_fail(tmp_path: Path, sector_bytes: int) -> None:
+    (tmp_path / "target").write_bytes(os.urandom(MIB))
+    with Bare(tmp_path, MIB, sector_bytes) as peer:
+        with contextlib.closing(RawClient(peer.uri)) as client:
+            client.write(8192, b"x" * 4096)
+        assert peer.target.read_bytes()[8192:12288] == b"x" * 4096
+        assert peer.prove()
+        with peer.target.open("r+b") as target:
+            target.seek(8192)
+            target.write(b"y")
+        with pytest.raises(BenchmarkError, match="differs"):
+            peer.prove()
 
 
 def test_it_runs_and_says_what_it_did_not_measure(tmp_path: Path) -> None:
