@@ -8,6 +8,7 @@ run is a command, in a process of its own, which copies in small pieces, each of
 """
 
 import asyncio
+import gc
 import json
 import logging
 import mmap
@@ -23,6 +24,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
+
+from aiohttp import web_app
 
 from lockstep.crypto.unlock import Unlock
 from lockstep.service import background, control_client
@@ -102,6 +105,9 @@ class Host:
             result["error"] = traceback.format_exc()
         if thread.ident is not None:
             thread.join()
+        # A process serves once; this one would run out of descriptors. aiohttp remembers its applications for ever.
+        web_app._cached_build_middleware.cache_clear()
+        gc.collect()
         return result
 
     def command(self, arguments: list[str]) -> dict[str, Any]:
