@@ -242,6 +242,26 @@ def test_a_bitmap_that_could_not_be_taken_away_fits_no_more_until_it_has_every_m
     _at_work(tmp_path, disowned)
 
 
+def test_a_bitmap_that_lacks_something_is_not_made_to_fit_when_the_mirror_is_let_go(tmp_path: Path) -> None:
+    """As for a re-keying, which gives it a new generation: after a crash, what is not marked counted as equal."""
+
+    async def disowned(scene: Scene) -> None:
+        session, link, platter = scene.sessions[0], scene.links[0], scene.platters[0]
+
+        def blocks(job: Job) -> OSError | None:
+            return OSError("no space left") if job.work.__name__ in ("_write_pages", "discard") else None
+
+        scene.fate.blocks = blocks
+        await scene.path.write("ada", memoryview(bytes(512)), run_of(0, 512), 1, durable=False)
+        scene.fate.blocks = lambda _: None
+        with pytest.raises(OSError, match="could not be recorded"):
+            await session.advance()
+        identity = Identity(scene.volume_id, link.uuid, scene.size_bytes)
+        assert not intent.load(scene.state.intent(link.uuid), identity, platter.token.generation, None).fits
+
+    _at_work(tmp_path, disowned)
+
+
 def test_what_was_copied_is_held_no_more_though_the_rest_was_held_again_before_its_turn(tmp_path: Path) -> None:
     """Else it is held for ever, by a window that is open: the copy never came to its end."""
 

@@ -60,6 +60,7 @@ log = logging.getLogger(__name__)
 
 MIRROR_THREADS: Final = 8
 REST_INTERVAL_S: Final = 0.02
+NOT_RECORDED: Final = "what was written meanwhile could not be recorded in the state directory"
 _ASIDE: Final = {
     DRILL: "it is being drilled; what is written meanwhile is copied afterwards",
     REKEY: "it is being re-keyed, or that is not finished: lockstep key rekey {volume}",
@@ -245,9 +246,12 @@ class MirrorSession:
     async def advance(self, state: str | None = None) -> None:
         """Give mirror and bitmap a new generation: copies of the mirror from before are none of it.
 
-        The mirror says the `state` with it; without, the one that it says by then.
+        The mirror says the `state` with it; without, the one that it says by then. Raises OSError, also of a mirror
+        that was disowned: the bitmap lacks something, and must not fit it.
         """
         async with self._advancing:
+            if self._disowned:
+                raise OSError(errno.ENOSPC, NOT_RECORDED)
             await self._ask_scribe(self._see_generation)
             generation, following = self._token.generation, self._following()
             await self._in_worker(self._intent.advance, generation, following)
@@ -486,7 +490,7 @@ class MirrorSession:
         await self.advance()
         await self._own_up()  # of what was written meanwhile
         if self._disowned:
-            raise OSError(errno.ENOSPC, "what was written meanwhile could not be recorded in the state directory")
+            raise OSError(errno.ENOSPC, NOT_RECORDED)
 
     async def _recognise(self, generation: int) -> None:
         """See whether it is the mirror that the bitmap tells of; if not, everything differs. Raises OSError."""
