@@ -126,36 +126,6 @@ def test_kernel_and_twin_agree(key: bytes, sector_bytes: int, sectors: int, firs
 
 
 @implementations
-@pytest.mark.parametrize("size", [0, 512, 4096, 1 << 20])
-def test_encrypting_to_a_file_writes_what_encrypting_gives(implementation: Any, size: int, tmp_path: Path) -> None:
-    plain, expected = os.urandom(size), bytearray(size)
-    xts = implementation(KEY, 512)
-    xts.encrypt_into(5, plain, expected)
-    with (tmp_path / "file").open("wb+", buffering=0) as file:
-        assert xts.encrypt_to(file.fileno(), 700, 5, plain, os.RWF_DSYNC) == size
-        assert file.read() == (bytes(700) + expected if size else b"")
-
-
-@implementations
-def test_encrypting_to_a_file_that_fails_says_why(implementation: Any) -> None:
-    xts = implementation(KEY, 512)
-    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space left on device"):
-        xts.encrypt_to(full.fileno(), 0, 0, bytes(512), 0)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        xts.encrypt_to(-1, 0, 0, bytes(512), 0)
-
-
-@implementations
-def test_what_cannot_be_encrypted_is_not_written(implementation: Any, tmp_path: Path) -> None:
-    xts = implementation(KEY, 512)
-    with (tmp_path / "file").open("wb", buffering=0) as file:
-        for first_iv, plain in ((0, bytes(511)), (-1, bytes(512)), (2**64, bytes(512))):
-            with pytest.raises(ValueError, match=r"sector size|first_iv|64 bits"):
-                xts.encrypt_to(file.fileno(), 0, first_iv, plain, 0)
-    assert (tmp_path / "file").stat().st_size == 0
-
-
-@implementations
 @pytest.mark.parametrize("size", [4096, 1 << 20])
 def test_in_place(implementation: Any, size: int) -> None:
     plain = os.urandom(size)

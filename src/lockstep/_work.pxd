@@ -2,7 +2,8 @@
 
 cdef extern from *:
     """
-    #define lockstep_is_set(flag) __atomic_load_n((flag), __ATOMIC_RELAXED)
+    /* Whoever sees that it is not set has not read anything yet that is written later. */
+    #define lockstep_is_set(flag) (__atomic_thread_fence(__ATOMIC_ACQUIRE), __atomic_load_n((flag), __ATOMIC_RELAXED))
     #define lockstep_set(flag) __atomic_store_n((flag), 1, __ATOMIC_RELAXED)
     """
     bint is_set "lockstep_is_set" (const int *flag) nogil

@@ -29,13 +29,6 @@ class Xts:
         content of `dst` is undefined then.
         """
 
-    def encrypt_to(self, fd: int, offset: int, first_iv: int, src: Buffer, flags: int, /) -> int:
-        """Encrypt the sectors in `src` and write them to the file `fd` at `offset`; return the bytes written.
-
-        `flags` are those of pwritev2(2), such as RWF_DSYNC. `first_iv`, `src` and errors as for `encrypt_into`, and
-        the OSError of a write that failed; nothing is written after any other error.
-        """
-
     def encrypt_run(
         self, fd: int, data_offset: int, first_iv: int, data: Buffer, run: array[int], count: int, flags: int, /
     ) -> int:

@@ -19,9 +19,8 @@ Secrets
     wiped with the object.
 
 Writing
-    `encrypt_to` goes on to write the ciphertext, which the caller has no other use for: a buffer, a call and a
-    view of it less for each write. `encrypt_run` does so for a run of small ones (lockstep/disk/runs.py), and gives
-    up the GIL once for all of them.
+    `encrypt_run` goes on to write the ciphertext of a run (lockstep/disk/runs.py), which the caller has no other use
+    for: a buffer, a call and a view of it less for each write. It gives up the GIL once for all of them.
 
 Speed
     Sectors are short, so what counts beside AES is the cost of a new tweak. On a processor that has VAES, libgcrypt 1.10
@@ -31,11 +30,10 @@ Speed
 
 from cython cimport no_gc_clear
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.exc cimport PyErr_SetFromErrno
 from cpython.number cimport PyNumber_Index
 from libc.errno cimport EINTR, EIO, ENOMEM, errno
 from libc.stdint cimport UINT64_MAX, int64_t, uint64_t, uintptr_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memcpy, memmove, memset
 
 from lockstep._work cimport Job, is_set
@@ -177,7 +175,7 @@ cdef bint _write_one(Run *run, Write *write, unsigned char *encrypted, const int
             <unsigned char *> run.source.buf + write.position + at, encrypted,
             <Py_ssize_t> part.iov_len // run.sector_bytes
         )
-        if run.failure:
+        if run.failure or is_set(given_up):  # then the data may have been another's already
             return False
         written = pwritev2(run.fd, &part, 1, run.data_offset + <int64_t> offset, run.flags)
         if written < 0 and errno != EINTR:
@@ -310,28 +308,6 @@ cdef class Xts:
     def encrypt_into(self, first_iv, src, dst):
         """Encrypt the sectors in `src` into `dst`. See the stub file for units and errors."""
         self._with_buffers(<Direction> gcry_cipher_encrypt, first_iv, src, dst)
-
-    def encrypt_to(self, int fd, int64_t offset, first_iv, src, int flags):
-        """Encrypt the sectors in `src` and write them to a file. See the stub file for units and errors."""
-        cdef Py_buffer source, target
-        cdef iovec part
-        cdef ssize_t written
-        PyObject_GetBuffer(src, &source, PyBUF_SIMPLE)
-        target.len = source.len
-        target.buf = malloc(source.len + 1)  # + 1: never NULL for want of length
-        try:
-            if target.buf == NULL:
-                raise MemoryError
-            self._crypt(<Direction> gcry_cipher_encrypt, first_iv, &source, &target)
-            part.iov_base, part.iov_len = target.buf, target.len
-            with nogil:  # a disk may hang
-                written = pwritev2(fd, &part, 1, offset, flags)
-            if written < 0:
-                PyErr_SetFromErrno(OSError)
-            return written
-        finally:
-            free(target.buf)
-            PyBuffer_Release(&source)
 
     cdef int _begin(self, Run *run, data, writes) except -1:
         """Check a run, and take what it needs until `_end`."""

@@ -50,12 +50,6 @@ class FallbackXts:
         """Encrypt the sectors in `src` into `dst`."""
         self._crypt(first_iv, src, dst, encrypt=True)
 
-    def encrypt_to(self, fd: int, offset: int, first_iv: int, src: Buffer, flags: int, /) -> int:
-        """Encrypt the sectors in `src` and write them to the file `fd` at `offset`; return the bytes written."""
-        out = bytearray(len(_readable(src)))
-        self._crypt(first_iv, src, out, encrypt=True)
-        return os.pwritev(fd, (out,), offset, flags)
-
     def encrypt_run(
         self, fd: int, data_offset: int, first_iv: int, data: Buffer, run: array[int], count: int, flags: int, /
     ) -> int:
@@ -68,9 +62,10 @@ class FallbackXts:
             if position + length > len(view):
                 raise ValueError("the data lies outside of the buffer")
         for at, (offset, length, position) in enumerate(writes):
-            source = view[position : position + length]
+            encrypted = bytearray(length)
+            self.encrypt_into(first_iv + offset // 512, view[position : position + length], encrypted)
             try:
-                if self.encrypt_to(fd, data_offset + offset, first_iv + offset // 512, source, flags) != length:
+                if os.pwritev(fd, (encrypted,), data_offset + offset, flags) != length:
                     return at
             except OSError:
                 return at
@@ -150,12 +145,10 @@ class XtsCipher:
         "encrypt_into",
         "encrypt_job",
         "encrypt_run",
-        "encrypt_to",
         "sector_bytes",
     )
 
     encrypt_into: Callable[[int, Buffer, Buffer], None]
-    encrypt_to: Callable[[int, int, int, Buffer, int], int]
     encrypt_run: Callable[[int, int, int, Buffer, array[int], int, int], int]
     # None where nothing native does it: then each piece has to be asked for (disk/encrypted.py).
     encrypt_job: (
@@ -169,7 +162,6 @@ class XtsCipher:
         implementation = _Implementation(key, sector_bytes)
         # Bound here rather than wrapped: a Python frame per call would cost as much as a sector.
         self.encrypt_into = implementation.encrypt_into
-        self.encrypt_to = implementation.encrypt_to
         self.encrypt_run = implementation.encrypt_run
         self.encrypt_job = getattr(implementation, "encrypt_job", None)
         self.decrypt_into = implementation.decrypt_into

@@ -36,7 +36,6 @@ class EncryptedDisk(DiskFile):
         self._first_iv = segment.iv_offset
         self._stopped = False
         self._encrypt_into = cipher.encrypt_into
-        self._encrypt_to = cipher.encrypt_to
         self._encrypt_run = cipher.encrypt_run
         self._encrypt_job = cipher.encrypt_job
         self._decrypt_into = cipher.decrypt_into
@@ -83,8 +82,6 @@ class EncryptedDisk(DiskFile):
     def write(self, offset: int, data: memoryview, durable: bool = False) -> None:
         """Encrypt `data` and write the ciphertext at `offset`."""
         while data:
-            if self._stopped:
-                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
             written = self._write_piece(offset, data[:PIECE_BYTES], durable)
             # After a short write (a full disk, or a signal) the next one says which.
             written -= written % self.sector_bytes
@@ -96,17 +93,22 @@ class EncryptedDisk(DiskFile):
         """Encrypt a piece and write it; return how much of it, which without direct I/O may be less than all."""
         at, iv = self._base + offset, self._first_iv + (offset >> 9)
         if self._direct is not None:
-            self._direct.write_filled(at, len(piece), lambda into: self._encrypt_into(iv, piece, into), durable=durable)
+            self._direct.write_filled(at, len(piece), lambda into: self._encrypt(iv, piece, into), durable=durable)
             return len(piece)
+        encrypted = bytearray(len(piece))
+        self._encrypt(iv, piece, encrypted)
         if self._promptness.unknown:
-            self._promptness.learn(lambda prompt: self._encrypt_to(self._fd, at, iv, piece, prompt))
-        return self._encrypt_to(self._fd, at, iv, piece, os.RWF_DSYNC if durable else 0)
+            self._promptness.learn(lambda prompt: os.pwritev(self._fd, (encrypted,), at, prompt))
+        return os.pwritev(self._fd, (encrypted,), at, os.RWF_DSYNC if durable else 0)
+
+    def _encrypt(self, iv: int, data: memoryview, into: memoryview | bytearray) -> None:
+        self._encrypt_into(iv, data, into)
+        if self._stopped:  # the data may have been another's by then
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
 
     def _encrypt_from(self, data: memoryview) -> Fill:
         def fill(offset: int, position: int, into: memoryview) -> None:
-            if self._stopped:  # the data may be another's by now
-                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
-            self._encrypt_into(self._first_iv + (offset >> 9), data[position : position + len(into)], into)
+            self._encrypt(self._first_iv + (offset >> 9), data[position : position + len(into)], into)
 
         return fill
 
