@@ -103,6 +103,7 @@ class Fate:
         self.violations: list[str] = []
         self.eager = self.chance.choice((0.2, 0.5, 0.8))
         self.blocks: Callable[[Job], OSError | None] = lambda _: None
+        self.over = False  # the process is no more: no thread does anything
         self._ticks = itertools.count(1)
         self._steps = 0
         self._steps_left: int | None = None
@@ -237,7 +238,9 @@ class Hands:
 
     def _carry_out(self, job: Job) -> None:
         failure = self._fate.blocks(job) if job.steps is None else None
-        if failure is None:
+        if self._fate.over:
+            job.ended, job.failure = True, OSError(errno.EIO, "the power is off")
+        elif failure is None:
             job.carry_out()
         else:
             job.ended, job.failure = True, failure
@@ -531,7 +534,10 @@ class Mirror:
 
         def job() -> Iterator[None]:
             for offset, length, position in requests(run, 0, count):
-                for part in parts_of(self._chance, offset, bytes(data[position : position + length])):
+                encrypted = bytes(data[position : position + length])
+                if self._stopped:
+                    raise OSError(errno.ECANCELED, "it was given up")
+                for part in parts_of(self._chance, offset, encrypted):
                     self._write(*part, durable=durable)
                     yield
 

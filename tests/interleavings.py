@@ -140,6 +140,7 @@ class Scene(World):
         self.calm = 0  # how many looks in a row nobody was at work, since the target was in trouble
         self.near_end = False  # the most is found out when something has just begun
         self.excused = self.claimed = False  # excused: something but a mirror has failed
+        self.untold: set[int] = set()  # mirrors that say what they said before this life, as long as nothing is durable
         self.fate.blocks = self._blocks
         self.tasks: list[asyncio.Task[None]] = []
         self.doing: set[asyncio.Task[None]] = set()
@@ -302,7 +303,9 @@ class Scene(World):
             return False
         self.claimed = True
         for number, mirror in enumerate(self.links):
-            if mirror.error is None:
+            if mirror.error is not None:
+                self.untold.add(number)
+            else:
                 self.platters[number].rekeyed = False
                 self.unfit.discard(number)
                 self.disowned.discard(number)
@@ -572,6 +575,7 @@ class Scene(World):
                 self.platters[number].rekeyed = False
                 self.unfit.discard(number)
                 self.disowned.discard(number)
+                self.untold.discard(number)
                 self.resyncs[number].wake()
             else:
                 self._put_back(number, disowned=session._disowned)
@@ -1087,7 +1091,7 @@ class Scene(World):
         platter, session = self.platters[number], self.sessions[number]
         what, state = f"after a power cut mirror {number}, {platter.token.state},", platter.token.state
         unchanged = self._mended(number, self.bases[number]) == self.bases[number]
-        if not self.claimed:
+        if not self.claimed or (number in self.untold and not self._anything_durable()):
             if not unchanged:
                 raise Broken(f"{what} was changed before it was claimed")
             return
@@ -1110,6 +1114,10 @@ class Scene(World):
         elif not unchanged:
             raise Broken(f"{what} was changed while others had it")
 
+    def _anything_durable(self) -> bool:
+        """Whether something was answered as durable in this life."""
+        return bool(self.flushed_before) or any(each.durable and each.ends < NEVER for each in self.recent)
+
     def _check_still(self, number: int) -> None:
         """After a power cut: a mirror is as it was when it came to stand still."""
         copy, spoilt = self.platters[number].medium.now, self._still_spoilt(number)
@@ -1122,7 +1130,7 @@ class Scene(World):
 
     async def _abandon(self) -> None:
         """The process is no more."""
-        self.abandoned = True
+        self.abandoned = self.fate.over = True
         for hands in self.fate.hands:
             hands.stuck = False
         for future in self.fate.futures:
@@ -1143,7 +1151,7 @@ class Scene(World):
         self.filling = None
         gc.collect()
         self.unobserved.clear()
-        self.abandoned = False
+        self.abandoned = self.fate.over = False
 
     async def _cancel_all(self) -> bool:
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
