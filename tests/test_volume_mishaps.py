@@ -189,6 +189,24 @@ def test_what_only_the_mirror_took_at_once_is_marked_where_nobody_has_the_rest_c
     played(scene, tmp_path)
 
 
+def test_what_only_the_mirror_took_at_once_is_marked_where_the_target_could_not_even_be_asked(tmp_path: Path) -> None:
+    async def scene(world: World) -> None:
+        for disk in (world.target, *world.disks):
+            disk._promptness.flags = 0
+
+        def write_run(*_: object) -> int:
+            raise MemoryError
+
+        world.target.write_run = write_run  # type: ignore[method-assign]
+        with pytest.raises(MemoryError):
+            world.path.write_run("someone", memoryview(b"Z" * len(DATA)), run_of(0, len(DATA)), 1)
+        await asyncio.sleep(0)
+        assert world.differing() == {0}
+        world.assert_marked()
+
+    played(scene, tmp_path)
+
+
 UPDATES: Final[dict[str, Callable[[World], Awaitable[None]]]] = {
     "write": lambda world: world.write(100, b"never the mirror's"),
     "zero": lambda world: world.zero(100, 5000),

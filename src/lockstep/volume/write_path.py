@@ -124,13 +124,15 @@ class WritePath:
         count = self._free(user, run, count)
         if not count:
             return 0
-        asked = count
-        for mirror in self.mirrors:
-            count = mirror.write_run(data, run, count)  # 102/503, 103/504
-        done = self.target.write_run(data, run, count)  # 103/505
-        if done < asked and self.mirrors:
-            self._half_done.update(places(run, asked)[done:])
-            asyncio.get_running_loop().call_soon(self._settle_half_done)
+        asked, done = count, 0
+        try:
+            for mirror in self.mirrors:
+                count = mirror.write_run(data, run, count)  # 102/503, 103/504
+            done = self.target.write_run(data, run, count)  # 103/505
+        finally:
+            if done < asked and self.mirrors:  # also where there was no memory for the rest
+                self._half_done.update(places(run, asked)[done:])
+                asyncio.get_running_loop().call_soon(self._settle_half_done)
         self.requests += done
         if self._early_bytes > 0:
             self._write_back(run, done)
