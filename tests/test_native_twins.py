@@ -257,28 +257,31 @@ def test_a_mirror_that_is_given_up_is_written_no_further_than_the_piece_it_is_at
 @pytest.mark.usefixtures("encrypts")
 def test_a_mirror_that_is_given_up_is_written_nothing_of_what_its_memory_is_used_for_next() -> None:
     """The write is answered when the mirror is given up, and its memory lent to another; this is a race, many times."""
-    piece, count = 1 << 20, 100
-    run = array("Q", [word for at in range(count) for word in (at * piece, piece, 0, 0)])
     for _ in range(20):
-        queue, data = work.Queue(), memoryview(bytearray(piece))
-        with tempfile.TemporaryFile(dir="/dev/shm") as file:
-            disk = mirror_of(file, 512, count * piece)
-            job = disk.write_job(data, run, count)
-            job = job if isinstance(job, work.Job) else work.Call(job)
-            threading.Thread(target=queue.serve, daemon=True).start()
-            queue.put(job)
-            wait_until(lambda file=file: os.fstat(file.fileno()).st_size > 0, "the run to begin")
-            disk.stop()
-            queue.give_up()
-            data[:] = b"\xba" * piece
-            queue.close()
-            assert select.select([queue.fd], [], [], 60)[0]
-            queue.done()
-            whole = (os.fstat(file.fileno()).st_size - 512) // 512 * 512
-            written = memoryview(bytearray(whole))
-            disk.read(0, written)
-            assert not any(written)
-            disk.close()
+        assert not any(written_of_zeroes(1 << 20, 100))
+
+
+def written_of_zeroes(piece: int, count: int) -> memoryview:
+    """What a mirror was given of so many writes of zeroes, until it was given up and their memory written over."""
+    queue, data = work.Queue(), memoryview(bytearray(piece))
+    run = array("Q", [word for at in range(count) for word in (at * piece, piece, 0, 0)])
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        disk = mirror_of(file, 512, count * piece)
+        job = disk.write_job(data, run, count)
+        job = job if isinstance(job, work.Job) else work.Call(job)
+        threading.Thread(target=queue.serve, daemon=True).start()
+        queue.put(job)
+        wait_until(lambda: os.fstat(file.fileno()).st_size > 0, "the run to begin")
+        disk.stop()
+        queue.give_up()
+        data[:] = b"\xba" * piece
+        queue.close()
+        assert select.select([queue.fd], [], [], 60)[0]
+        queue.done()
+        written = memoryview(bytearray((os.fstat(file.fileno()).st_size - 512) // 512 * 512))
+        disk.read(0, written)
+        disk.close()
+        return written
 
 
 @given(kept=st.integers(0, SIZE), length=st.integers(1, 20), from_medium=st.booleans(), refused=st.booleans())

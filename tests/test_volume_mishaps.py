@@ -194,7 +194,7 @@ def test_what_only_the_mirror_took_at_once_is_marked_where_the_target_could_not_
         for disk in (world.target, *world.disks):
             disk._promptness.flags = 0
 
-        def write_run(*_: object) -> int:
+        def write_run(data: memoryview, run: "array[int]", count: int) -> int:
             raise MemoryError
 
         world.target.write_run = write_run  # type: ignore[method-assign]
