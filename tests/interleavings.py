@@ -296,16 +296,16 @@ class Scene(World):
         steps = self.chance.randrange(12) if not surely and self.fate.often(0.1) else None
         if self.fate.often(0.1):
             await self._mirror_fault()
+        before = [each.token.generation for each in self.platters]
         try:
             with self.fate.cut_within(steps):
                 await self._in_time(self.volume.claim(), "claiming")
         except PowerCut:
             return False
         self.claimed = True
+        self.untold = {at for at, each in enumerate(self.platters) if each.token.generation == before[at]}
         for number, mirror in enumerate(self.links):
-            if mirror.error is not None:
-                self.untold.add(number)
-            else:
+            if mirror.error is None:
                 self.platters[number].rekeyed = False
                 self.unfit.discard(number)
                 self.disowned.discard(number)
@@ -1091,7 +1091,7 @@ class Scene(World):
         platter, session = self.platters[number], self.sessions[number]
         what, state = f"after a power cut mirror {number}, {platter.token.state},", platter.token.state
         unchanged = self._mended(number, self.bases[number]) == self.bases[number]
-        if not self.claimed or (number in self.untold and not self._anything_durable()):
+        if not self.claimed:
             if not unchanged:
                 raise Broken(f"{what} was changed before it was claimed")
             return
@@ -1101,6 +1101,10 @@ class Scene(World):
         if (session.link.silent and not aside) or cast(Hands, session._scribe)._given_up:
             return
         if state not in WHOLE:
+            return
+        if number in self.untold and not self._anything_durable():
+            if not unchanged:
+                raise Broken(f"{what} was changed before it was told")
             return
         if state == FROZEN:
             self._check_still(number)
