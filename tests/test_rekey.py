@@ -299,6 +299,8 @@ def test_an_old_header_opens_nothing_and_is_never_taken_for_the_mirror(lab: Lab)
     slots = volume.mirror.read_bytes()[: 16 * MIB]
     run("cryptsetup", "luksHeaderRestore", "--batch-mode", f"--header-backup-file={old}", str(volume.mirror))
     assert opens(volume.mirror, PASSPHRASE)
+    assert "does not seem to be the disk" in lab.lockstep("serve", "vol", "--key-file", lab.key).err
+    lab.lockstep("sync", "vol", "--all").ok()
     with volume.served() as served:
         assert f"copying {SIZE_BYTES} bytes" in served.log.read_text().split("stopping")[-1]
     forget_volume_keys()
@@ -323,8 +325,12 @@ def test_an_old_header_is_not_taken_for_the_mirrors_own_while_it_is_not_finished
         shutil.copyfile(old, volume.header)
         if is_served:
             lab.lockstep("sync", "vol").ok()
-            wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be in sync")
+            wait_until(lambda: "another disk" in served.mirror()["error"], "the mirror to be looked at")
+            lab.lockstep("sync", "vol", "--all", "--wait").ok()
+            assert served.mirror_state() == "in-sync"
         else:
+            assert "does not seem to be the disk" in lab.lockstep("serve", "vol", "--key-file", lab.key).err
+            lab.lockstep("sync", "vol", "--all").ok()
             stack.enter_context(volume.served())
     forget_volume_keys()
     volume.assert_equal_disks()

@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +82,28 @@ def test_a_target_that_was_made_anew_after_an_orderly_stop_is_not_copied_over_it
     lab.lockstep(*repair).failed(1, "does not seem to be the disk", "lockstep sync vol --all")
     assert volume.decrypted() == noise(1)
     lab.lockstep("sync", "vol", "--all").ok()
+    with volume.served():
+        pass
+    volume.assert_equal_disks()
+
+
+def test_a_whole_mirror_of_which_nothing_is_known_is_not_overwritten_with_a_blank_disk(lab: Lab) -> None:
+    """The machine's disk and the target died together, say: the state directory is of yesterday, or in part."""
+    volume = lab.volume("vol", SIZE_BYTES, content=noise(1))
+    with volume.served():
+        pass
+    yesterday = shutil.copytree(lab.state, lab.home / "yesterday")
+    with volume.served():
+        pass
+    target = exchange(volume, bytes(SIZE_BYTES))
+    (intent,) = lab.state.rglob("*.intent")
+    intent.unlink()
+    refusal(volume)
+    shutil.rmtree(lab.state)
+    yesterday.rename(lab.state)
+    refusal(volume)
+    assert volume.decrypted() == noise(1)
+    target.rename(volume.target)
     with volume.served():
         pass
     volume.assert_equal_disks()
@@ -197,6 +220,50 @@ def test_a_mirror_that_was_away_is_not_overwritten_with_another_disk(volume: Vol
         away.rename(volume.mirror)
         wait_until(lambda: "places where the two were equal" in served.mirror()["error"], "the mirror to be looked at")
     assert volume.mirror.read_bytes() == before
+
+
+@pytest.mark.parametrize("then", ["back", "killed", "stopped"])
+@pytest.mark.parametrize("known", ["a target that was written since", "nothing"])
+def test_a_mirror_that_is_away_when_the_target_is_made_anew_is_not_overwritten(lab: Lab, then: str, known: str) -> None:
+    """After an orderly stop: all of it is to be copied, and there is no mirror to compare at the start."""
+    volume = lab.volume("vol", SIZE_BYTES, content=noise(1))
+    with volume.served():
+        pass
+    if known == "nothing":
+        (intent,) = lab.state.rglob("*.intent")
+        intent.unlink()
+    exchange(volume, bytes(SIZE_BYTES))
+    away = volume.mirror.rename(volume.mirror.with_name("away"))
+    with volume.served(in_sync=False) as served:
+        write(served, "write -P 7 1M 64k")
+        if then == "back":
+            away.rename(volume.mirror)
+            wait_until(lambda: "places where the two were equal" in served.mirror()["error"], "the mirror to be seen")
+        elif then == "killed":
+            served.kill()
+    if then != "back":
+        away.rename(volume.mirror)
+        refusal(volume)
+    assert volume.decrypted() == noise(1)
+    lab.lockstep("sync", "vol", "--all").ok()
+    with volume.served():
+        pass
+    volume.assert_equal_disks()
+
+
+def test_a_mirror_that_is_away_when_the_target_file_is_written_is_given_all_of_it(lab: Lab) -> None:
+    """And another that is away when it is to be copied to for the first time."""
+    volume = lab.volume("vol", SIZE_BYTES, content=noise(1))
+    for content in (noise(1), noise(1)[: 7 * MIB] + noise(2, MIB) + noise(1)[8 * MIB :]):
+        volume.target.write_bytes(content)
+        away = volume.mirror.rename(volume.mirror.with_name("away"))
+        for _ in range(2):
+            with volume.served(in_sync=False) as served:
+                write(served, "write -P 7 1M 64k")
+        with volume.served(in_sync=False) as served:
+            away.rename(volume.mirror)
+            wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be back")
+        volume.assert_equal_disks()
 
 
 def test_a_mirror_that_was_found_to_differ_is_not_taken_back_because_other_places_are_looked_at(volume: Volume) -> None:

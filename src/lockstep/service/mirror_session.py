@@ -15,7 +15,8 @@ copies of one mirror that went different ways never come to the same generation.
     retire  the same as claim, after both disks were flushed; only what differs is still marked when it is settled
 
 A power cut between any two of these leaves a pair that still fits. A mirror that was swapped, copied back or written
-elsewhere has another generation, and everything is copied. While a mirror is away the bitmap keeps the generation that
+elsewhere has another generation, and everything is copied; unless it is whole, and the target is a stranger to it
+(spot_check.py): it may be the only copy. While a mirror is away the bitmap keeps the generation that
 the mirror was last given, so that it fits when the mirror is back.
 
 The header is written by one thread of its own, by way of cryptsetup, and only where it is the one that was left. A
@@ -101,19 +102,20 @@ class MirrorSession:
         identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
         loaded = intent.load(path, identity, token.generation if token else None, target.written_ns())
         # What the mirror's token may say for the bitmap to fit it.
-        generation = token.generation if token else mirror.generation
-        self._generations = loaded.generations or (generation, generation)
+        known = loaded.generations[0] if loaded.generations else mirror.generation
+        generation = token.generation if token else known
+        self._generations = loaded.generations or intent.NO_MIRROR
         self._newest = max(mirror.generation, *self._generations, generation)
-        self._token = token or luks.Token(volume.id, volume.name, volume.size_bytes, self._generations[0], DEGRADED)
+        self._token = token or luks.Token(volume.id, volume.name, volume.size_bytes, generation, DEGRADED)
         self._token_id = header.token_id if header else None
         self._intent = IntentBitmap(path, identity, workers.run)
         tells = token is not None and token.state in (BEHIND, FROZEN)
-        self._held = HeldRecord(state.held(mirror.luks_uuid), identity, workers.run, expected=tells or loaded.fits)
+        expected = tells or loaded.generations is not None
+        self._held = HeldRecord(state.held(mirror.luks_uuid), identity, workers.run, expected=expected)
         if not loaded.fits:
             self._held.frozen_since_s = None  # it is another mirror than the one that was frozen
-        # Where the two may have differed at an orderly end, if all that is known of the target file is that it was
-        # written since; until this server says what differs.
-        self._closed_with = union(loaded.left, self._held.regions()) if loaded.left is not None else None
+        # If the bitmap does not fit, where the two are known to have differed; until the mirror is followed.
+        self._unaccounted = None if loaded.fits else union(loaded.left or bytes(identity.regions), self._held.regions())
         regions = RegionMap(volume.size_bytes, loaded.marked, self._held.regions())
         self.link = MirrorLink(mirror.path, mirror.luks_uuid, regions, self._intent, self._held, self)
         self.link.as_left = loaded.fits
@@ -136,7 +138,7 @@ class MirrorSession:
         disk, found = self._found, [SpotCheck(0, ())]
         if disk is None:
             return found[0]
-        if not self._opener.in_time(lambda: found.append(self._spot_check(disk)), OPENING_PATIENCE_S):
+        if not self._opener.in_time(lambda: found.append(self._spot_check(disk, self._token)), OPENING_PATIENCE_S):
             failure = TimeoutError(errno.ETIMEDOUT, f"it did not answer for {OPENING_PATIENCE_S:g} s")
             self.link.drop("comparing", failure)
         return found[-1]
@@ -151,6 +153,8 @@ class MirrorSession:
 
         A mirror that cannot be told, or does not answer, is dropped: it has the generation that the records know.
         """
+        if self.link.error is None:
+            self._unaccounted = None
         with self._state.told():
             await self._in_worker(self._claim_records, self.link.regions.dirty(), 0)
         if self.link.error is None:
@@ -159,7 +163,6 @@ class MirrorSession:
             except OSError as failure:
                 self.link.drop("claiming", failure)
         self._claimed = True
-        self._closed_with = None
 
     async def retire(self) -> None:
         """Close in order: the target has been flushed and nobody writes any more.
@@ -180,9 +183,13 @@ class MirrorSession:
         self.link.close()
 
     def _claim_records(self, marked: bytes, written_ns: int) -> None:
-        """Write the records anew; the mirror has the generation that it has."""
+        """Write the records anew; the mirror has the generation that it has.
+
+        What was not accounted for stays so, until the mirror is back and was compared.
+        """
         self._held.claim()
-        self._intent.claim(*self._generations, union(marked, self._intent.marked()), written_ns)
+        known = marked if self._unaccounted is None else self._unaccounted
+        self._intent.claim(*self._generations, union(known, self._intent.marked()), self._written_ns or written_ns)
 
     def _retire(self, marked: bytes, written_ns: int) -> None:
         with self._state.told():
@@ -254,11 +261,15 @@ class MirrorSession:
                 raise OSError(errno.ENOSPC, NOT_RECORDED)
             await self._ask_scribe(self._see_generation)
             generation, following = self._token.generation, self._following()
-            await self._in_worker(self._intent.advance, generation, following)
+            await self._in_worker(self._intent.advance, generation, following, self._written_ns)
             self._generations = (generation, following)
             await self._ask_scribe(self._write_generation, following, state)
-            await self._in_worker(self._intent.settle, following)
+            await self._in_worker(self._intent.settle, following, self._written_ns)
             self._generations, self._last_failure = (following, following), ""
+
+    @property
+    def _written_ns(self) -> int:
+        return 0 if self._unaccounted is None else intent.UNACCOUNTED
 
     async def _ask_scribe(self, work: Callable[..., None], *args: int | str | None) -> None:
         """Have something done about the header. Raises OSError; a mirror that is another one by now is dropped."""
@@ -449,24 +460,34 @@ class MirrorSession:
         as_left = opened.header.token.generation in self._generations
         if self.link.is_source:
             return None if as_left else "it is not as it was left, and the new target lacks what that one has"
-        if self._disowned or not as_left:
+        if self._disowned:
             return None  # everything counts as different
-        return self._unlike(self._spot_check(opened.disk))
+        return self._unlike(self._spot_check(opened.disk, opened.header.token))
 
-    def _spot_check(self, disk: EncryptedDisk) -> SpotCheck:
-        """Compare the two in some places, and where they differed before, unless all of that is to be copied."""
+    def _spot_check(self, disk: EncryptedDisk, token: luks.Token) -> SpotCheck:
+        """Compare the two in some places, and where they differed before, unless they are known to differ there.
+
+        Nothing tells where a mirror of another generation differs, and it need never have been equal if it is not
+        whole.
+        """
+        as_left = token.generation in self._generations
+        if not as_left and token.state not in WHOLE:
+            return SpotCheck(0, ())
 
         def differing() -> bytes:
-            return self._closed_with or union(self.link.regions.differing(), self._intent.marked())
+            known = self._unaccounted
+            known = self.link.regions.differing() if known is None else union(known, self._held.regions())
+            return union(known, self._intent.marked())
 
         doubted = [place for place in self._doubted if self.link.regions.equal(place, 1)]
-        check = spot_check(self._target, disk, differing, doubted, what_is_lost=self._closed_with is not None)
+        accounted = as_left and self._unaccounted is None
+        check = spot_check(self._target, disk, differing, doubted, accounted=accounted)
         self._doubted = check.places
         return check
 
     def _unlike(self, check: SpotCheck) -> str | None:
-        """What a spot check says against following the mirror. Nothing where all of it is copied, come what may."""
-        if not check.differing or self._closed_with is not None:
+        """What a spot check says against following the mirror."""
+        if not check.unlike:
             return None
         return (
             "it differs from the target in places where the two were equal: one of them is another disk than before, or"
@@ -495,6 +516,9 @@ class MirrorSession:
     async def _recognise(self, generation: int) -> None:
         """See whether it is the mirror that the bitmap tells of; if not, everything differs. Raises OSError."""
         if not self._disowned and generation in self._generations:
+            if self._unaccounted is not None:  # all of it differs, which the bitmap does not say yet
+                await self._intent.mark([(0, self._volume.size_bytes)])
+                self._unaccounted = None
             return
         self.link.regions.mark_all()
         await self._held.thaw()  # it is not the one that was frozen; after a crash, the bitmap says that it fits
@@ -506,10 +530,11 @@ class MirrorSession:
                 self._disowned = True
                 raise
         else:
-            log.warning("mirror %s is not as it was left: all of it is copied", self.mirror.path)
+            if self._generations != intent.NO_MIRROR:
+                log.warning("mirror %s is not as it was left: all of it is copied", self.mirror.path)
             await self._intent.mark([(0, self._volume.size_bytes)])  # before the bitmap says that it fits
             await self._in_worker(self._intent.settle, generation)
-        self._generations = (generation, generation)
+        self._generations, self._unaccounted = (generation, generation), None
 
     async def _own_up(self) -> None:
         """Have a mirror that misses something say so before anything is written to it.

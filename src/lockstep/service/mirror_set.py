@@ -182,7 +182,10 @@ def doubt_mirrors(state: State, name: str, *, compare: bool) -> None:
         for mirror in volume.mirrors:
             if compare:
                 registry.set_generation(mirror.id, mirror.generation, compare=True)
-            _forget(state, [state.intent(mirror.luks_uuid)])
+            with state.told():
+                intent.doubt(
+                    state.intent(mirror.luks_uuid), intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
+                )
         reason = f"{actor.user} had everything copied to the mirrors anew, by the next server"
         registry.audit("sync", actor=actor, volume=name, reason=reason, details={})
 

@@ -12,7 +12,8 @@ Rules:
 4. Whoever must wait for a bit shares one write and one sync with all others who wait (`Rounds`).
 5. A bitmap that is missing, damaged, of another mirror, of another generation, or newer than this program means:
    everything is marked. So does one that was closed in order when the target file has been written since. It is
-   never an error, and never silent.
+   never an error, and never silent. What such a bitmap marks is where the two differed once: where they were equal,
+   they are compared before all of it is copied (spot_check.py).
 
 On disk, the bits follow the header in pages as `pages.py` has them, one for each region. The header, little-endian:
 
@@ -22,10 +23,11 @@ On disk, the bits follow the header in pages as `pages.py` has them, one for eac
     8       16     magic "LOCKSTEP-INTENT\0"
     24      16     volume id (UUID)
     40      16     LUKS UUID of the mirror
-    56      8      generation: the number that the mirror's token carries
+    56      8      generation: the number that the mirror's token carries; 0 if it fits no mirror
     64      8      the generation that is being given to the token, or the same one
     72      8      when the target file was last written, in ns since 1970, when it was closed in order;
-                   0 while it is served, and for a block device, which does not tell
+                   0 while it is served, and for a block device, which does not tell;
+                   1 if it was written at another time than that, and the mirror has not been back since
     80      8      size of the target in bytes
     88      8      region size in bytes
     96      416    zeroes
@@ -33,12 +35,13 @@ On disk, the bits follow the header in pages as `pages.py` has them, one for eac
 A page whose checksum is wrong (damaged, or torn in spite of its size) marks all of its regions.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
 import uuid
 from array import array
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final
@@ -52,6 +55,10 @@ log = logging.getLogger(__name__)
 
 GROUP_REGIONS: Final = 16
 VERSION: Final = 1
+NO_MIRROR: Final = (0, 0)
+"""Generations that no mirror has."""
+UNACCOUNTED: Final = 1
+"""When a target was written of which the marks do not tell everything; no file's time."""
 
 _MAGIC: Final = b"LOCKSTEP-INTENT\0"
 _HEADER: Final = Struct("<I16s16s16sQQQQQ")
@@ -82,8 +89,8 @@ class Loaded:
 
     marked: bytearray  # a byte for each region
     fits: bool
-    generations: tuple[int, int] | None = None  # those of the mirror, now and soon, if it fits
-    left: bytearray | None = None  # what was marked at an orderly end, if it would fit had the target not been written
+    generations: tuple[int, int] | None = None  # those of the mirror, now and soon, if it is of the mirror as it is
+    left: bytearray | None = None  # what is marked in one that does not fit
 
 
 def load(path: str, identity: Identity, generation: int | None, written_ns: int | None) -> Loaded:
@@ -101,16 +108,27 @@ def load(path: str, identity: Identity, generation: int | None, written_ns: int 
     except OSError as failure:
         log.warning("the intent bitmap %s cannot be read (%s): everything counts as different", path, failure)
         content = b""
-    generations = _fitting(content[:PAGE_BYTES], identity, generation)
-    if generations is None:
+    said = _said(content[:PAGE_BYTES], identity)
+    if said is None:
         return Loaded(bytearray(b"\1" * count), fits=False)
     marked, damaged = pages.unpack(content, count)
     for number in damaged:
         log.warning("page %d of the intent bitmap %s is damaged: it counts as marked", number, path)
-    *_, closed_ns = _GENERATIONS.unpack_from(content, _GENERATIONS_AT)
-    if written_ns is not None and closed_ns not in (0, written_ns):
-        return Loaded(bytearray(b"\1" * count), fits=False, left=marked)
+    *given, closed_ns = said
+    generations = _fitting(given, generation)
+    changed = closed_ns == UNACCOUNTED or (written_ns is not None and closed_ns not in (0, written_ns))
+    if generations is None or changed:
+        return Loaded(bytearray(b"\1" * count), fits=False, generations=generations, left=marked)
     return Loaded(marked, fits=True, generations=generations)
+
+
+def doubt(path: str, identity: Identity) -> None:
+    """Have everything differ, durably, by the word of somebody who knows. Raises OSError."""
+    bitmap = IntentBitmap(path, identity, asyncio.to_thread)
+    try:
+        bitmap.claim(*NO_MIRROR, b"\1" * identity.regions)
+    finally:
+        bitmap.close()
 
 
 def renew(path: str, identity: Identity, generation: int, following: int, give: Callable[[], None]) -> None:
@@ -124,10 +142,11 @@ def renew(path: str, identity: Identity, generation: int, following: int, give: 
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             stack.callback(os.close, fd)
         head = os.pread(fd, PAGE_BYTES, 0) if fd is not None else b""
-        if fd is None or _fitting(head, identity, generation) is None:
+        said = _said(head, identity)
+        if fd is None or said is None or _fitting(said[:2], generation) is None:
             give()
             return
-        *_, written_ns = _GENERATIONS.unpack_from(head, _GENERATIONS_AT)
+        *_, written_ns = said
         pages.write_header(fd, _header(identity, generation, following, written_ns))
         give()
         pages.write_header(fd, _header(identity, following, following, written_ns))
@@ -155,17 +174,17 @@ class IntentBitmap:
     def claim(self, generation: int, following: int, marked: bytes | bytearray, written_ns: int = 0) -> None:
         """Write the whole bitmap anew, durably: its mirror has `generation`, and is about to be given `following`.
 
-        `written_ns`: at an orderly end, when the target was written.
+        `written_ns`: at an orderly end, when the target was written; or UNACCOUNTED.
         """
         self._pages.create(_header(self._identity, generation, following, written_ns), marked)
 
-    def advance(self, generation: int, following: int) -> None:
+    def advance(self, generation: int, following: int, written_ns: int = 0) -> None:
         """Note, durably, that the mirror has `generation` and is about to be given `following`."""
-        self._pages.write_header(_header(self._identity, generation, following, 0))
+        self._pages.write_header(_header(self._identity, generation, following, written_ns))
 
-    def settle(self, generation: int) -> None:
+    def settle(self, generation: int, written_ns: int = 0) -> None:
         """Note, durably, that the mirror was given `generation`."""
-        self._pages.write_header(_header(self._identity, generation, generation, 0))
+        self._pages.write_header(_header(self._identity, generation, generation, written_ns))
 
     def discard(self) -> None:
         """Take the bitmap away, durably: everything counts as different from here on, and nothing need be marked."""
@@ -224,13 +243,19 @@ class IntentBitmap:
         return b"".join(map(_WHOLE_GROUP.__getitem__, self._touched))[: self._count]
 
 
-def _fitting(header: bytes, identity: Identity, generation: int | None) -> tuple[int, int] | None:
-    """The generations of a header that is whole, of this mirror, and of this generation or on the way to or from it."""
+def _said(header: bytes, identity: Identity) -> tuple[int, int, int] | None:
+    """Both generations, and when the target was written, of a header that is whole, and of this mirror."""
     if len(header) != PAGE_BYTES:
         return None
-    given, following, written = _GENERATIONS.unpack_from(header, _GENERATIONS_AT)
-    whole = header == _header(identity, given, following, written)
-    return (given, following) if whole and generation in (None, given, following) else None
+    given, following, written_ns = _GENERATIONS.unpack_from(header, _GENERATIONS_AT)
+    whole = header == _header(identity, given, following, written_ns)
+    return (given, following, written_ns) if whole else None
+
+
+def _fitting(given: Sequence[int], generation: int | None) -> tuple[int, int] | None:
+    """The generations that a header gives, if it is of this generation, or on the way to or from it."""
+    now, soon = given
+    return (now, soon) if (now, soon) != NO_MIRROR and generation in (None, now, soon) else None
 
 
 def _header(identity: Identity, generation: int, following: int, written_ns: int) -> bytes:

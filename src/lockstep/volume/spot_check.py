@@ -5,6 +5,10 @@ not the disk that it was. A name like /dev/sdb leads to another disk after the m
 to while nobody serves it, or is rolled back to a snapshot. Nothing else would tell: a target is its user's to the last
 byte, and a block device does not say when it was written.
 
+Nor is a mirror that is whole overwritten by a stranger where all of it is to be copied, since nothing tells where the
+two differ: the target file was written while nobody served it, the records are lost, or older than the mirror, or it
+is. Some of it differs then, as a matter of course.
+
 So some of it is read. Both ends, since there are partition tables and superblocks, which every mount writes; and pieces
 from anywhere between, others each time.
 """
@@ -36,6 +40,7 @@ class SpotCheck:
 
     telling: int
     places: tuple[int, ...]  # offsets of those that differ
+    accounted: bool = True  # whether all are equal, if the two are a pair; else some may differ
 
     @property
     def differing(self) -> int:
@@ -50,6 +55,11 @@ class SpotCheck:
         """
         return 4 * self.differing >= self.telling
 
+    @property
+    def unlike(self) -> bool:
+        """Whether the two are no pair."""
+        return self.differing > 0 and (self.strangers or self.accounted)
+
 
 def spot_check(
     target: PlainDisk,
@@ -57,14 +67,15 @@ def spot_check(
     differing: Callable[[], bytes],
     doubted: Collection[int] = (),
     *,
-    what_is_lost: bool = False,
+    accounted: bool = True,
 ) -> SpotCheck:
     """Compare a mirror with its target in some places. Blocks.
 
     `differing` returns which regions may differ, a byte each; it is asked again at the end, for there may be writers
-    meanwhile. In the places that are `doubted` the two differ, marked or not, until they are seen to be equal. With
-    `what_is_lost`, pieces of which the mirror has zeroes do not count either. A disk that cannot be read ends it, or
-    one that is so slow that it takes PATIENCE_S: what was seen until then counts.
+    meanwhile. In the places that are `doubted` the two differ, marked or not, until they are seen to be equal. Unless
+    that is all that is `accounted` for, pieces of which the mirror has zeroes do not count either: something may have
+    been written there. A disk that cannot be read ends it, or one that is so slow that it takes PATIENCE_S: what was
+    seen until then counts.
     """
     region_bytes, zeroes = region_bytes_for(target.size_bytes), bytes(PIECE_BYTES)
     ours, theirs = page_aligned(PIECE_BYTES), page_aligned(PIECE_BYTES)
@@ -79,11 +90,11 @@ def spot_check(
         except OSError:
             break
         differs = not same(ours, theirs)
-        if offset in telling or theirs != zeroes or (differs and not what_is_lost):
+        if offset in telling or theirs != zeroes or (differs and accounted):
             telling[offset] = differs
     marked = differing()
     counts = [offset for offset in telling if offset in doubted or not marked[offset // region_bytes]]
-    return SpotCheck(len(counts), tuple(offset for offset in counts if telling[offset]))
+    return SpotCheck(len(counts), tuple(offset for offset in counts if telling[offset]), accounted)
 
 
 def _pieces(size_bytes: int, differing: bytes) -> list[int]:
