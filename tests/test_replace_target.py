@@ -58,6 +58,7 @@ from tests.lab import (
     needs,
     run,
     wait_until,
+    write,
 )
 from tests.test_mirror_faults import Plugged
 from tests.test_mirror_set import add, in_sync
@@ -251,6 +252,31 @@ def test_kill_9_at_any_moment_resumes_and_loses_nothing(lab: Lab) -> None:
                 volume.assert_equal_disks()
                 volume.target.unlink()
         assert writer.written > 0
+
+
+@needs_nbdkit
+def test_a_new_target_that_is_exchanged_while_it_is_filled_is_refused(lab: Lab) -> None:
+    """What it had would not be filled once more: it would be blank there, and called in sync."""
+    with slow_volume(lab) as (volume, pace):
+        pace.slow(8 * MIB)
+        volume = on(volume, lab.home / "new")
+        replaced(volume, volume.target).ok()
+        with volume.served(in_sync=False) as served:
+            wait_until(lambda: (restoring(served) or {"done_bytes": 0})["done_bytes"] > 8 * MIB, "half of it")
+            write(served, "write -P 7 5M 64k")  # which has it on record as well
+            served.kill()
+        pace.let_go()
+        died = volume.target.rename(lab.home / "died")
+        volume.target.write_bytes(bytes(SIZE_BYTES))
+        lab.lockstep("serve", "vol", "--key-file", lab.key).failed(1, "does not seem to be the disk")
+        died.rename(volume.target)
+        with volume.served(in_sync=False) as served:
+            await_restored(served)
+            wait_until(lambda: served.mirror_state() == "in-sync", "the mirror to be in sync")
+        expected = bytearray(noise())
+        expected[5 * MIB : 5 * MIB + (64 << 10)] = b"\7" * (64 << 10)
+        assert volume.target.read_bytes() == expected
+        volume.assert_equal_disks()
 
 
 def plugged(

@@ -31,6 +31,8 @@ _UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, e
 class PlainDisk(DiskFile):
     """An open disk: the target, or the output of a restore."""
 
+    missing = bytearray()  # of a new target that is being filled, whether it lacks a region, a byte for each
+
     def __init__(self, disk: Disk, fd: int, size_bytes: int | None = None) -> None:
         """Take over `fd`, an open descriptor of `disk`, of which only the first `size_bytes` are used if given.
 

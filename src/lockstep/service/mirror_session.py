@@ -477,7 +477,7 @@ class MirrorSession:
         def differing() -> bytes:
             known = self._unaccounted
             known = self.link.regions.differing() if known is None else union(known, self._held.regions())
-            return union(known, self._intent.marked())
+            return union(union(known, self._intent.marked()), self._target.missing or bytes(len(known)))
 
         doubted = [place for place in self._doubted if self.link.regions.equal(place, 1)]
         accounted = as_left and self._unaccounted is None

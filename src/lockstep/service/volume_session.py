@@ -99,13 +99,13 @@ class VolumeSession:
     def require_like(self) -> dict[MirrorSession, SpotCheck]:
         """Return what each mirror has in common with the target. Raises TargetUnlike as `check` does. Blocks.
 
-        A mirror is not overwritten with another disk, nor that disk by clients who take it for theirs.
+        A mirror is not overwritten with another disk, nor that disk by clients who take it for theirs. A new target
+        that is being filled has to be like the mirror that it is filled from, as far as it has been.
         """
-        if self.filling is not None:
-            return {}
         checks = {session: session.check() for session in self.mirrors}
         telling = [check for check in checks.values() if check.telling]
-        if telling and all(check.strangers for check in telling):
+        source = any(check.unlike and session.link.is_source for session, check in checks.items())
+        if source or (telling and all(check.strangers for check in telling)):
             worst = max(telling, key=lambda check: check.telling)
             raise TargetUnlike(
                 path=self.target.disk.path,

@@ -59,8 +59,6 @@ class UnreadableError(OSError):
 class NewTarget(PlainDisk):
     """A target of which regions are missing: asked about those, it does not answer at once."""
 
-    missing = bytearray()  # a byte for each region
-
     @property
     def region_bytes(self) -> int:
         """How large a region is."""
