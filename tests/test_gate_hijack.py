@@ -78,6 +78,28 @@ def test_a_mirror_that_was_away_is_not_in_sync_when_the_record_of_what_is_held_i
     assert not any(volume.decrypted())
 
 
+def test_a_frozen_mirror_stays_frozen_where_the_target_is_changed_while_nobody_serves_it(lab: Lab) -> None:
+    """As by somebody who looks at what the account has done: a mount replays the journal."""
+    good = random.Random(1).randbytes(SIZE)
+    volume = lab.volume("vol", SIZE, content=good)
+    volume.grant("alice")
+    with volume.served() as served:
+        uri = served.uri.replace("vol?", "vol%40mallory?")
+        run("qemu-io", "-f", "raw", "-c", "write -P 7 1M 64k", "-c", "flush", uri)
+    with volume.target.open("r+b") as target:
+        target.seek(2 * MIB)
+        target.write(bytes(4096))
+    with volume.served(in_sync=False) as served:
+        lab.lockstep("sync", "vol", "--wait").failed(3, "is behind")
+        assert served.mirror()["consistent"]
+    output = lab.home / "output"
+    assert "frozen" in volume.restore(output, "--json").ok()
+    assert output.read_bytes() == good
+    with volume.served(in_sync=False) as served:
+        lab.lockstep("sync", "vol", "--include-held", "--wait").ok()
+    volume.assert_equal_disks()
+
+
 def test_a_frozen_mirror_of_which_all_is_to_be_copied_is_not_the_disk_of_any_moment(lab: Lab) -> None:
     """Somebody has found that it is wrong; but what is held stays away from it all the same."""
     volume = lab.volume("vol", SIZE, content=random.Random(1).randbytes(SIZE))
