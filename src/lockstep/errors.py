@@ -484,7 +484,10 @@ class TargetUnfinished(RegistryError):
 
     happened = "The new target {path} of {volume} is still being filled from the mirror {mirror}."
     cause = "The target was replaced (`lockstep replace-target`), and no server has finished the work since."
-    next_step = "Serve the volume until `lockstep status {volume}` shows no restore any more, then run this again."
+    next_step = (
+        "Serve the volume until `lockstep status {volume}` shows no restore any more, then run this again. If that "
+        "cannot be: `lockstep replace-target {volume} NEWDISK` begins anew."
+    )
 
 
 class GrantUnknown(RegistryError):
@@ -855,10 +858,11 @@ class TargetUnprepared(DiskError):
 class TargetHalfRestored(DiskError):
     """Data: path, volume, record."""
 
-    happened = "The target {path} of {volume} is an unfinished restore: its record {record} is there."
-    cause = "A restore to it was interrupted. What it does not have yet would be missing on the mirror, too."
+    happened = "The target {path} of {volume} is an unfinished restore, or commit: its record {record} is there."
+    cause = "That was interrupted. What the target does not have yet would be missing on the mirror, too."
     next_step = (
-        "Repeat the `lockstep restore` with --resume, and serve then. If the target has everything, remove the record."
+        "Repeat the `lockstep restore` with --resume, or the `lockstep commit`, and serve then. If the target has "
+        "everything, remove the record."
     )
 
 

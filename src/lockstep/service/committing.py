@@ -13,13 +13,13 @@ from lockstep.disk.mirror import require_unused
 from lockstep.disk.plain import PlainDisk
 from lockstep.disk.probe import inspect, make_file, not_made
 from lockstep.errors import DiskFailed, OutputTooSmall, OverlayMissing
-from lockstep.service.mirror_set import doubt_overwritten
 from lockstep.service.noting import note_if_known
 from lockstep.service.opening import opened
+from lockstep.service.overwriting import overwriting
 from lockstep.service.recovery import refuse_content, refuse_known, refuse_same_storage
 from lockstep.service.state import State
 from lockstep.volume.files import rename
-from lockstep.volume.restore import DiskSink, Extent, Progress, copy_out
+from lockstep.volume.restore import DiskSink, Extent, Progress, Source, copy_out
 
 UNFINISHED: Final = ".committing"
 """What a file is called, after its own name, before it has everything."""
@@ -50,9 +50,10 @@ def commit(
     """Write what one sees through the overlay, exactly the target's size, onto a disk or a file.
 
     Mirror and overlay stay as they are. An output that this made is removed when it fails; a file that was there keeps
-    the other name that it has meanwhile. If it is the target of a volume, the next server compares its mirrors with it:
-    they lack what was written over them. Raises OutputExists unless `force`; OutputIsMirror, OutputInState,
-    MirrorTaken, HeaderTaken, OutputTooSmall, DiskBusy, DiskFailed, StateDirUnusable; what opening the mirror and
+    the other name that it has meanwhile. If it is the target of a volume, that is not served before it has everything,
+    and its mirrors are compared with it then: they lack what was written over them. Raises OutputExists unless `force`;
+    OutputIsMirror, OutputInState, MirrorTaken, HeaderTaken, TargetUnfinished, OutputTooSmall, DiskBusy, DiskFailed,
+    StateDirUnusable; what opening the mirror and
     claiming the overlay raise, DiskLocked while it is open elsewhere.
     """
     if not os.path.exists(overlay_path):
@@ -75,23 +76,22 @@ def commit(
         size_bytes = view.size_bytes
         with _claimed(place, size_bytes, force=force) as output:
             try:
-                if not output.disk.is_block:
-                    output.resize(size_bytes)
-                sink = DiskSink(output, blank=not output.disk.is_block)
-                copy_out(
-                    view.disk,
-                    sink,
-                    Extent(0, size_bytes),
-                    Progress(),
-                    on_progress=lambda done: on_progress(done, size_bytes),
-                )
-                output.flush()
-                doubt_overwritten(state, output_path)
+                with overwriting(state, output_path):
+                    _copy(view.disk, output, size_bytes, on_progress)
             except OSError as error:
                 raise DiskFailed(
                     path=f"{mirror_path} to {output_path}", doing="Copying", reason=error.strerror or str(error)
                 ) from error
         return Committed(view.name, output_path, size_bytes, view.luks_uuid)
+
+
+def _copy(view: Source, output: PlainDisk, size_bytes: int, on_progress: Callable[[int, int], None]) -> None:
+    if not output.disk.is_block:
+        output.resize(size_bytes)
+    sink = DiskSink(output, blank=not output.disk.is_block)
+    whole = Extent(0, size_bytes)
+    copy_out(view, sink, whole, Progress(), on_progress=lambda done: on_progress(done, size_bytes))
+    output.flush()
 
 
 @contextlib.contextmanager

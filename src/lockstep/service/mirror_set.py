@@ -44,7 +44,6 @@ from lockstep.errors import (
     SectorSizeInvalid,
     StillServed,
     TargetResized,
-    TargetTaken,
     TargetUnfinished,
 )
 from lockstep.registry.audit import Actor
@@ -190,24 +189,19 @@ def doubt_mirrors(state: State, name: str, *, compare: bool) -> None:
         registry.audit("sync", actor=actor, volume=name, reason=reason, details={})
 
 
-def doubt_overwritten(state: State, path: str) -> None:
-    """Have all mirrors compared of a volume whose target is at `path`: it was overwritten with something newer.
+def forget_marks(state: State, volume: VolumeRecord, *, but: str | None) -> None:
+    """Have a volume's mirrors compared by its next server, but the one with that LUKS UUID. Raises StateDirUnusable.
 
-    A target that is being filled is left to that. A registry that is absent or broken is no reason to fail: the log
-    says so. Raises StateDirUnusable.
+    A registry that is broken by now is no reason to fail: all of it is copied then.
     """
-    if not state.registry_place.used():
-        return
-    overwritten: list[MirrorRecord] = []
+    doubted = [mirror for mirror in volume.mirrors if mirror.luks_uuid != but]
+    _forget(state, [state.intent(mirror.luks_uuid) for mirror in doubted])
     try:
         with state.registry() as registry:
-            for _, _, volume in mirrors.roles_of(registry.volumes(), path, (TargetTaken,)):
-                overwritten += volume.mirrors if volume.filled_from is None else ()
-            for mirror in overwritten:
+            for mirror in doubted:
                 registry.set_generation(mirror.id, mirror.generation, compare=True)
     except LockstepError as error:
-        log.warning("it is not known whether %s is a target, from which mirrors differ now: %s", path, error)
-    _forget(state, [state.intent(mirror.luks_uuid) for mirror in overwritten])
+        log.warning("the mirrors of %s are not going to be compared, but copied to: %s", volume.name, error)
 
 
 def _forget(state: State, records: Sequence[str]) -> None:

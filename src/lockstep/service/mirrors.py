@@ -169,13 +169,13 @@ def require_size(disk: Disk, record: VolumeRecord) -> None:
         )
 
 
-def refuse_as_output(volumes: Iterable[VolumeRecord], path: str, refused: tuple[Role, ...] = ROLES) -> None:
-    """Refuse to write anew what has one of these roles: by its name if it is not there, else under every name.
+def refuse_as_output(volumes: Iterable[VolumeRecord], path: str) -> None:
+    """Refuse to write anew what has a role: by its name if it is not there, else under every name.
 
     A disk of the registry that cannot be looked at, or does not answer, is known by its name alone: it must not keep
     anybody from restoring.
     """
-    for known, taken, volume in roles_of(volumes, path, refused):
+    for known, taken, volume in roles_of(volumes, path, ROLES):
         raise taken(path=known, volume=volume.name)
 
 

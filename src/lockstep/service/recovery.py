@@ -5,18 +5,22 @@ away: the output stays, and beside it the record of how far it came (volume/rest
 
 1. header, token, range; the output is looked at, locked if it exists, and compared with the record: refusals
 2. what unlocks the mirror; it is locked; samples of what is to be resumed are compared: the last refusals
-3. a missing output is made; the record, durably; a file is emptied and given its size
+3. a missing output is made; the record, durably, and that of a target (overwriting.py); a file is emptied and given
+   its size
 4. the copy, with checkpoints; the last one also when it fails or is interrupted
-5. flush; read back and compare, if asked; then the record is removed
+5. flush; read back and compare, if asked; where the output is a volume's target, its other mirrors are to be compared
+   with that; then the record is removed
 """
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import stat
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,9 +35,7 @@ from lockstep.disk.probe import Disk, holds_data, inspect, make_file, overlap, r
 from lockstep.disk.stream import Stream
 from lockstep.errors import (
     DiskFailed,
-    HeaderTaken,
     LockstepError,
-    MirrorTaken,
     NothingToResume,
     OutputDiffers,
     OutputExists,
@@ -48,10 +50,12 @@ from lockstep.errors import (
     StreamCannot,
     StreamIsTerminal,
     StreamStopped,
+    TargetTaken,
 )
 from lockstep.service import mirrors
 from lockstep.service.memory import protect_memory
 from lockstep.service.noting import note_if_known
+from lockstep.service.overwriting import overwriting
 from lockstep.service.state import State
 from lockstep.volume.files import sync_directory
 from lockstep.volume.link import STILL
@@ -104,9 +108,9 @@ def restore(state: State, wanted: Wanted, unlock: Unlock, *, on_progress: OnProg
 
     Raises MirrorIncomplete unless `incomplete`; OutputExists or RestoreUnfinished unless `force` or `resume`;
     BackupOfAnother, RangeInvalid, NothingToResume, ResumeUnfit, RestoreRecordInvalid, OutputIsMirror, OutputInState,
-    MirrorTaken, HeaderTaken, OutputTooSmall, StreamCannot, StreamIsTerminal, DiskBusy, DiskFailed, and whatever opening
-    the mirror raises: nothing was changed then. RestoreStopped or StreamStopped when a disk or the reader failed
-    later, OutputDiffers when it was compared.
+    MirrorTaken, HeaderTaken, TargetUnfinished, OutputTooSmall, StreamCannot, StreamIsTerminal, DiskBusy, DiskFailed,
+    StateDirUnusable, and whatever opening the mirror raises: nothing was changed then. RestoreStopped or StreamStopped
+    when a disk or the reader failed later, OutputDiffers when it was compared.
     """
     protect_memory()
     self_test()
@@ -127,7 +131,9 @@ def restore(state: State, wanted: Wanted, unlock: Unlock, *, on_progress: OnProg
         resumed_bytes = 0
     else:
         refuse_known(state, wanted.output_path)
-        resumed_bytes = _DiskRestore(wanted, extent, begun, on_progress).run(opened)
+        like = header.uuid if extent.length == token.target_size_bytes else None
+        claim = functools.partial(overwriting, state, wanted.output_path, like=like)
+        resumed_bytes = _DiskRestore(wanted, extent, begun, on_progress).run(opened, claim)
     frozen = token.state in STILL
     return Restored(token.volume_name, wanted.output_path, extent, header.uuid, frozen, resumed_bytes, wanted.verify)
 
@@ -199,8 +205,8 @@ class _DiskRestore:
         # By the name that the output has whatever it is called: a server may know it by another.
         self._record_path = os.path.abspath(wanted.record_path or os.path.realpath(wanted.output_path) + SUFFIX)
 
-    def run(self, opened: Callable[[], Mirror]) -> int:
-        """Do it; return how many bytes were there already."""
+    def run(self, opened: Callable[[], Mirror], overwriting: Callable[[], AbstractContextManager[None]]) -> int:
+        """Do it, while it counts as what is being overwritten; return how many bytes were there already."""
         record = self._found_record()
         with contextlib.ExitStack() as stack:
             output = self._existing_output(record)
@@ -218,11 +224,12 @@ class _DiskRestore:
                 self._save_begun()
             resumed_bytes = progress.done_bytes
             try:
-                self._fill(mirror, output, progress)
-                if not output.disk.is_block:
-                    sync_directory(self._path)  # the record's may be another
-                if self._wanted.verify:
-                    self._verify(mirror, output)
+                with overwriting():
+                    self._fill(mirror, output, progress)
+                    if not output.disk.is_block:
+                        sync_directory(self._path)  # the record's may be another
+                    if self._wanted.verify:
+                        self._verify(mirror, output)
                 remove_record(self._record_path)
             except OSError as error:
                 raise RestoreStopped(
@@ -373,7 +380,8 @@ def refuse_same_storage(shown_as: str, output_path: str, *paths: str | None) -> 
 def refuse_known(state: State, output_path: str) -> None:
     """Refuse an output that lies in the state directory, or that the registry knows as a mirror or as its header.
 
-    A target may be restored onto. A registry that is absent or broken keeps nobody from restoring: the log says so.
+    A target may be restored onto, unless it is being filled: it would be overwritten once more. A registry that is
+    absent or broken keeps nobody from restoring: the log says so.
     """
     state.refuse_output(output_path)
     if not state.registry_place.used():
@@ -384,7 +392,10 @@ def refuse_known(state: State, output_path: str) -> None:
     except LockstepError as error:
         log.warning("it is not known whether %s is another volume's: %s", output_path, error)
         return
-    mirrors.refuse_as_output(volumes, output_path, (MirrorTaken, HeaderTaken))
+    for known, role, volume in mirrors.roles_of(volumes, output_path, mirrors.ROLES):
+        if role is not TargetTaken:
+            raise role(path=known, volume=volume.name)
+        mirrors.refuse_filling(volume)
 
 
 def refuse_content(disk: Disk) -> None:

@@ -49,6 +49,7 @@ from lockstep.service import borrowing, mirrors
 from lockstep.service.managing import manager, unserved
 from lockstep.service.memory import protect_memory
 from lockstep.service.mirror_set import forget_records, refuse_taken
+from lockstep.service.overwriting import unfinished
 from lockstep.service.state import State
 from lockstep.service.trail import LOST, MIRROR, SERVED
 from lockstep.service.volume_session import pair_of
@@ -59,7 +60,7 @@ from lockstep.volume.intent import Identity, IntentBitmap
 from lockstep.volume.link import ASIDE, DEGRADED, FROZEN, IN_SYNC, STILL, SYNCING, WHOLE
 from lockstep.volume.missing import Pair
 from lockstep.volume.pages import union
-from lockstep.volume.restore_record import records_beside, remove_record
+from lockstep.volume.restore_record import remove_record
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def replace_target(
         registry.replace_target(name, path, mirror.id, actor=actor)
         undo.pop_all()
         _finish_file(place, path, volume.size_bytes)
-        _forget_restore(path)
+        _forget_restores(state, volume, path)
         registry.set_generation(mirror.id, _take_for_true(state, volume, source))
         for other in volume.mirrors:
             if other.id != mirror.id:
@@ -149,9 +150,9 @@ def _forget_earlier(state: State, volume: VolumeRecord) -> None:
         sync_directory(path)
 
 
-def _forget_restore(path: str) -> None:
-    """Remove the records of restores to the new target: it is filled otherwise now."""
-    for record in records_beside(path):
+def _forget_restores(state: State, volume: VolumeRecord, path: str) -> None:
+    """Remove the records of what was not finished on the old target, or the new one: it is filled otherwise now."""
+    for record in unfinished(state, replace(volume, target_path=path)):
         try:
             remove_record(record)
         except OSError as error:
@@ -262,7 +263,7 @@ def _refuse_what_is_better(state: State, volume: VolumeRecord, source: _Source, 
     except DiskError:
         return
     unprepared = volume.filled_from and missing.load(state.missing(volume.id), pair_of(volume)) is None
-    restored = records_beside(volume.target_path)  # half of it, from a mirror
+    restored = unfinished(state, volume)  # half of it, from a mirror
     exchanged = _same(path, volume.target_path) and not _content(disk)  # a new disk has the old one's name
     if disk.size_bytes < volume.size_bytes or unprepared or restored or exchanged:
         return

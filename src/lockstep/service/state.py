@@ -122,6 +122,10 @@ class State:
         """The record of what a new target lacks."""
         return f"{self._filling_dir}/{volume_id}.missing"
 
+    def overwritten(self, volume_id: str) -> str:
+        """The record that a command overwrites a target, or was interrupted."""
+        return f"{self._filling_dir}/{volume_id}.overwritten"
+
     def held(self, luks_uuid: str) -> str:
         """The record of what is held from a mirror, without the suffixes of its files."""
         return f"{self._held_dir}/{luks_uuid}"

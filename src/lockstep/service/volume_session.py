@@ -34,13 +34,13 @@ from lockstep.service import mirrors
 from lockstep.service.answers import in_time
 from lockstep.service.mirror_opening import MirrorOpener
 from lockstep.service.mirror_session import MirrorSession
+from lockstep.service.overwriting import unfinished
 from lockstep.service.state import State
 from lockstep.volume import missing
 from lockstep.volume.filling import Filling, NewTarget
 from lockstep.volume.gate import Gate
 from lockstep.volume.missing import Pair
 from lockstep.volume.read_path import ReadPath
-from lockstep.volume.restore_record import records_beside
 from lockstep.volume.resync import Resync
 from lockstep.volume.spot_check import SpotCheck
 from lockstep.volume.workers import Workers
@@ -246,8 +246,8 @@ def _open_target(state: State, record: VolumeRecord, *, direct: bool) -> PlainDi
         lacks = missing.load(state.missing(record.id), pair_of(record))
         if lacks is None:
             raise TargetUnprepared(path=disk.path, volume=record.name)
-    for unfinished in records_beside(disk.path):
-        raise TargetHalfRestored(path=disk.path, volume=record.name, record=unfinished)
+    for interrupted in unfinished(state, record):
+        raise TargetHalfRestored(path=disk.path, volume=record.name, record=interrupted)
     if lacks is None:
         return PlainDisk.claim(disk, record.size_bytes, direct=direct)
     target = NewTarget.claim(disk, record.size_bytes, direct=direct)

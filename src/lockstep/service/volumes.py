@@ -101,6 +101,7 @@ def remove_volume(state: State, name: str) -> VolumeRecord:
             registry.remove_volume(name, actor=actor)
             for mirror in volume.mirrors:
                 forget_records(state, mirror.luks_uuid)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(state.missing(volume.id))
+        for record in (state.missing(volume.id), state.overwritten(volume.id)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(record)
     return volume
