@@ -109,6 +109,36 @@ def test_a_whole_mirror_of_which_nothing_is_known_is_not_overwritten_with_a_blan
     volume.assert_equal_disks()
 
 
+@pytest.mark.parametrize("away", [False, True], ids=["there", "away"])
+def test_a_machine_that_was_rolled_back_does_not_take_its_mirror_along(lab: Lab, away: bool) -> None:
+    """State directory and target are of yesterday, and fit each other; what came since is on the mirror alone."""
+    volume = lab.volume("vol", SIZE_BYTES, content=noise(1))
+    with volume.served():
+        pass
+    state = shutil.copytree(lab.state, lab.home / "yesterday")
+    target = lab.home / "yesterday.target"
+    shutil.copy2(volume.target, target)
+    with volume.served() as served:
+        write(served, "write -P 7 1M 64k", "write -P 8 0 64k")
+    today = volume.decrypted()
+    shutil.rmtree(lab.state)
+    state.rename(lab.state)
+    target.rename(volume.target)
+    elsewhere = lab.home / "elsewhere"
+    if away:
+        volume.mirror.rename(elsewhere)
+    for _ in range(2):
+        with volume.served(in_sync=False) as served:
+            if elsewhere.exists():
+                elsewhere.rename(volume.mirror)
+            wait_until(lambda: "of an earlier day" in str(served.mirror()["error"]), "the mirror to be looked at")
+    assert volume.decrypted() == today
+    lab.lockstep("sync", "vol", "--all").ok()
+    with volume.served():
+        pass
+    volume.assert_equal_disks()
+
+
 def test_a_target_that_was_restored_in_part_is_refused(volume: Volume) -> None:
     exchange(volume, noise(1)[: 15 * MIB] + bytes(MIB))
     refusal(volume)

@@ -15,9 +15,9 @@ copies of one mirror that went different ways never come to the same generation.
     retire  the same as claim, after both disks were flushed; only what differs is still marked when it is settled
 
 A power cut between any two of these leaves a pair that still fits. A mirror that was swapped, copied back or written
-elsewhere has another generation, and everything is copied; unless it is whole, and the target is a stranger to it
-(spot_check.py): it may be the only copy. While a mirror is away the bitmap keeps the generation that
-the mirror was last given, so that it fits when the mirror is back.
+elsewhere has another generation, and everything is copied; unless it is whole, and the target is a stranger to it, or
+the mirror is newer than the bitmap and differs at all (spot_check.py): it may be the only copy. While a mirror is away
+the bitmap keeps the generation that the mirror was last given, so that it fits when the mirror is back.
 
 The header is written by one thread of its own, by way of cryptsetup, and only where it is the one that was left. A
 mirror whose header does not answer, or cannot say what it has to, is dropped like one whose data does not.
@@ -104,7 +104,7 @@ class MirrorSession:
         # What the mirror's token may say for the bitmap to fit it.
         known = loaded.generations[0] if loaded.generations else mirror.generation
         generation = token.generation if token else known
-        self._generations = loaded.generations or intent.NO_MIRROR
+        self._generations = loaded.named
         self._newest = max(mirror.generation, *self._generations, generation)
         self._token = token or luks.Token(volume.id, volume.name, volume.size_bytes, generation, DEGRADED)
         self._token_id = header.token_id if header else None
@@ -468,9 +468,11 @@ class MirrorSession:
         """Compare the two in some places, and where they differed before, unless they are known to differ there.
 
         Nothing tells where a mirror of another generation differs, and it need never have been equal if it is not
-        whole.
+        whole. One that is newer than the records should not differ at all, nor be overwritten by itself: they were put
+        back from an earlier day, and so was the target perhaps.
         """
         as_left = token.generation in self._generations
+        newer = 0 < max(self._generations) < token.generation
         if not as_left and token.state not in WHOLE:
             return SpotCheck(0, ())
 
@@ -480,7 +482,7 @@ class MirrorSession:
             return union(union(known, self._intent.marked()), self._target.missing or bytes(len(known)))
 
         doubted = [place for place in self._doubted if self.link.regions.equal(place, 1)]
-        accounted = as_left and self._unaccounted is None
+        accounted = newer or (as_left and self._unaccounted is None)
         check = spot_check(self._target, disk, differing, doubted, accounted=accounted)
         self._doubted = check.places
         return check
@@ -490,8 +492,8 @@ class MirrorSession:
         if not check.unlike:
             return None
         return (
-            "it differs from the target in places where the two were equal: one of them is another disk than before, or"
-            " was changed while nobody served it. If the target is right, have all of it copied:"
+            "it differs from the target in places where the two were equal: one of them is another disk than before, is"
+            " of an earlier day, or was changed while nobody served it. If the target is right, have all of it copied:"
             f" lockstep sync {self._volume.name} --all"
         )
 

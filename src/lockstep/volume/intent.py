@@ -91,6 +91,7 @@ class Loaded:
     fits: bool
     generations: tuple[int, int] | None = None  # those of the mirror, now and soon, if it is of the mirror as it is
     left: bytearray | None = None  # what is marked in one that does not fit
+    named: tuple[int, int] = NO_MIRROR  # the generations that it names, whether it fits or not
 
 
 def load(path: str, identity: Identity, generation: int | None, written_ns: int | None) -> Loaded:
@@ -114,12 +115,12 @@ def load(path: str, identity: Identity, generation: int | None, written_ns: int 
     marked, damaged = pages.unpack(content, count)
     for number in damaged:
         log.warning("page %d of the intent bitmap %s is damaged: it counts as marked", number, path)
-    *given, closed_ns = said
-    generations = _fitting(given, generation)
+    now, soon, closed_ns = said
+    generations = _fitting((now, soon), generation)
     changed = closed_ns == UNACCOUNTED or (written_ns is not None and closed_ns not in (0, written_ns))
     if generations is None or changed:
-        return Loaded(bytearray(b"\1" * count), fits=False, generations=generations, left=marked)
-    return Loaded(marked, fits=True, generations=generations)
+        return Loaded(bytearray(b"\1" * count), False, generations, left=marked, named=(now, soon))
+    return Loaded(marked, True, generations, named=(now, soon))
 
 
 def doubt(path: str, identity: Identity) -> None:
