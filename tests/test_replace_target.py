@@ -555,6 +555,29 @@ def test_the_mirror_that_was_followed_last_is_taken_after_a_crash(tmp_path: Path
     assert Volume(lab, "vol", new, second, None).decrypted() == written
 
 
+def test_the_records_of_an_earlier_day_do_not_tell_which_mirror_has_everything(tmp_path: Path) -> None:
+    """The machine was rolled back, with one of its mirrors; the other one is of today."""
+    lab = ForkLab(tmp_path)
+    volume, second, new = lab.volume("vol", 4 * MIB, content=noise(4 * MIB)), *map(tmp_path.joinpath, "sn")
+    add(volume, second).ok()
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: in_sync(served), "both mirrors to be in sync")
+    state = shutil.copytree(lab.state, tmp_path / "yesterday")
+    mirror = tmp_path / "yesterday.mirror"
+    shutil.copy2(volume.mirror, mirror)
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: in_sync(served), "both mirrors to be in sync")
+        write(served, "write -P 7 0 1M")
+    written = volume.target.read_bytes()
+    volume.target.unlink()
+    shutil.rmtree(lab.state)
+    state.rename(lab.state)
+    mirror.rename(volume.mirror)
+    assert_error(replaced(volume, new), MirrorsAlike(volume="vol", mirrors=f"{volume.mirror}, {second}"))
+    replaced(volume, new, "--mirror", second).ok()
+    assert Volume(lab, "vol", new, second, None).decrypted() == written
+
+
 def test_a_copy_of_the_mirror_from_while_the_last_server_ran_is_not_taken_for_it(tmp_path: Path) -> None:
     """The registry knows the generation that the server began with; the bitmap knows the one that it came to."""
     lab = ForkLab(tmp_path)

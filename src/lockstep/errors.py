@@ -840,8 +840,8 @@ class TargetStillThere(DiskError):
         "under the target's name was written since, or is another disk by now."
     )
     next_step = (
-        "Serve the volume until its mirror is in sync, and run this again; if what the mirror may miss is not wanted, "
-        "or the server refuses that disk as another one, repeat with --incomplete."
+        "Serve the volume until its mirror is in sync, and run this again; if the mirror is right where the two "
+        "differ, or the server refuses that disk as another one, repeat with --incomplete."
     )
 
 
@@ -1039,7 +1039,10 @@ class MirrorsAlike(DiskError):
     """Data: volume, mirrors."""
 
     happened = "Which of these mirrors of {volume} has everything is not on record: {mirrors}."
-    cause = "The last server was killed. A mirror that it had lost before may say of itself that it is in sync still."
+    cause = (
+        "The last server was killed, and a mirror that it had lost before may say of itself that it is in sync still. "
+        "Or the state directory is of an earlier day than the mirrors."
+    )
     next_step = (
         "Name one that was followed to the end with --mirror: `lockstep audit {volume}` says which was degraded when."
     )

@@ -187,6 +187,8 @@ def _source(state: State, registry: Registry, volume: VolumeRecord, path: str | 
         if count < least:
             raise MirrorMissed(path=mirror.path, volume=volume.name, other=alike[0].mirror.path, reason=str(reason))
         rivals += [(mirror, reason)] if count == least else []
+    if len(found) > 1 and any(_newer(state, volume, each) for each in found):
+        raise MirrorsAlike(volume=volume.name, mirrors=", ".join(each.mirror.path for each in found))
     if any(1 in _marked(state, volume, each.mirror, each.token.generation) for each in alike):
         alike = [_followed_last(registry, volume, alike, rivals)]
     ranks = {IN_SYNC: 0, ASIDE: 1, FROZEN: 2}
@@ -270,6 +272,13 @@ def _refuse_what_is_better(state: State, volume: VolumeRecord, source: _Source, 
     written_ns = 0 if disk.is_block else os.stat(disk.path).st_mtime_ns
     if 1 in _lacking(state, volume, source.mirror, source.token.generation, written_ns):
         raise TargetStillThere(path=disk.path, volume=volume.name, mirror=source.mirror.path)
+
+
+def _newer(state: State, volume: VolumeRecord, source: _Source) -> bool:
+    """Whether a mirror is newer than what is on record of it: nor is it on record then what others lack."""
+    mirror = source.mirror
+    named = intent.load(state.intent(mirror.luks_uuid), _identity(volume, mirror), None, None).named
+    return 0 < max(named) < source.token.generation
 
 
 def _identity(volume: VolumeRecord, mirror: MirrorRecord) -> Identity:
