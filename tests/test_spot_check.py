@@ -224,6 +224,21 @@ def test_two_targets_whose_names_were_exchanged_are_told_apart(volume: Volume) -
         Volume(volume.lab, each.name, there, each.mirror, None).assert_equal_disks()
 
 
+def test_what_is_advised_where_the_target_is_a_copy_of_what_it_was(volume: Volume) -> None:
+    """Some hundred places do not tell of a few bytes."""
+    copy = exchange(volume, noise(1))
+    with copy.open("r+b") as behind:
+        behind.seek(5 * MIB)
+        behind.write(bytes(4096))
+    said = volume.lab.lockstep("set", "vol", f"target={copy}").ok()
+    advised = "lockstep sync vol --all --checksum"
+    assert advised in said
+    volume.lab.lockstep(*advised.split()[1:]).ok()
+    with volume.served():
+        pass
+    Volume(volume.lab, "vol", copy, volume.mirror, None).assert_equal_disks()
+
+
 def test_a_mirror_that_hangs_when_it_is_compared_does_not_keep_the_target_from_being_served(volume: Volume) -> None:
     program = (
         "import threading, lockstep.cli.main as cli, lockstep.service.mirror_session as session\n"

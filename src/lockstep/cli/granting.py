@@ -152,6 +152,8 @@ def set_(
     if key == "target" and value:
         move_target(state, name, value)
         typer.echo(f"{name}: target={os.path.abspath(value)}")
+        typer.echo("The next server sees in some hundred places whether it is the disk that it was. If it is not, but")
+        typer.echo(f"restored, or a copy, have all of it compared: lockstep sync {name} --all --checksum")
         return
     with state.registry() as registry:
         if key == "on-denied" and value in ("hold", "refuse"):
