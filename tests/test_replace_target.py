@@ -578,6 +578,30 @@ def test_the_records_of_an_earlier_day_do_not_tell_which_mirror_has_everything(t
     assert Volume(lab, "vol", new, second, None).decrypted() == written
 
 
+def test_an_older_copy_that_was_set_aside_is_not_taken_for_the_mirror(tmp_path: Path) -> None:
+    """Nor where it was seen last: the registry remembers the newest generation."""
+    lab = ForkLab(tmp_path)
+    volume, second, new = lab.volume("vol", 4 * MIB, content=noise(4 * MIB)), *map(tmp_path.joinpath, "sn")
+    add(volume, second).ok()
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: in_sync(served), "both mirrors to be in sync")
+        served.stop()
+    older = shutil.copyfile(second, tmp_path / "older")
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: in_sync(served), "both mirrors to be in sync")
+        write(served, "write -P 7 0 3M")
+    os.replace(older, second)
+    for record in (lab.state / "intent").iterdir():
+        record.unlink()
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: served.now()["mirrors"][0]["state"] == "in-sync", "the first mirror to be in sync")
+        assert "another disk" in served.now()["mirrors"][1]["error"]
+    volume.target.unlink()
+    for record in (lab.state / "intent").iterdir():
+        record.unlink()
+    replaced(volume, new, "--mirror", second).failed(1, "is an older copy")
+
+
 def test_a_copy_of_the_mirror_from_while_the_last_server_ran_is_not_taken_for_it(tmp_path: Path) -> None:
     """The registry knows the generation that the server began with; the bitmap knows the one that it came to."""
     lab = ForkLab(tmp_path)

@@ -128,8 +128,8 @@ class MirrorSession:
 
     @property
     def generation(self) -> int:
-        """The generation that the token carries now, as far as is known."""
-        return self._token.generation
+        """The newest generation that the token was known to carry."""
+        return max(self.mirror.generation, self._token.generation)
 
     # --- start and end ---
 
