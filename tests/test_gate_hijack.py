@@ -89,6 +89,7 @@ def test_a_frozen_mirror_stays_frozen_where_the_target_is_changed_while_nobody_s
     with volume.target.open("r+b") as target:
         target.seek(2 * MIB)
         target.write(bytes(4096))
+    assert json.loads(lab.lockstep("status", "vol", "--json").ok())["volumes"][0]["mirrors"][0]["consistent"]
     with volume.served(in_sync=False) as served:
         lab.lockstep("sync", "vol", "--wait").failed(3, "is behind")
         assert served.mirror()["consistent"]

@@ -110,9 +110,9 @@ class MirrorSession:
         self._token_id = header.token_id if header else None
         self._intent = IntentBitmap(path, identity, workers.run)
         tells = token is not None and token.state in (BEHIND, FROZEN)
-        expected = tells or loaded.generations is not None
+        expected = tells or loaded.of_mirror
         self._held = HeldRecord(state.held(mirror.luks_uuid), identity, workers.run, expected=expected)
-        if loaded.generations is None:
+        if not loaded.of_mirror:
             self._held.frozen_since_s = None  # it is another mirror than the one that was frozen
         # If the bitmap does not fit, where the two are known to have differed; until the mirror is followed.
         self._unaccounted = None if loaded.fits else union(loaded.left or bytes(identity.regions), self._held.regions())

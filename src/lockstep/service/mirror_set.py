@@ -328,7 +328,7 @@ def _sought(state: State, volume: VolumeRecord, path: str) -> Added:
 def _refuse_where_held(state: State, volume: VolumeRecord) -> None:
     for mirror in volume.mirrors:
         identity = intent.Identity(volume.id, mirror.luks_uuid, volume.size_bytes)
-        known = intent.load(state.intent(mirror.luks_uuid), identity, None, None).fits
+        known = intent.load(state.intent(mirror.luks_uuid), identity, None, None).of_mirror
         held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=known)
         if positions(held.regions()):
             raise MirrorsHoldBack(volume=volume.name, mirror=mirror.path)

@@ -250,7 +250,7 @@ def _lacking(
     """Where a mirror may lack something that the old target had, by what is on record; as `intent.load` is asked."""
     identity = _identity(volume, mirror)
     loaded = intent.load(state.intent(mirror.luks_uuid), identity, generation, written_ns)
-    held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=loaded.fits)
+    held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=loaded.of_mirror)
     return union(loaded.marked, held.regions())
 
 

@@ -161,8 +161,8 @@ def _mirror_at_rest(
         loaded = intent.Loaded(bytearray(b"\1" * identity.regions), fits=False)
     else:
         loaded = intent.load(state.intent(mirror.luks_uuid), identity, header.token.generation, written_ns)
-    held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=loaded.fits)
-    if not loaded.fits:
+    held = HeldRecord(state.held(mirror.luks_uuid), identity, asyncio.to_thread, expected=loaded.of_mirror)
+    if not loaded.of_mirror:
         held.frozen_since_s = None
     regions = RegionMap(volume.size_bytes, loaded.marked, held.regions())
     equal = error is None and not regions.dirty_bytes and not regions.held_bytes

@@ -93,6 +93,11 @@ class Loaded:
     left: bytearray | None = None  # what is marked in one that does not fit
     named: tuple[int, int] = NO_MIRROR  # the generations that it names, whether it fits or not
 
+    @property
+    def of_mirror(self) -> bool:
+        """Whether it is of the mirror as it is, though the target may have been written since."""
+        return self.generations is not None
+
 
 def load(path: str, identity: Identity, generation: int | None, written_ns: int | None) -> Loaded:
     """Read the bitmap at `path`.
