@@ -110,6 +110,33 @@ def test_a_whole_mirror_of_which_nothing_is_known_is_not_overwritten_with_a_blan
 
 
 @pytest.mark.parametrize("away", [False, True], ids=["there", "away"])
+def test_a_target_file_that_was_put_back_does_not_take_its_mirror_along(lab: Lab, away: bool) -> None:
+    """From a snapshot, say, with its times: what was written since is on the mirror alone."""
+    volume = lab.volume("vol", SIZE_BYTES, content=noise(1))
+    with volume.served():
+        pass
+    yesterday, elsewhere = lab.home / "yesterday", lab.home / "elsewhere"
+    shutil.copy2(volume.target, yesterday)
+    with volume.served() as served:
+        write(served, "write -P 7 1M 64k", "write -P 8 0 64k")
+    today = volume.decrypted()
+    yesterday.rename(volume.target)
+    if away:
+        volume.mirror.rename(elsewhere)
+        with volume.served(in_sync=False) as served:
+            served.kill()
+    with volume.served(in_sync=False) as served:
+        if away:
+            elsewhere.rename(volume.mirror)
+        wait_until(lambda: "of an earlier day" in str(served.mirror()["error"]), "the mirror to be looked at")
+    assert volume.decrypted() == today
+    lab.lockstep("sync", "vol", "--all").ok()
+    with volume.served():
+        pass
+    volume.assert_equal_disks()
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["there", "away"])
 def test_a_machine_that_was_rolled_back_does_not_take_its_mirror_along(lab: Lab, away: bool) -> None:
     """State directory and target are of yesterday, and fit each other; what came since is on the mirror alone."""
     volume = lab.volume("vol", SIZE_BYTES, content=noise(1))

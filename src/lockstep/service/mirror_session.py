@@ -114,6 +114,7 @@ class MirrorSession:
         self._held = HeldRecord(state.held(mirror.luks_uuid), identity, workers.run, expected=expected)
         if not loaded.of_mirror:
             self._held.frozen_since_s = None  # it is another mirror than the one that was frozen
+        self._changed = loaded.changed or intent.WRITTEN
         # If the bitmap does not fit, where the two are known to have differed; until the mirror is followed.
         self._unaccounted = None if loaded.fits else union(loaded.left or bytes(identity.regions), self._held.regions())
         regions = RegionMap(volume.size_bytes, loaded.marked, self._held.regions())
@@ -269,7 +270,7 @@ class MirrorSession:
 
     @property
     def _written_ns(self) -> int:
-        return 0 if self._unaccounted is None else intent.UNACCOUNTED
+        return 0 if self._unaccounted is None else self._changed
 
     async def _ask_scribe(self, work: Callable[..., None], *args: int | str | None) -> None:
         """Have something done about the header. Raises OSError; a mirror that is another one by now is dropped."""
@@ -482,7 +483,8 @@ class MirrorSession:
             return union(union(known, self._intent.marked()), self._target.missing or bytes(len(known)))
 
         doubted = [place for place in self._doubted if self.link.regions.equal(place, 1)]
-        accounted = newer or (as_left and self._unaccounted is None)
+        older = self._unaccounted is not None and self._changed == intent.PUT_BACK  # the target
+        accounted = newer or older or (as_left and self._unaccounted is None)
         check = spot_check(self._target, disk, differing, doubted, accounted=accounted)
         self._doubted = check.places
         return check

@@ -27,7 +27,8 @@ On disk, the bits follow the header in pages as `pages.py` has them, one for eac
     64      8      the generation that is being given to the token, or the same one
     72      8      when the target file was last written, in ns since 1970, when it was closed in order;
                    0 while it is served, and for a block device, which does not tell;
-                   1 if it was written at another time than that, and the mirror has not been back since
+                   1 if it was found to be written later than that, and the mirror has not been back since;
+                   2 if earlier, likewise
     80      8      size of the target in bytes
     88      8      region size in bytes
     96      416    zeroes
@@ -57,8 +58,9 @@ GROUP_REGIONS: Final = 16
 VERSION: Final = 1
 NO_MIRROR: Final = (0, 0)
 """Generations that no mirror has."""
-UNACCOUNTED: Final = 1
-"""When a target was written of which the marks do not tell everything; no file's time."""
+WRITTEN: Final = 1
+PUT_BACK: Final = 2
+"""No file's times: the target was written after it was closed, or is from before that."""
 
 _MAGIC: Final = b"LOCKSTEP-INTENT\0"
 _HEADER: Final = Struct("<I16s16s16sQQQQQ")
@@ -92,6 +94,7 @@ class Loaded:
     generations: tuple[int, int] | None = None  # those of the mirror, now and soon, if it is of the mirror as it is
     left: bytearray | None = None  # what is marked in one that does not fit
     named: tuple[int, int] = NO_MIRROR  # the generations that it names, whether it fits or not
+    changed: int = 0  # what has become of the target since it was closed: WRITTEN, PUT_BACK
 
     @property
     def of_mirror(self) -> bool:
@@ -122,9 +125,11 @@ def load(path: str, identity: Identity, generation: int | None, written_ns: int 
         log.warning("page %d of the intent bitmap %s is damaged: it counts as marked", number, path)
     now, soon, closed_ns = said
     generations = _fitting((now, soon), generation)
-    changed = closed_ns == UNACCOUNTED or (written_ns is not None and closed_ns not in (0, written_ns))
+    changed = closed_ns if closed_ns in (WRITTEN, PUT_BACK) else 0
+    if not changed and written_ns is not None and closed_ns not in (0, written_ns):
+        changed = WRITTEN if written_ns > closed_ns else PUT_BACK
     if generations is None or changed:
-        return Loaded(bytearray(b"\1" * count), False, generations, left=marked, named=(now, soon))
+        return Loaded(bytearray(b"\1" * count), False, generations, marked, (now, soon), changed)
     return Loaded(marked, True, generations, named=(now, soon))
 
 
@@ -180,7 +185,7 @@ class IntentBitmap:
     def claim(self, generation: int, following: int, marked: bytes | bytearray, written_ns: int = 0) -> None:
         """Write the whole bitmap anew, durably: its mirror has `generation`, and is about to be given `following`.
 
-        `written_ns`: at an orderly end, when the target was written; or UNACCOUNTED.
+        `written_ns`: at an orderly end, when the target was written; or what has become of it.
         """
         self._pages.create(_header(self._identity, generation, following, written_ns), marked)
 
