@@ -12,7 +12,7 @@ UNCHECKED = """
 from lockstep.cli.main import main
 from lockstep.service import mirror_session
 from lockstep.volume.spot_check import SpotCheck
-mirror_session.spot_check = lambda *_: SpotCheck(0, 0)
+mirror_session.spot_check = lambda *_, **__: SpotCheck(0, ())
 main()
 """
 
