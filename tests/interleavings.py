@@ -962,11 +962,11 @@ class Scene(World):
                 if mirror.regions.equal(at, 1) and target[at:end] != copy[at:end]:
                     raise Broken(f"{when}, region {region} of mirror {number} differs, and is neither marked nor held")
 
-    def check_return(self, number: int, differing: bytes) -> SpotCheck:
+    def check_return(self, number: int, differing: bytes, *, accounted: bool) -> SpotCheck:
         """In place of a spot check: of a mirror that comes back, and is no copy, all is equal that is not marked."""
         target = self._content()
         copy = self._mended(number, target)
-        if self.path.filling is None and not self.platters[number].older:
+        if accounted and self.path.filling is None and not self.platters[number].older:
             for region, differs in enumerate(differing):
                 at, end = region * REGION_BYTES, min((region + 1) * REGION_BYTES, self.size_bytes)
                 if not differs and target[at:end] != copy[at:end]:
@@ -1100,13 +1100,17 @@ class Scene(World):
         aside = state == ASIDE and number in self.aside_since
         if (session.link.silent and not aside) or cast(Hands, session._scribe)._given_up:
             return
-        if state not in WHOLE:
-            return
+        if state in WHOLE:
+            self._check_whole(number, what, aside=aside, unchanged=unchanged)
+
+    def _check_whole(self, number: int, what: str, *, aside: bool, unchanged: bool) -> None:
+        """A mirror that says that it is whole is so."""
+        platter = self.platters[number]
         if number in self.untold and not self._anything_durable():
             if not unchanged:
                 raise Broken(f"{what} was changed before it was told")
             return
-        if state == FROZEN:
+        if platter.token.state == FROZEN:
             self._check_still(number)
             return
         least, most = self.flushed_before, NEVER
@@ -1420,8 +1424,8 @@ def in_scene(scene: Scene, what: Coroutine[Any, Any, None]) -> None:
         (backlog, "FIRST_BYTES"): 32 << 10,
         (backlog, "SCATTERED_BYTES"): 1 << 10,
         (mirror_session, "Workers"): functools.partial(Hands, scene.fate),
-        (mirror_session, "spot_check"): lambda _, mirror, differing, *_doubted, **_named: scene.check_return(
-            mirror._number, differing()
+        (mirror_session, "spot_check"): lambda _, mirror, differing, _doubted, *, accounted: scene.check_return(
+            mirror._number, differing(), accounted=accounted
         ),
         (mirror_opening, "Workers"): functools.partial(Hands, scene.fate),
         **{(module, "luks"): Headers(scene) for module in (mirror_session, mirror_set, replacing)},
