@@ -578,6 +578,29 @@ def test_the_records_of_an_earlier_day_do_not_tell_which_mirror_has_everything(t
     assert Volume(lab, "vol", new, second, None).decrypted() == written
 
 
+def test_a_mirror_of_a_blank_disk_is_not_taken_where_the_one_that_it_is_unlike_was_set_aside(tmp_path: Path) -> None:
+    """The last copy would be overwritten with nothing."""
+    lab = ForkLab(tmp_path)
+    content = noise(4 * MIB)
+    volume, second, new = lab.volume("vol", 4 * MIB, content=content), *map(tmp_path.joinpath, "sn")
+    with volume.served() as served:
+        served.stop()
+    volume.target.write_bytes(bytes(4 * MIB))
+    away = volume.mirror.rename(tmp_path / "away")
+    add(volume, second).ok()
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: served.now()["mirrors"][1]["state"] == "in-sync", "the second mirror to be in sync")
+        away.rename(volume.mirror)
+        wait_until(
+            lambda: "another disk" in (served.now()["mirrors"][0]["error"] or ""), "the first one to be set aside"
+        )
+        served.stop()
+    volume.target.unlink()
+    assert_error(replaced(volume, new), MirrorsAlike(volume="vol", mirrors=f"{volume.mirror}, {second}"))
+    replaced(volume, new, "--mirror", volume.mirror).ok()
+    assert Volume(lab, "vol", new, volume.mirror, None).decrypted() == content
+
+
 def test_an_older_copy_that_was_set_aside_is_not_taken_for_the_mirror(tmp_path: Path) -> None:
     """Nor where it was seen last: the registry remembers the newest generation."""
     lab = ForkLab(tmp_path)

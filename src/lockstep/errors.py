@@ -1041,10 +1041,12 @@ class MirrorsAlike(DiskError):
     happened = "Which of these mirrors of {volume} has everything is not on record: {mirrors}."
     cause = (
         "The last server was killed, and a mirror that it had lost before may say of itself that it is in sync still. "
-        "Or the state directory is of an earlier day than the mirrors."
+        "Or the state directory is of an earlier day than the mirrors, or one was set aside, since it was unlike the "
+        "target."
     )
     next_step = (
-        "Name one that was followed to the end with --mirror: `lockstep audit {volume}` says which was degraded when."
+        "Name one that was followed to the end with --mirror: `lockstep audit {volume}` says which was degraded when, "
+        "and `lockstep open MIRROR --attach` shows what one holds."
     )
 
 

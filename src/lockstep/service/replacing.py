@@ -187,7 +187,7 @@ def _source(state: State, registry: Registry, volume: VolumeRecord, path: str | 
         if count < least:
             raise MirrorMissed(path=mirror.path, volume=volume.name, other=alike[0].mirror.path, reason=str(reason))
         rivals += [(mirror, reason)] if count == least else []
-    if len(found) > 1 and any(_newer(state, volume, each) for each in found):
+    if _untold(state, volume, found):
         raise MirrorsAlike(volume=volume.name, mirrors=", ".join(each.mirror.path for each in found))
     if any(1 in _marked(state, volume, each.mirror, each.token.generation) for each in alike):
         alike = [_followed_last(registry, volume, alike, rivals)]
@@ -274,11 +274,19 @@ def _refuse_what_is_better(state: State, volume: VolumeRecord, source: _Source, 
         raise TargetStillThere(path=disk.path, volume=volume.name, mirror=source.mirror.path)
 
 
-def _newer(state: State, volume: VolumeRecord, source: _Source) -> bool:
-    """Whether a mirror is newer than what is on record of it: nor is it on record then what others lack."""
-    mirror = source.mirror
-    named = intent.load(state.intent(mirror.luks_uuid), _identity(volume, mirror), None, None).named
-    return 0 < max(named) < source.token.generation
+def _untold(state: State, volume: VolumeRecord, found: list[_Source]) -> bool:
+    """Whether the records do not tell which of several mirrors, all of which say that they are whole, lacks least.
+
+    They are older than one of them; or they fit some only, and not one that was set aside, say: what the others have
+    may be of another disk, which was there under the target's name.
+    """
+    fits, newer = set[bool](), False
+    for each in found:
+        mirror, generation = each.mirror, each.token.generation
+        loaded = intent.load(state.intent(mirror.luks_uuid), _identity(volume, mirror), generation, None)
+        fits.add(loaded.fits)
+        newer = newer or 0 < max(loaded.named) < generation
+    return len(fits) > 1 or (newer and len(found) > 1)
 
 
 def _identity(volume: VolumeRecord, mirror: MirrorRecord) -> Identity:
