@@ -393,6 +393,34 @@ def test_no_file_of_roots_is_made_or_emptied_through_a_link(
     assert leftovers(run_dir) == []
 
 
+def test_what_is_no_record_is_none_and_is_not_waited_for(run_dir: str, tmp_path: Path) -> None:
+    """The run directory may be another account's; root waited for ever for a pipe, with the lock held."""
+    os.makedirs(run_dir)
+    record, elsewhere = Path(run_dir, "vol.attached"), tmp_path / "elsewhere"
+    elsewhere.write_text('{"device": "/dev/loop0", "mountpoint": null, "pid": null, "export": "vol"}')
+    asks = f"from lockstep.service.attach import current; print(current({run_dir!r}, 'vol'))"
+
+    def seen() -> str:
+        return subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, timeout=60).stdout.strip()
+
+    for make in (
+        lambda: os.mkfifo(record),
+        lambda: record.symlink_to(record),
+        lambda: record.symlink_to(elsewhere),
+        lambda: record.write_text("[" * 20_000),
+    ):
+        make()
+        assert seen() == "None"
+        record.unlink()
+    os.mkfifo(record)
+    with open(os.open(record, os.O_RDWR | os.O_NONBLOCK), "wb"):  # one that somebody writes to, and nothing comes
+        assert seen() == "None"
+    record.unlink()
+    record.mkdir()
+    assert seen() == "None"
+    record.rmdir()
+
+
 # --- what dies --------------------------------------------------------------------------------------------
 
 

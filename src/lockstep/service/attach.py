@@ -21,7 +21,8 @@ Order. Up: nbdfuse, loop device, record; what fails undoes what was done. Down, 
 (else refused) -> flush -> let go of the loop device -> unmount -> nbdfuse ends -> files. Each step is bounded
 in time, and the next one starts only when the kernel shows that the last one is complete (`losetup -d` only
 *asks* for the detach: a device that is still open goes later). One lock per RUN_DIR keeps attaches and detaches apart.
-RUN_DIR may be another account's, which may put links to root's files there: no file of ours is opened through one.
+RUN_DIR may be another account's, which may put links to root's files there, or a pipe in the place of the record: no
+file of ours is opened through a link, and no pipe is waited for.
 
 Measured over nbdfuse 1.14 (Linux 6.18, 2 cores, nbdkit's memory disk in the place of the server):
 - Direct I/O on the loop device: buffered 1 MiB writes 694 instead of 105 MB/s, 4 KiB writes at depth 32 about 17k
@@ -37,6 +38,7 @@ Not handled: after its server ended, nbdfuse and the nbd driver answer EIO for e
 and makes a fresh device, once nobody uses the old one. A loop device over FUSE needs memory to write back memory.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -79,6 +81,9 @@ SETTLE_S = 3.0
 """For the short looks that the device manager takes at every new or changed device."""
 _POLL_S = 0.01
 
+_RECORD_BYTES = 32 << 10  # more than any has: two paths, two names
+# Nothing is there; or what the owner of the directory put there: a link, a directory, a socket, a pipe.
+_NO_RECORD = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EAGAIN)
 _CONNECTIONS = 1  # see "Measured"
 _PACKAGES = {
     "nbd-client": "nbd-client",
@@ -220,12 +225,18 @@ def _current(place: _Place) -> Attachment | None:
 
 
 def _read_record(place: _Place) -> Attachment | None:
+    """What was given out, if the record can be read as one; in one step, that ends whatever has its name."""
     try:
-        with open(place.record, encoding="utf-8") as record:
-            return Attachment(**json.load(record))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, TypeError):  # not ours, or from another version: the kernel knows the pieces
+        descriptor = os.open(place.record, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return Attachment(**json.loads(os.read(descriptor, _RECORD_BYTES)))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in _NO_RECORD:
+            return None
+        raise
+    except (ValueError, TypeError, RecursionError):  # not ours, or from another version: the kernel knows the pieces
         return None
 
 
