@@ -11,7 +11,7 @@ GET  /v1/verify    what the last one found; while one is under way, answered whe
 DELETE /v1/verify  end it early
 
 The socket's mode lets only its owner connect; the peer is checked all the same. An error is {"error": its class,
-"data": its fields}, so that the client can raise it again.
+"data": its fields}, so that the client can raise it again. What is wanted is `true`, and nothing else is.
 """
 
 import asyncio
@@ -89,8 +89,8 @@ async def control_interface(
         return web.json_response(commands.describe())
 
     async def answer_sync(request: web.Request) -> web.Response:
-        asked = await request.json()
-        how = {each: bool(asked.get(each)) for each in ("include_held", "compare", "everything")}
+        asked = await _asked(request)
+        how = {each: asked.get(each) is True for each in ("include_held", "compare", "everything")}
         await commands.sync(_actor(request), **how)
         return web.json_response({})
 
@@ -99,12 +99,12 @@ async def control_interface(
         return web.json_response({})
 
     async def let_go(request: web.Request) -> web.Response:
-        asked = await request.json()
+        asked = await _asked(request)
         await commands.let_go(str(asked.get("mirror")), DRILL if asked.get("for") == DRILL else REKEY)
         return web.json_response({})
 
     async def begin_verify(request: web.Request) -> web.Response:
-        commands.verify(_actor(request), repair=bool((await request.json()).get("repair")))
+        commands.verify(_actor(request), repair=(await _asked(request)).get("repair") is True)
         return web.json_response({})
 
     async def answer_verify(_request: web.Request) -> web.Response:
@@ -152,6 +152,15 @@ async def _stop(runner: web.AppRunner, under_way: set[asyncio.Future[web.StreamR
     if under_way:
         await asyncio.wait(under_way)
     await runner.cleanup()
+
+
+async def _asked(request: web.Request) -> dict[str, Any]:
+    """Return the body; who sends what is no JSON object is told so. Of what can be wanted, `true` alone wants it."""
+    with contextlib.suppress(ValueError):
+        asked = await request.json()
+        if isinstance(asked, dict):
+            return asked
+    raise web.HTTPBadRequest(text="the body is no JSON object")
 
 
 def _actor(request: web.Request) -> Actor:
