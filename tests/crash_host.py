@@ -145,9 +145,11 @@ class Recovery:
 
     def __call__(self, host: Host) -> dict[str, Any]:
         """Return the states that were seen."""
-        first = host.await_state("in-sync", "behind")
-        if first == "behind":
-            host.ask("POST", "/v1/sync", include_held=True)
+        first = host.await_state("in-sync", "behind", "degraded")
+        if first == "degraded":  # an older copy of it, perhaps, that has little in common with the target
+            assert "another disk than before" in (host.mirror()["error"] or ""), host.mirror()
+        if first != "in-sync":
+            host.ask("POST", "/v1/sync", include_held=True, everything=first == "degraded")
             host.await_state("in-sync")
         deadline_s = time.monotonic() + PATIENCE_S
         while (restore := host.ask("GET", "/v1/status")["target"]["restore"]) is not None:

@@ -51,6 +51,23 @@ def test_an_older_copy_that_takes_the_mirrors_place_is_copied_to_as_a_whole(lab:
     volume.assert_equal_disks()
 
 
+def test_an_older_copy_with_little_in_common_is_set_aside_and_keeps_no_target_from_being_served(lab: Lab) -> None:
+    """Nobody but the administrator knows which of the two is of the right day; the clients' disk is there."""
+    volume = lab.volume("vol", SIZE_BYTES, content=os.urandom(SIZE_BYTES))
+    old = older_copy(volume)
+    with volume.served() as served:
+        write(served, "write -P 3 0 16M")
+    old.rename(volume.mirror)
+    with volume.served(in_sync=False) as served:
+        await_degraded(served, "another disk than before")
+        write(served, "write -P 4 0 1M")
+        served.stop()
+    lab.lockstep("sync", "vol", "--all").ok()
+    with volume.served():
+        pass
+    volume.assert_equal_disks()
+
+
 def test_an_older_copy_that_is_followed_is_the_newer_one_from_then_on(lab: Lab) -> None:
     """Else `replace-target` would take the one that was left behind, and refuse the one that is in sync."""
     volume = lab.volume("vol", SIZE_BYTES)

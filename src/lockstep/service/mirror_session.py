@@ -132,6 +132,11 @@ class MirrorSession:
         """The newest generation that the token was known to carry."""
         return max(self.mirror.generation, self._token.generation)
 
+    @property
+    def older(self) -> bool:
+        """Whether it is an older copy of itself: another generation of it was seen before."""
+        return self._token.generation < self._newest
+
     # --- start and end ---
 
     def check(self) -> SpotCheck:

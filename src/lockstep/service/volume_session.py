@@ -100,10 +100,11 @@ class VolumeSession:
         """Return what each mirror has in common with the target. Raises TargetUnlike as `check` does. Blocks.
 
         A mirror is not overwritten with another disk, nor that disk by clients who take it for theirs. A new target
-        that is being filled has to be like the mirror that it is filled from, as far as it has been.
+        that is being filled has to be like the mirror that it is filled from, as far as it has been. An older copy of a
+        mirror says nothing against the target.
         """
         checks = {session: session.check() for session in self.mirrors}
-        telling = [check for check in checks.values() if check.telling]
+        telling = [check for session, check in checks.items() if check.telling and not session.older]
         source = any(check.unlike and session.link.is_source for session, check in checks.items())
         if source or (telling and all(check.strangers for check in telling)):
             worst = max(telling, key=lambda check: check.telling)
