@@ -299,9 +299,9 @@ def test_an_old_header_opens_nothing_and_is_never_taken_for_the_mirror(lab: Lab)
     slots = volume.mirror.read_bytes()[: 16 * MIB]
     run("cryptsetup", "luksHeaderRestore", "--batch-mode", f"--header-backup-file={old}", str(volume.mirror))
     assert opens(volume.mirror, PASSPHRASE)
-    assert "does not seem to be the disk" in lab.lockstep("serve", "vol", "--key-file", lab.key).err
-    lab.lockstep("sync", "vol", "--all").ok()
-    with volume.served() as served:
+    with volume.served(in_sync=False) as served:
+        wait_until(lambda: "another disk" in (served.mirror()["error"] or ""), "the mirror to be looked at")
+        lab.lockstep("sync", "vol", "--all", "--wait").ok()
         assert f"copying {SIZE_BYTES} bytes" in served.log.read_text().split("stopping")[-1]
     forget_volume_keys()
     volume.assert_equal_disks()
@@ -325,13 +325,11 @@ def test_an_old_header_is_not_taken_for_the_mirrors_own_while_it_is_not_finished
         shutil.copyfile(old, volume.header)
         if is_served:
             lab.lockstep("sync", "vol").ok()
-            wait_until(lambda: "another disk" in served.mirror()["error"], "the mirror to be looked at")
-            lab.lockstep("sync", "vol", "--all", "--wait").ok()
-            assert served.mirror_state() == "in-sync"
         else:
-            assert "does not seem to be the disk" in lab.lockstep("serve", "vol", "--key-file", lab.key).err
-            lab.lockstep("sync", "vol", "--all").ok()
-            stack.enter_context(volume.served())
+            served = stack.enter_context(volume.served(in_sync=False))
+        wait_until(lambda: "another disk" in (served.mirror()["error"] or ""), "the mirror to be looked at")
+        lab.lockstep("sync", "vol", "--all", "--wait").ok()
+        assert served.mirror_state() == "in-sync"
     forget_volume_keys()
     volume.assert_equal_disks()
 
